@@ -1,0 +1,17 @@
+// The extension module `infsa_kernels._C`. Loading it runs the TORCH_LIBRARY_IMPL registrations of the other sources; the
+// module itself only tells how it was built, for infsa_kernels/info.py and for the check at import.
+#include <pybind11/pybind11.h>
+#include <torch/version.h>
+
+#include "cpu/isa.h"
+
+#ifndef INFSA_CUDA_ARCH_LIST
+#define INFSA_CUDA_ARCH_LIST ""
+#endif
+
+PYBIND11_MODULE(_C, m) {
+  m.attr("torch_version") = TORCH_VERSION;
+  m.attr("compiler") = __VERSION__;
+  m.attr("cpu_isa") = infsa::cpu::isa_name();
+  m.attr("cuda_arch_list") = INFSA_CUDA_ARCH_LIST;
+}

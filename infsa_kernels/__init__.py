@@ -1,0 +1,19 @@
+"""Fused kernels for Infinite Self-Attention (arXiv:2603.00175): `torch.ops.infsa.linear` and `torch.ops.infsa.pure`."""
+
+from .ops._library import backend, choose_backend, explain_backend
+from .ops.attention import infsa_attention
+from .ops.linear import linear_infsa, linear_infsa_scores
+from .ops.pure import pure_infsa, pure_infsa_scores
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "backend",
+    "choose_backend",
+    "explain_backend",
+    "infsa_attention",
+    "linear_infsa",
+    "linear_infsa_scores",
+    "pure_infsa",
+    "pure_infsa_scores",
+]

@@ -1,0 +1,72 @@
+"""Linear-InfSA in torch operations: forward with its statistics, and the gradients written out (docs/linear.md)."""
+
+import torch
+from torch import Tensor
+
+from ..ops._check import acc_dtype
+from ._common import effective_rho, like, remove, rows, scale
+
+
+def forward(q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask):
+    s, acc = scale(q), acc_dtype(q)
+    u = remove(q, query_padding_mask).to(acc) * s  # (B, H, N, d)
+    kappa = remove(q if k is None else k, key_padding_mask).to(acc) * s
+    v = remove(v, key_padding_mask).to(acc)
+
+    energy = torch.linalg.vector_norm(u, dim=-1)  # (B, H, N)
+    energy_sum = energy.sum(-1)
+    weights = energy / (energy_sum + eps)[..., None]
+    central_query = (weights[..., None, :] @ u).squeeze(-2)  # (B, H, d)
+
+    scores = _scores(kappa, central_query, key_padding_mask)  # (B, H, M)
+    score_sum = scores.sum(-1)
+    context = (scores[..., None, :] @ v).squeeze(-2) / (score_sum + eps)[..., None]  # (B, H, dv)
+    out = (effective_rho(rho, head_rho, 1) * context).to(q.dtype)
+    return out, context, central_query, energy_sum, score_sum
+
+
+def backward(
+    dout, q, k, v, context, central_query, energy_sum, score_sum, eps, rho, head_rho, key_padding_mask, query_padding_mask,
+    output_mask,
+):  # fmt: skip
+    s, acc = scale(q), acc_dtype(q)
+    u = remove(q, query_padding_mask).to(acc) * s
+    kappa = remove(q if k is None else k, key_padding_mask).to(acc) * s
+    v_acc = remove(v, key_padding_mask).to(acc)
+    dout = dout.to(acc)  # (B, H, dv)
+    E = (energy_sum + eps)[..., None]
+    R = (score_sum + eps)[..., None]
+    want_q, want_k, want_v, want_rho = output_mask
+    nothing = q.new_empty(0)
+
+    # z = rho sum_j a_j v_j,  a_j = r_j / R,  r_j = ReLU(qbar . kappa_j)
+    scores = _scores(kappa, central_query, key_padding_mask)
+    dcontext = effective_rho(rho, head_rho, 1) * dout
+    dv = (scores / R)[..., None] * dcontext[..., None, :] if want_v else None
+    drho = rho * (dout * context).sum(-1) if want_rho else None
+    dq = dk = None
+    if want_q or want_k:
+        dscores = ((v_acc @ dcontext[..., None]).squeeze(-1) - (dcontext * context).sum(-1, keepdim=True)) / R
+        dscores = dscores.masked_fill(scores <= 0, 0)  # (B, H, M)
+        dk = s * dscores[..., None] * central_query[..., None, :]
+    if want_q:
+        # qbar = sum_i e_i u_i / E,  e_i = ||u_i||
+        dcentral = (dscores[..., None, :] @ kappa).squeeze(-2)
+        energy = torch.linalg.vector_norm(u, dim=-1)
+        denergy = ((u - central_query[..., None, :]) @ dcentral[..., None]).squeeze(-1) / E
+        direction = torch.where(energy > 0, denergy / energy, 0)
+        dq = s * ((energy / E)[..., None] * dcentral[..., None, :] + direction[..., None] * u)
+        dq = remove(dq, query_padding_mask)
+        if k is None:
+            dq = dq + dk
+    return (
+        like(dq, q) if want_q else nothing,
+        like(dk, k) if want_k and k is not None else nothing,
+        like(dv, v) if want_v else nothing,
+        drho if want_rho and head_rho is not None else nothing.to(acc),
+    )
+
+
+def _scores(kappa: Tensor, central_query: Tensor, key_padding_mask: Tensor | None) -> Tensor:
+    scores = torch.relu(kappa @ central_query[..., None]).squeeze(-1)
+    return scores if key_padding_mask is None else scores.masked_fill(rows(key_padding_mask), 0)

@@ -1,0 +1,85 @@
+"""Pure InfSA in torch operations, a block of queries at a time: O(N) memory, forward and written-out gradients (docs/pure.md)."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..ops._check import acc_dtype
+from ._common import effective_rho, like, remove, scale
+
+# Scores held at a time, over all heads. Large enough to keep matrix products efficient, small enough that a block's
+# float32 sum of squares is exact to its last digits.
+BLOCK_SCORES = 1 << 22
+
+
+def forward(q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask):
+    u, kappa, v_acc = _inputs(q, k, v, key_padding_mask, query_padding_mask)
+    out = u.new_empty(*u.shape[:3], v.shape[3])
+    squares = u.new_zeros(u.shape[:2])
+    for block in _blocks(u, kappa):
+        scores = torch.relu(u[:, :, block] @ kappa.mT)
+        squares += scores.square().sum((-2, -1))
+        out[:, :, block] = scores @ v_acc
+    norm = squares.sqrt()
+    out *= effective_rho(rho, head_rho, 2) / (norm + eps)[..., None, None]
+    return output_like(q, v).copy_(out), norm
+
+
+def backward(
+    dout, q, k, v, out, norm, eps, rho, head_rho, key_padding_mask, query_padding_mask, output_mask
+):  # fmt: skip
+    u, kappa, v_acc = _inputs(q, k, v, key_padding_mask, query_padding_mask)
+    dout = remove(dout, query_padding_mask).to(u.dtype)
+    want_q, want_k, want_v, want_rho = output_mask
+    nothing = q.new_empty(0)
+    s = scale(q)
+    F = norm + eps
+
+    # O = rho P v / F: the norm's own gradient is one scalar per head, c, times P.
+    gain = effective_rho(rho, head_rho, 2) / F[..., None, None]
+    c = (dout * remove(out, query_padding_mask)).sum((-2, -1)) / (F * norm)
+    c = torch.where(norm > 0, c, 0)[..., None, None]
+    du, dkappa, dv = torch.zeros_like(u), torch.zeros_like(kappa), torch.zeros_like(v_acc)
+    drho = torch.zeros_like(norm)
+    for block in _blocks(u, kappa):
+        scores = torch.relu(u[:, :, block] @ kappa.mT)
+        dout_v = dout[:, :, block] @ v_acc.mT
+        dscores = (gain * dout_v - c * scores).masked_fill_(scores <= 0, 0)
+        if want_q:
+            du[:, :, block] = dscores @ kappa
+        if want_k or want_q and k is None:
+            dkappa += dscores.mT @ u[:, :, block]
+        if want_v:
+            dv += scores.mT @ dout[:, :, block]
+        if want_rho:
+            drho += (scores * dout_v).sum((-2, -1))
+    dq = s * du + s * dkappa if k is None else s * du
+    return (
+        like(dq, q) if want_q else nothing,
+        like(s * dkappa, k) if want_k and k is not None else nothing,
+        like(gain * dv, v) if want_v else nothing,
+        rho * drho / F if want_rho and head_rho is not None else nothing.to(u.dtype),
+    )
+
+
+def output_like(q: Tensor, v: Tensor) -> Tensor:
+    """An uninitialised output (B, H, N, dv) in the memory layout of q: token-major if q is a view of [B, N, H, d]."""
+    B, H, N, _ = q.shape
+    if q.stride(1) < q.stride(2):
+        return v.new_empty(B, N, H, v.shape[3]).transpose(1, 2)
+    return v.new_empty(B, H, N, v.shape[3])
+
+
+def _inputs(q, k, v, key_padding_mask, query_padding_mask) -> tuple[Tensor, Tensor, Tensor]:
+    """u = s q, kappa = s k and v in the accumulation dtype, ignored rows 0."""
+    s, acc = scale(q), acc_dtype(q)
+    u = remove(q, query_padding_mask).to(acc) * s
+    kappa = remove(q if k is None else k, key_padding_mask).to(acc) * s
+    return u, kappa, remove(v, key_padding_mask).to(acc)
+
+
+def _blocks(u: Tensor, kappa: Tensor) -> Iterator[slice]:
+    B, H, N, _ = u.shape
+    step = max(1, BLOCK_SCORES // max(1, B * H * kappa.shape[2]))
+    return (slice(i, i + step) for i in range(0, N, step))

@@ -1,0 +1,1 @@
+"""The operators: importing this package registers `torch.ops.infsa.*`."""
