@@ -27,7 +27,7 @@ inline at::ScalarType acc_dtype(const Tensor& q) { return q.scalar_type() == at:
 
 namespace check {
 
-inline std::string dtype_name(at::ScalarType dtype) { return "torch." + c10::getDtypeNames(dtype).first; }
+inline std::string dtype_name(at::ScalarType dtype) { return "torch." + std::string(c10::getDtypeNames(dtype).first); }
 
 inline void dtype(const char* op, const char* name, const Tensor& t, at::ScalarType expected) {
   TORCH_CHECK_TYPE(t.scalar_type() == expected, op, ": ", name, " has dtype ", dtype_name(t.scalar_type()),

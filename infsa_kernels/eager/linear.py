@@ -37,7 +37,6 @@ def backward(
     E = (energy_sum + eps)[..., None]
     R = (score_sum + eps)[..., None]
     want_q, want_k, want_v, want_rho = output_mask
-    nothing = q.new_empty(0)
 
     # z = rho sum_j a_j v_j,  a_j = r_j / R,  r_j = ReLU(qbar . kappa_j)
     scores = _scores(kappa, central_query, key_padding_mask)
@@ -60,10 +59,10 @@ def backward(
         if k is None:
             dq = dq + dk
     return (
-        like(dq, q) if want_q else nothing,
-        like(dk, k) if want_k and k is not None else nothing,
-        like(dv, v) if want_v else nothing,
-        drho if want_rho and head_rho is not None else nothing.to(acc),
+        like(dq, q) if want_q else q.new_empty(0),
+        like(dk, k) if want_k and k is not None else q.new_empty(0),
+        like(dv, v) if want_v else q.new_empty(0),
+        drho if want_rho and head_rho is not None else q.new_empty(0, dtype=acc),
     )
 
 

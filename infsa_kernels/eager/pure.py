@@ -32,7 +32,6 @@ def backward(
     u, kappa, v_acc = _inputs(q, k, v, key_padding_mask, query_padding_mask)
     dout = remove(dout, query_padding_mask).to(u.dtype)
     want_q, want_k, want_v, want_rho = output_mask
-    nothing = q.new_empty(0)
     s = scale(q)
     F = norm + eps
 
@@ -56,10 +55,10 @@ def backward(
             drho += (scores * dout_v).sum((-2, -1))
     dq = s * du + s * dkappa if k is None else s * du
     return (
-        like(dq, q) if want_q else nothing,
-        like(s * dkappa, k) if want_k and k is not None else nothing,
-        like(gain * dv, v) if want_v else nothing,
-        rho * drho / F if want_rho and head_rho is not None else nothing.to(u.dtype),
+        like(dq, q) if want_q else q.new_empty(0),
+        like(s * dkappa, k) if want_k and k is not None else q.new_empty(0),
+        like(gain * dv, v) if want_v else q.new_empty(0),
+        rho * drho / F if want_rho and head_rho is not None else q.new_empty(0, dtype=u.dtype),
     )
 
 

@@ -4,6 +4,9 @@ A backend is a set of raw operators of one schema: `infsa::linear_fwd` (compiled
 and `infsa::linear_fwd_eager` (torch operations), and so on. The public operators ask :func:`choose_backend` which set to call.
 """
 
+import functools
+import importlib
+import os
 import warnings
 from collections.abc import Sequence
 
@@ -16,7 +19,7 @@ library = torch.library.Library("infsa", "DEF")
 SUFFIXES = {"cpu": "", "cuda": "", "triton": "_triton", "eager": "_eager"}
 
 # Backends tried in order, by device type. A later one than the first is a fall-back, and is warned of once.
-PREFERENCE = {"cpu": ("cpu", "eager")}
+PREFERENCE = {"cpu": ("cpu", "eager"), "cuda": ("triton", "eager")}
 
 
 def _load_extension() -> str | None:
@@ -54,8 +57,44 @@ def why_not(backend: str, device: torch.device, dtype: torch.dtype, shape: Seque
     if backend == "cuda":
         return "this version has no CUDA C++ kernels"
     if backend == "triton":
-        return "this version has no Triton kernels"
+        return _why_not_triton(device, dtype, shape)
     raise ValueError(f"infsa_kernels has no backend {backend!r}, expected one of {', '.join(map(repr, SUFFIXES))}")
+
+
+# The oldest Triton that the kernels are compiled and tested with. Versions 3.4 to 3.7.0 miscompile
+# tl.dot(tl.trans(result of a dot)) on Hopper; the kernels form no such product, so none of these versions is refused.
+OLDEST_TRITON = 3, 6
+
+# Larger heads would leave Pure's tiles no room in shared memory.
+LARGEST_TRITON_HEAD_DIM = 256
+
+
+@functools.cache
+def _why_no_triton() -> str | None:
+    try:
+        from triton import __version__ as version
+    except ImportError as error:
+        return f"Triton does not import ({error}); `pip install triton`"
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TRITON:
+        return f"Triton {version} is older than {'.'.join(map(str, OLDEST_TRITON))}, the oldest these kernels are tested with"
+    return None
+
+
+def _why_not_triton(device: torch.device, dtype: torch.dtype, shape: Sequence[int]) -> str | None:
+    if device.type == "cpu":
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            return "the tensors are on the CPU, where Triton runs only as an interpreter, for tests (TRITON_INTERPRET=1)"
+    elif device.type != "cuda":
+        return f"the tensors are on {device}, not on a GPU"
+    elif not torch.cuda.is_available():
+        return "torch sees no GPU (torch.cuda.is_available() is False)"
+    elif torch.version.hip is None and (capability := torch.cuda.get_device_capability(device)) < (8, 0):
+        return f"{device} has compute capability {capability[0]}.{capability[1]}, the kernels need 8.0 (Ampere) or newer"
+    if dtype == torch.float64:
+        return "float64 has no Triton kernel: it is there to check gradients, for which the eager backend is exact enough"
+    if shape[3] > LARGEST_TRITON_HEAD_DIM:
+        return f"head_dim {shape[3]} is above {LARGEST_TRITON_HEAD_DIM}"
+    return _why_no_triton()
 
 
 def choose_backend(device: torch.device, dtype: torch.dtype, shape: Sequence[int], forced: str = "") -> str:
@@ -74,6 +113,12 @@ def choose_backend(device: torch.device, dtype: torch.dtype, shape: Sequence[int
     if name != names[0]:
         _warn_of_fallback(name, names[0], why_not(names[0], device, dtype, shape))
     return name
+
+
+def triton_kernels(op: str, q: torch.Tensor):
+    """The module of an op's Triton kernels, imported on first use: RuntimeError where they cannot run this q."""
+    choose_backend(q.device, q.dtype, q.shape, "triton")
+    return importlib.import_module(f"infsa_kernels.triton.{op.removeprefix('infsa::')}")
 
 
 def explain_backend(device: torch.device, dtype: torch.dtype, shape: Sequence[int]) -> dict[str, str | None]:

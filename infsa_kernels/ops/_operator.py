@@ -3,7 +3,7 @@
 Public `infsa::<name>` is composite: it views 3-D input as 4-D, sees that k is q, turns rho into a number and a (B, H) tensor,
 asks for a backend and calls that backend's raw forward op. Autograd, vmap and fake tensors belong to the raw ops:
 
-* Autograd: a plain autograd.Function at the Autograd key, entered for one level of a functorch stack at a time, so that
+* Autograd: an autograd.Function at the Autograd key, entered for one level of a functorch stack at a time, so that
   `func.grad(func.grad(...))` and `vmap(grad(...))` nest. Forward-mode AD raises.
 * The raw backward op is differentiable too, by differentiating the reference twice: exact, at the reference's memory cost.
 * vmap: every tensor argument starts with the batch dimension, so a mapped dimension folds into it.
@@ -13,10 +13,13 @@ import contextlib
 
 import torch
 from torch import Tensor
+from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
 from torch.utils.flop_counter import register_flop_formula
 
-from . import _check
+from . import _check, _dtensor
 from ._library import _takes_backend, choose_backend, library, SUFFIXES
 
 _ARGUMENTS = "Tensor? key_padding_mask=None, Tensor? query_padding_mask=None, str backend='') -> Tensor"
@@ -44,6 +47,7 @@ class Operator:
         library.define(f"{name}(Tensor q, Tensor k, Tensor v, float eps=1e-6, Tensor? rho=None, {_ARGUMENTS}")
         library.define(f"{name}.scalar_rho(Tensor q, Tensor k, Tensor v, float eps=1e-6, float rho=1.0, {_ARGUMENTS}")
         packet = getattr(torch.ops.infsa, name)
+        self.tensor_rho, self.scalar_rho = packet.default, packet.scalar_rho
         for overload in (packet.default, packet.scalar_rho):
             library.impl(overload, self._call, "CompositeImplicitAutograd")
             library.impl(overload, self._call, "FuncTorchBatched")
@@ -53,12 +57,17 @@ class Operator:
         for suffix in dict.fromkeys(SUFFIXES.values()):
             self._define_raw(suffix)
 
+    def overload(self, rho: float | Tensor) -> torch._ops.OpOverload:
+        """The overload for this rho. Found by the packet, a number costs 10 us: it has to fail at the other one first."""
+        return self.tensor_rho if isinstance(rho, Tensor) else self.scalar_rho
+
     def implement(self, backend: str, key: str, forward, backward) -> None:
         """Registers a backend written in Python for a dispatch key."""
         for direction, function in (("fwd", forward), ("bwd", backward)):
             library.impl(f"{self.name}_{direction}{SUFFIXES[backend]}", function, key)
 
     def _call(self, q, k, v, eps=1e-6, rho=None, key_padding_mask=None, query_padding_mask=None, backend=""):
+        _dtensor.register_waiting()
         unbatched = q.dim() == 3 and k.dim() == 3 and v.dim() == 3
         tied = k is q
         if unbatched:
@@ -130,6 +139,7 @@ class Operator:
             torch.library.register_vmap(op, _fold_mapped_dimension(op), lib=library)
             register_flop_formula(op.overloadpacket)(_flop_formula(flops, first))
         _make_differentiable(forward, backward, self)
+        _dtensor.shard(forward, backward)
 
 
 def _without_autograd_if_unused(*tensors):
@@ -140,13 +150,23 @@ def _without_autograd_if_unused(*tensors):
     return torch._C._AutoDispatchBelowAutograd()
 
 
+class _Function(_SingleLevelFunction):
+    """An autograd.Function that does not look at functorch's levels, which the Autograd key has sorted out already."""
+
+    _compiled_autograd_key = staticmethod(torch.autograd.Function._compiled_autograd_key)
+
+
 def _make_differentiable(forward_op, backward_op, operator: Operator) -> None:
     saved_outputs = [operator.outputs.index(name) for name in operator.saved]
 
-    class Forward(torch.autograd.Function):
+    class Forward(_Function):
         @staticmethod
         def forward(keyset, *args):
             return _redispatch(forward_op, keyset, args)
+
+        @staticmethod
+        def jvp(ctx, *tangents):
+            _refuse_forward_mode(forward_op)
 
         @staticmethod
         def setup_context(ctx, inputs, outputs):
@@ -169,10 +189,14 @@ def _make_differentiable(forward_op, backward_op, operator: Operator) -> None:
             dq, dk, dv, dhead_rho = (grad if wanted else None for grad, wanted in zip(grads, output_mask))
             return None, dq, dk, dv, None, None, dhead_rho, None, None
 
-    class Backward(torch.autograd.Function):
+    class Backward(_Function):
         @staticmethod
         def forward(keyset, *args):
             return _redispatch(backward_op, keyset, args)
+
+        @staticmethod
+        def jvp(ctx, *tangents):
+            _refuse_forward_mode(backward_op)
 
         @staticmethod
         def setup_context(ctx, inputs, outputs):
@@ -216,13 +240,21 @@ def _make_differentiable(forward_op, backward_op, operator: Operator) -> None:
         library.impl(op, _one_level(function), "Autograd", with_keyset=True)
 
 
+def _refuse_forward_mode(op):
+    raise NotImplementedError(
+        f"{op.name()} has no forward-mode derivative (torch.func.jvp, jacfwd, forward_ad); use reverse mode "
+        "(torch.func.vjp, jacrev), or infsa_kernels.reference, which has both"
+    )
+
+
 def _one_level(function):
     def autograd(keyset, *args):
+        _dtensor.register_waiting()
         if not torch._C._are_functorch_transforms_active():
-            return function.apply(keyset, *args)
+            return function.apply(keyset, *unwrap_dead_wrappers(args))
         # At this key functorch has already unwrapped to one level: record on it, and let the redispatch reach the next.
-        with torch._functorch.autograd_function.enable_single_level_autograd_function():
-            return super(torch.autograd.Function, function).apply(keyset, *args)
+        with enable_single_level_autograd_function():
+            return function.apply(keyset, *args)
 
     return autograd
 

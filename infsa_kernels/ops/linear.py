@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import reference
 from ..eager import linear as eager
 from . import _check
+from ._library import triton_kernels
 from ._operator import Operator
 
 OP = "infsa::linear"
@@ -50,7 +51,8 @@ def linear_infsa(
         >>> linear_infsa(q, q, torch.randn(1, 64, 4096, 16)).shape
         torch.Size([1, 64, 4096, 16])
     """
-    context = torch.ops.infsa.linear(q, k, v, eps, rho, key_padding_mask, query_padding_mask)
+    op = operator.overload(rho)
+    context = op(q, k, v, eps, rho, key_padding_mask, query_padding_mask)
     return context.unsqueeze(-2).expand(*q.shape[:-1], context.shape[-1])
 
 
@@ -122,6 +124,16 @@ def _eager_backward(*args):
     return eager.backward(*args)
 
 
+def _triton_forward(*args):
+    _check.forward_arguments(OP, *args)
+    return triton_kernels(OP, args[0]).forward(*args)
+
+
+def _triton_backward(*args):
+    _check_backward(*args[:-1])
+    return triton_kernels(OP, args[1]).backward(*args)
+
+
 operator = Operator(
     "linear",
     reference=reference.linear,
@@ -133,3 +145,5 @@ operator = Operator(
     flops_backward=_flops_backward,
 )
 operator.implement("eager", "CompositeExplicitAutograd", _eager_forward, _eager_backward)
+for key in ("CUDA", "CPU"):
+    operator.implement("triton", key, _triton_forward, _triton_backward)

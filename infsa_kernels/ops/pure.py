@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import reference
 from ..eager import pure as eager
 from . import _check
+from ._library import triton_kernels
 from ._operator import Operator
 
 OP = "infsa::pure"
@@ -49,7 +50,8 @@ def pure_infsa(
         >>> pure_infsa(q, k, v).shape
         torch.Size([1, 16, 197, 64])
     """
-    return torch.ops.infsa.pure(q, k, v, eps, rho, key_padding_mask, query_padding_mask)
+    op = operator.overload(rho)
+    return op(q, k, v, eps, rho, key_padding_mask, query_padding_mask)
 
 
 def pure_infsa_scores(
@@ -106,6 +108,16 @@ def _eager_backward(*args):
     return eager.backward(*args)
 
 
+def _triton_forward(*args):
+    _check.forward_arguments(OP, *args)
+    return triton_kernels(OP, args[0]).forward(*args)
+
+
+def _triton_backward(*args):
+    _check_backward(*args[:-1])
+    return triton_kernels(OP, args[1]).backward(*args)
+
+
 operator = Operator(
     "pure",
     reference=reference.pure,
@@ -117,3 +129,5 @@ operator = Operator(
     flops_backward=_flops_backward,
 )
 operator.implement("eager", "CompositeExplicitAutograd", _eager_forward, _eager_backward)
+for key in ("CUDA", "CPU"):
+    operator.implement("triton", key, _triton_forward, _triton_backward)

@@ -1,0 +1,47 @@
+# Two commands on a fresh machine: `make bench` and `make test`. Each sets up what it needs in .venv.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+BENCH_ARGS ?=
+
+bin := $(VENV)/bin
+csrc := $(shell find csrc -name '*.cpp' -o -name '*.h')
+
+.PHONY: bench test lint format sanitize clean
+
+bench: $(VENV)/built
+	$(bin)/python -m bench.run $(BENCH_ARGS)
+
+test: $(VENV)/built
+	$(bin)/python -m pytest $(TEST_ARGS)
+
+lint: $(VENV)/built
+	$(bin)/ruff check . && $(bin)/ruff format --check .
+	$(bin)/clang-format --dry-run --Werror $(csrc)
+
+format: $(VENV)/built
+	$(bin)/ruff check --fix . && $(bin)/ruff format .
+	$(bin)/clang-format -i $(csrc)
+
+# The CPU kernels under AddressSanitizer and UBSan, in a build of their own, driven by the tests that reach every kernel path.
+sanitize := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
+sanitize: $(VENV)/built
+	CFLAGS="$(sanitize) -g1" LDFLAGS="-fsanitize=address,undefined" \
+	  $(bin)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
+	for isa in avx512 avx2 portable; do \
+	  INFSA_CPU_ISA=$$isa PYTHONPATH=build/sanitize/lib ASAN_OPTIONS=detect_leaks=0 \
+	  LD_PRELOAD="$$($${CC:-cc} -print-file-name=libasan.so) $$($${CC:-cc} -print-file-name=libubsan.so)" \
+	  $(bin)/pytest tests/test_operators.py tests/test_fuzz.py -k "cpu" -x || exit 1; \
+	done
+
+clean:
+	rm -rf build dist *.egg-info $(VENV) infsa_kernels/_C*.so
+
+$(VENV)/torch:
+	$(PYTHON) -m venv $(VENV)
+	$(bin)/pip install -q $(TORCH) "setuptools>=77" ninja
+	touch $@
+
+$(VENV)/built: $(VENV)/torch pyproject.toml setup.py $(csrc)
+	$(bin)/pip install -q --no-build-isolation -e ".[bench,lint,test]"
+	touch $@

@@ -1,0 +1,347 @@
+// The CPU backend of infsa::pure_fwd and infsa::pure_bwd: checks, memory and the division into tasks. The equations are
+// in docs/pure.md, the arithmetic in pure_kernels.h.
+//
+// A head's score matrix is cut into cells (key chunk, query chunk). The cells of one round share no chunk, so they run
+// in parallel and each adds to sums that no other cell of the round touches. The cut and the order of the rounds depend
+// on the shape alone: the bits do not depend on the number of threads.
+#include "pure.h"
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <tuple>
+#include <vector>
+
+#include "../check.h"
+#include "alloc.h"
+#include "isa.h"
+
+namespace infsa::cpu {
+namespace {
+
+// The sums of the heads in flight, unless one head alone needs more.
+constexpr int64_t kSumsBytes = 32 << 20;
+// A head whose sums are at most this is left to one thread, which keeps them in its L2, when there are heads for all.
+constexpr int64_t kOwnSumsBytes = 1 << 20;
+// The cells that a round should have, for machines with many cores.
+constexpr int64_t kCells = 32;
+// With fewer multiplications than this, waking other threads costs more than they bring.
+constexpr double kSerialWork = 1 << 19;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+const PureKernels& kernels_for(at::ScalarType dtype) {
+  const int row = dtype == at::kFloat ? 0 : dtype == at::kDouble ? 1 : dtype == at::kBFloat16 ? 2 : 3;
+#if defined(__x86_64__)
+  if (isa() == Isa::avx512) return avx512::pure_kernels[row];
+  if (isa() == Isa::avx2) return avx2::pure_kernels[row];
+#endif
+  return portable::pure_kernels[row];
+}
+
+// The stats and head_rho, whichever accumulation type they have.
+double get(const Tensor& t, int64_t at) {
+  return t.scalar_type() == at::kDouble ? t.const_data_ptr<double>()[at] : t.const_data_ptr<float>()[at];
+}
+
+double get(const Tensor& t, int64_t b, int64_t h) { return get(t, b * t.stride(0) + h * t.stride(1)); }
+
+void set(const Tensor& t, int64_t at, double x) {
+  if (t.scalar_type() == at::kDouble)
+    t.mutable_data_ptr<double>()[at] = x;
+  else
+    t.mutable_data_ptr<float>()[at] = static_cast<float>(x);
+}
+
+// The positions of the tokens that count, batch by batch; all of them without a mask.
+struct Kept {
+  int64_t all;
+  std::vector<std::vector<int64_t>> positions;
+
+  Kept(const OptTensor& mask, int64_t tokens) : all(tokens) {
+    if (!mask) return;
+    const Tensor ignored = mask->contiguous();
+    const bool* row = ignored.const_data_ptr<bool>();
+    for (int64_t b = 0; b < ignored.size(0); ++b, row += tokens) {
+      auto& kept = positions.emplace_back();
+      for (int64_t i = 0; i < tokens; ++i) {
+        if (!row[i]) kept.push_back(i);
+      }
+    }
+  }
+  int64_t count(int64_t b) const { return positions.empty() ? all : static_cast<int64_t>(positions[b].size()); }
+  const int64_t* of(int64_t b) const { return positions.empty() ? nullptr : positions[b].data(); }
+};
+
+bool same_mask(const OptTensor& a, const OptTensor& b) {
+  if (!a || !b) return !a && !b;
+  return a->const_data_ptr() == b->const_data_ptr() && a->strides() == b->strides();
+}
+
+// What forward and backward have in common.
+struct Call {
+  const Sizes size;
+  const Tensor &q, &k, &v;
+  const double rho;
+  const OptTensor& head_rho;
+  const Kept queries, keys;
+  const bool symmetric;  // k is q, and the same tokens count on both sides
+  const bool partial;    // some outputs are not written by the kernels: they start as 0
+  const PureKernels& kernels;
+
+  Call(const char* op, const Tensor& q, const OptTensor& k, const Tensor& v, double eps, double rho,
+       const OptTensor& head_rho, const OptTensor& key_mask, const OptTensor& query_mask)
+      : size(check::forward_arguments(op, q, k, v, eps, rho, head_rho, key_mask, query_mask)),
+        q(q),
+        k(k ? *k : q),
+        v(v),
+        rho(rho),
+        head_rho(head_rho),
+        queries(query_mask, size.N),
+        keys(key_mask, size.M),
+        symmetric(!k && same_mask(key_mask, query_mask)),
+        partial(key_mask || query_mask || empty()),
+        kernels(kernels_for(q.scalar_type())) {}
+
+  int64_t heads() const { return size.B * size.H; }
+  bool empty() const { return heads() * size.N * size.M * size.d == 0; }
+
+  Tokens tokens(const Tensor& t, int64_t head, const Kept& kept) const {
+    const int64_t b = head / size.H, h = head % size.H;
+    char* data = static_cast<char*>(t.data_ptr()) + (b * t.stride(0) + h * t.stride(1)) * t.element_size();
+    return {data, t.stride(2), t.stride(3), kept.of(b)};
+  }
+
+  PureHead head(int64_t index) const {
+    const int64_t b = index / size.H;
+    PureHead p{};
+    p.N = queries.count(b), p.M = keys.count(b), p.d = size.d, p.d_v = size.dv;
+    p.q = tokens(q, index, queries), p.k = tokens(k, index, keys), p.v = tokens(v, index, keys);
+    p.tied = symmetric, p.rho = head_rho ? rho * get(*head_rho, b, index % size.H) : rho;
+    return p;
+  }
+};
+
+// Cells of a head: n query chunks; as many key chunks and rounds, or one.
+struct Cut {
+  int64_t n, rounds;
+};
+
+Cut cut(const Call& call, int64_t head_bytes, bool queries_only) {
+  const auto blocks = [](int64_t tokens) {
+    return 1 + ceil_div(std::max<int64_t>(tokens - kPureStride, 0), kPureBlock);
+  };
+  if (queries_only) return {blocks(call.size.N), 1};
+  const int64_t together = std::clamp<int64_t>(kSumsBytes / std::max<int64_t>(head_bytes, 1), 1, call.heads());
+  // A round of a symmetric head has half as many cells as chunks.
+  const int64_t wanted = ceil_div(call.symmetric ? 2 * kCells : kCells, together);
+  const int64_t n = std::min(wanted, blocks(std::max(call.size.N, call.size.M)));
+  return {n, n};
+}
+
+// The i-th of n chunks: whole blocks, with the slack that the last block may take.
+Range chunk(int64_t tokens, int64_t n, int64_t i) {
+  const int64_t step = ceil_div(ceil_div(tokens, n), kPureBlock) * kPureBlock;
+  const auto bound = [&](int64_t at) { return at > 0 && at * step + kPureSlack >= tokens ? tokens : at * step; };
+  return {bound(i), bound(i + 1)};
+}
+
+// task(t, memory) for every t; a free thread takes the next one.
+template <typename Task> void run_tasks(int64_t count, double work, int64_t bytes, const Task& task) {
+  std::atomic<int64_t> next{0};
+  const int64_t threads = work < kSerialWork ? 1 : std::min<int64_t>(count, at::get_num_threads());
+  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t thread = begin; thread < end; ++thread) {
+      const Tensor memory = at::detail::empty_cpu({bytes}, at::kByte);
+      for (int64_t t; (t = next.fetch_add(1, std::memory_order_relaxed)) < count;) {
+        task(t, static_cast<char*>(memory.data_ptr()));
+      }
+    }
+  });
+}
+
+// For every head: begin(head, chunk), cell(head, round, key chunk, query chunk, sums, scratch), end(head, chunk, sums).
+template <typename Begin, typename Cell, typename End> void run_heads(const Call& call, Cut cut, int64_t head_bytes,
+                                                                      bool backward, const Begin& begin,
+                                                                      const Cell& cell, const End& end) {
+  const auto [n, rounds] = cut;
+  const int64_t heads = call.heads();
+  PureHead largest = call.head(0);
+  largest.N = call.size.N, largest.M = call.size.M;
+  const int64_t scratch = call.kernels.scratch_bytes(largest, backward);
+  const double head_work = double(call.size.N) * call.size.M * (call.size.d + call.size.dv);
+  const auto run_cell = [&](int64_t head, int64_t round, int64_t i, char* sums, char* memory) {
+    // The pairs i + j = round (mod n): every chunk is in one cell of a round, of which a symmetric head needs one half.
+    const int64_t j = rounds == 1 ? i : (round - i + n) % n;
+    if (!call.symmetric || i <= j) cell(head, round, i, j, sums, memory);
+  };
+
+  if (head_bytes <= kOwnSumsBytes && heads >= at::get_num_threads()) {
+    run_tasks(heads, heads * head_work, scratch + head_bytes, [&](int64_t head, char* memory) {
+      char* sums = memory + scratch;
+      for (int64_t i = 0; i < n; ++i) begin(head, i);
+      for (int64_t round = 0; round < rounds; ++round) {
+        for (int64_t i = 0; i < n; ++i) run_cell(head, round, i, sums, memory);
+      }
+      for (int64_t i = 0; i < n; ++i) end(head, i, sums);
+    });
+    return;
+  }
+  const int64_t together = std::clamp<int64_t>(kSumsBytes / std::max<int64_t>(head_bytes, 1), 1, heads);
+  const Tensor all_sums = with_huge_pages(at::detail::empty_cpu({together * head_bytes}, at::kByte));
+  for (int64_t first = 0; first < heads; first += together) {
+    const int64_t tasks = std::min(together, heads - first) * n;
+    const double work = tasks / n * head_work;
+    const auto sums = [&](int64_t task) { return static_cast<char*>(all_sums.data_ptr()) + task / n * head_bytes; };
+    run_tasks(tasks, work, 0, [&](int64_t task, char*) { begin(first + task / n, task % n); });
+    for (int64_t round = 0; round < rounds; ++round) {
+      run_tasks(tasks, work, scratch,
+                [&](int64_t task, char* memory) { run_cell(first + task / n, round, task % n, sums(task), memory); });
+    }
+    run_tasks(tasks, work, 0, [&](int64_t task, char*) { end(first + task / n, task % n, sums(task)); });
+  }
+}
+
+void clear(void* sums, Range rows, int64_t row_bytes) {
+  if (sums) std::memset(static_cast<char*>(sums) + rows.begin * row_bytes, 0, (rows.end - rows.begin) * row_bytes);
+}
+
+double sum(const double* x, int64_t n) {
+  double total = 0;
+  for (int64_t i = 0; i < n; ++i) total += x[i];
+  return total;
+}
+
+std::tuple<Tensor, Tensor> pure_fwd(const Tensor& q, const OptTensor& k, const Tensor& v, double eps, double rho,
+                                    const OptTensor& head_rho, const OptTensor& key_padding_mask,
+                                    const OptTensor& query_padding_mask) {
+  const Call call("pure_fwd", q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask);
+  const auto [B, H, N, M, d, dv] = call.size;
+  const bool token_major = q.stride(1) < q.stride(2);
+  Tensor out =
+      with_huge_pages(token_major ? at::empty({B, N, H, dv}, q.options()) : at::empty({B, H, N, dv}, q.options()));
+  if (token_major) out = out.transpose(1, 2);
+  const Tensor norm = at::zeros({B, H}, q.options().dtype(acc_dtype(q)));
+  if (call.partial) out.zero_();
+  if (call.empty()) return {out, norm};
+
+  const int64_t row_bytes = call.kernels.row_length(dv) * norm.element_size();
+  const Cut cells = cut(call, N * row_bytes, !call.symmetric);
+  const int64_t n = cells.n, squares_per_head = n * cells.rounds;
+  std::vector<double> squares(call.heads() * squares_per_head);  // of P, by cell
+
+  run_heads(
+      call, cells, N * row_bytes, false, [](int64_t, int64_t) {},
+      [&](int64_t head, int64_t round, int64_t i, int64_t j, char* sums, char* scratch) {
+        const PureHead h = call.head(head);
+        const Range queries = chunk(h.N, n, i), keys = call.symmetric ? chunk(h.M, n, j) : Range{0, h.M};
+        if (round == 0) clear(sums, queries, row_bytes);
+        if (round == 0 && i != j) clear(sums, keys, row_bytes);
+        squares[head * squares_per_head + round * n + i] =
+            call.kernels.forward(h, {sums, nullptr, nullptr, nullptr}, keys, queries, i != j, scratch);
+      },
+      [&](int64_t head, int64_t i, char* sums) {
+        const PureHead h = call.head(head);
+        const double F = std::sqrt(sum(&squares[head * squares_per_head], squares_per_head));
+        call.kernels.finish(call.tokens(out, head, call.queries), sums, dv, h.rho / (F + eps), chunk(h.N, n, i));
+        if (i == 0) set(norm, head, F);
+      });
+  return {out, norm};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> pure_bwd(const Tensor& dout, const Tensor& q, const OptTensor& k,
+                                                    const Tensor& v, const Tensor& out, const Tensor& norm, double eps,
+                                                    double rho, const OptTensor& head_rho,
+                                                    const OptTensor& key_padding_mask,
+                                                    const OptTensor& query_padding_mask,
+                                                    std::array<bool, 4> output_mask) {
+  const char* op = "pure_bwd";
+  const Call call(op, q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask);
+  const auto [B, H, N, M, d, dv] = call.size;
+  for (const auto& [name, t] : {std::pair<const char*, const Tensor&>("dout", dout), {"out", out}}) {
+    check::dtype(op, name, t, q.scalar_type());
+    check::device(op, name, t, q);
+    check::shape(op, name, t, {B, H, N, dv}, "(B, H, N, dv)");
+  }
+  check::statistic(op, "norm", norm, q, {B, H}, "(B, H)");
+
+  const auto gradient = [&](bool wanted, const Tensor& like) {
+    const Tensor t = wanted ? with_huge_pages(at::empty_like(like)) : at::empty({0}, like.options());
+    return call.partial ? t.zero_() : t;
+  };
+  const bool want_q = output_mask[0], want_k = output_mask[1] && k, want_v = output_mask[2],
+             want_rho = output_mask[3] && head_rho;
+  // Masks that differ make the scores of a tied k asymmetric: its half of the gradient is then made apart, and added.
+  const bool apart = want_q && !k && !call.symmetric;
+  const Tensor grad_q = gradient(want_q, q), grad_k = gradient(want_k || apart, call.k), grad_v = gradient(want_v, v);
+  const Tensor grad_rho = want_rho ? at::zeros({B, H}, norm.options()) : at::empty({0}, norm.options());
+  const auto results = [&] {
+    if (apart) grad_q.add_(grad_k);
+    return std::make_tuple(grad_q, apart ? at::empty({0}, q.options()) : grad_k, grad_v, grad_rho);
+  };
+  if (call.empty() || !(want_q || want_k || want_v || want_rho)) return results();
+
+  const int64_t row_bytes = call.kernels.row_length(d) * norm.element_size();
+  const int64_t v_row_bytes = call.kernels.row_length(dv) * norm.element_size();
+  const int64_t q_bytes = want_q ? N * row_bytes : 0;
+  const int64_t k_bytes = want_k || apart ? M * row_bytes : 0;
+  const int64_t v_bytes = want_v || want_rho ? M * v_row_bytes : 0;
+  const auto parts = [=](char* sums) {
+    char* dq = q_bytes ? sums : nullptr;
+    char* dk = k_bytes ? sums + q_bytes : nullptr;
+    return PureSums{nullptr, dq, dk, v_bytes ? sums + q_bytes + k_bytes : nullptr};
+  };
+  const Cut cells = cut(call, q_bytes + k_bytes + v_bytes, false);
+  const int64_t n = cells.n;
+  std::vector<double> dout_out(call.heads() * n), v_dv(call.heads() * n);  // <dout, out> and <v, dv>, by chunk
+
+  run_heads(
+      call, cells, q_bytes + k_bytes + v_bytes, true,
+      [&](int64_t head, int64_t i) {
+        const Range queries = chunk(call.queries.count(head / H), n, i);
+        dout_out[head * n + i] =
+            call.kernels.dot(call.tokens(dout, head, call.queries), call.tokens(out, head, call.queries), dv, queries);
+      },
+      [&](int64_t head, int64_t round, int64_t i, int64_t j, char* memory, char* scratch) {
+        PureHead h = call.head(head);
+        const double F = get(norm, head / H, head % H);
+        h.dout = call.tokens(dout, head, call.queries);
+        h.inverse_norm = 1 / (F + eps);
+        h.c = F == 0 ? 0 : sum(&dout_out[head * n], n) / (F * (F + eps));
+        const PureSums sums = parts(memory);
+        const Range queries = chunk(h.N, n, i), keys = chunk(h.M, n, j);
+        if (round == 0) {
+          clear(sums.dq, queries, row_bytes);
+          clear(sums.dk, keys, row_bytes);
+          clear(sums.dv, keys, v_row_bytes);
+          if (call.symmetric && i != j) clear(sums.dq, keys, row_bytes), clear(sums.dv, queries, v_row_bytes);
+        }
+        call.kernels.backward(h, sums, keys, queries, i != j, scratch);
+      },
+      [&](int64_t head, int64_t i, char* memory) {
+        const PureHead h = call.head(head);
+        const PureSums sums = parts(memory);
+        const Range queries = chunk(h.N, n, i), keys = chunk(h.M, n, i);
+        if (want_q) call.kernels.finish(call.tokens(grad_q, head, call.queries), sums.dq, d, 1, queries);
+        if (sums.dk) call.kernels.finish(call.tokens(grad_k, head, call.keys), sums.dk, d, 1, keys);
+        if (want_v) call.kernels.finish(call.tokens(grad_v, head, call.keys), sums.dv, dv, h.rho, keys);
+        if (want_rho) v_dv[head * n + i] = call.kernels.dot_sums(h.v, sums.dv, dv, keys);
+      });
+  for (int64_t head = 0; want_rho && head < call.heads(); ++head) set(grad_rho, head, rho * sum(&v_dv[head * n], n));
+  return results();
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(infsa, CPU, m) {
+  m.impl("pure_fwd", TORCH_FN(pure_fwd));
+  m.impl("pure_bwd", TORCH_FN(pure_bwd));
+}
+
+}  // namespace infsa::cpu

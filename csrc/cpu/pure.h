@@ -1,0 +1,72 @@
+// What pure.cpp and its kernels agree on: plain pointers and sizes, and one table of entry points per instruction set
+// and dtype.
+#pragma once
+
+#include <stdint.h>
+
+namespace infsa::cpu {
+
+// The tokens of one head. Strides are in elements; kept[i] is the position of the i-th token that counts, null when all
+// do.
+struct Tokens {
+  void* data = nullptr;
+  int64_t row = 0, col = 0;
+  const int64_t* kept = nullptr;
+};
+
+struct Range {
+  int64_t begin, end;
+};
+
+// One head of one call. N and M count the tokens that are not masked. A gradient not wanted has no data.
+struct PureHead {
+  int64_t N, M, d, d_v;
+  Tokens q, k, v, out, dout, dq, dk, dv;  // q (N,d), k (M,d), v (M,d_v), out (N,d_v)
+  bool tied;                              // k is q
+  double rho;                             // the effective one
+  double inverse_norm;                    // 1 / (F + eps)
+  double c;                               // <dO, O> / (F (F + eps))
+};
+
+// Sums of one head, in the accumulation type and in the order of its tokens that count; rows are padded to whole
+// vectors. The backward pass leaves sum_i P_ij dO_i / (F + eps) in dv: the gradient of v but for rho.
+struct PureSums {
+  void* out;           // (N, d_v)
+  void *dq, *dk, *dv;  // (N, d), (M, d), (M, d_v); null where not wanted
+};
+
+struct PureKernels {
+  int64_t (*row_length)(int64_t columns);                    // the row length of PureSums
+  int64_t (*scratch_bytes)(const PureHead&, bool backward);  // of each thread
+  // Adds P v over these keys and queries to `out`, and what the keys' chunk and the queries' chunk give each other when
+  // `mirrored` (tied only); returns the sum of P^2, mirrored part included.
+  double (*forward)(const PureHead&, const PureSums&, Range keys, Range queries, bool mirrored, void* scratch);
+  void (*backward)(const PureHead&, const PureSums&, Range keys, Range queries, bool mirrored, void* scratch);
+  // to[i] = scale * sums[i], rounded to the dtype, over these tokens.
+  void (*finish)(const Tokens& to, const void* sums, int64_t columns, double scale, Range);
+  // <x, y>, and <x, sums>.
+  double (*dot)(const Tokens& x, const Tokens& y, int64_t columns, Range);
+  double (*dot_sums)(const Tokens& x, const void* sums, int64_t columns, Range);
+};
+
+// In the order float32, float64, bfloat16, float16.
+namespace avx512 {
+extern const PureKernels pure_kernels[4];
+}
+namespace avx2 {
+extern const PureKernels pure_kernels[4];
+}
+namespace portable {
+extern const PureKernels pure_kernels[4];
+}
+
+// Scores are made in squares of this many keys and queries: two of them, and the blocks of q, k, v and dout that they
+// need, stay in a core's L2. The last block takes up to kPureSlack more, so that the 197 tokens of an image of 224 x
+// 224 are one block. Multiples of every tile's rows and of every vector.
+constexpr int64_t kPureBlock = 192;
+constexpr int64_t kPureSlack = 48;
+constexpr int64_t kPureStride = kPureBlock + kPureSlack;
+
+constexpr int64_t pure_block(int64_t left) { return left <= kPureStride ? left : kPureBlock; }
+
+}  // namespace infsa::cpu

@@ -1,0 +1,276 @@
+// Pure InfSA on the CPU, one (keys x queries) rectangle of one head at a time.
+//
+//   P = ReLU(s^2 q k^T)   (N, M)      F = ||P||_F      out = rho P v / (F + eps)
+//
+// q (N,d), k (M,d), v (M,d_v), s = d^(-1/2). The forward pass makes P in blocks that stay in L2, sums P^2 and adds P v
+// at once; only F is saved. The backward pass makes the same blocks again.
+//
+// Blocks lie transposed, [key][query]: queries along the vector, so that q alone has to be turned (once per block row),
+// and P^T and dS^T serve both as (keys x queries) and as (queries x keys) left operands. When k is q, P is symmetric:
+// one block serves the two rectangles that mirror each other.
+//
+// Included by isa_<set>.cpp only.
+#pragma once
+
+#include "gemm.h"
+
+namespace infsa::cpu::INFSA_ISA {
+
+// The working memory of one thread. Blocks hold at most kPureStride tokens, fewer when the head has fewer.
+template <typename A> struct PureScratch {
+  int64_t wide, wide_v;    // padded d and d_v
+  A *q_rows, *query_rows;  // of the queries' block: q, and g = dout / (F + eps) or v
+  A *q_panels, *g_panels;  // the same with queries along the vector; behind g_i stands v_i when k is q
+  A *k_rows, *v_rows;      // of the keys' block: k, and v; behind v_j stands g_j when k is q
+  A *p, *ds;               // P^T and dS^T, [key][query]
+  A* squares;              // sum_j P_ij^2
+  int64_t bytes = 0;
+
+  PureScratch(const PureHead& h, bool backward, void* memory) : wide(row_length<A>(h.d)), wide_v(row_length<A>(h.d_v)) {
+    // A tile of rows reads on to its end, a vector of queries to the end of its panel.
+    const int64_t queries = least(round_up(kPureStride, kPanel<A>), round_up(h.N, kPanel<A>));
+    const int64_t keys = least(kPureStride, round_up(h.M, kTileRows));
+    const int64_t sides = backward && h.tied ? 2 : 1;
+    const uintptr_t base = reinterpret_cast<uintptr_t>(memory);
+    const auto take = [&](A*& part, int64_t n) {
+      part = reinterpret_cast<A*>(base + bytes);
+      bytes += round_up(n * int64_t(sizeof(A)), 64);
+    };
+    take(q_rows, queries * wide);
+    take(q_panels, queries * wide);
+    take(k_rows, keys * wide);
+    take(v_rows, keys * wide_v * sides);
+    take(p, keys * kPureStride);
+    take(squares, queries);
+    take(query_rows, backward || h.tied ? queries * wide_v : 0);
+    take(g_panels, backward ? queries * wide_v * sides : 0);
+    take(ds, backward ? keys * kPureStride : 0);
+  }
+};
+
+// epilogue(tile, key, query, rows) for every tile of rows(keys) x panels(queries).
+template <typename A, typename Epilogue> INFSA_INLINE void each_tile(int64_t keys, int64_t queries, int64_t depth,
+                                                                     const A* rows, int64_t stride, const A* panels,
+                                                                     int64_t panel_size, Epilogue&& epilogue) {
+  for (int64_t j = 0; j < queries; j += kPanel<A>, panels += panel_size) {
+    for (int64_t i = 0; i < keys; i += kTileRows) {
+      const auto done = [&](auto& c) INFSA_LAMBDA { epilogue(c, i, j, least(keys - i, kTileRows)); };
+      if (queries - j > kLanes<A>) {
+        tile<kTileVectors>(rows + i * stride, stride, 1, panels, kPanel<A>, depth, done);
+      } else {
+        tile<1>(rows + i * stride, stride, 1, panels, kPanel<A>, depth, done);
+      }
+    }
+  }
+}
+
+// P^T = ReLU(k q^T) of one block, s^2 already in q; sum_j P_ij^2 of query i is added to squares[i] when asked for.
+template <bool kSquares, typename A> void scores(int64_t keys, int64_t queries, int64_t d, const A* k_rows,
+                                                 int64_t stride, const A* q_panels, A* p, A* squares) {
+  each_tile(keys, queries, d, k_rows, stride, q_panels, kPanel<A> * d,
+            [&](auto& c, int64_t i, int64_t j, int64_t rows) INFSA_LAMBDA {
+              constexpr int vectors = sizeof(c[0]) / sizeof(c[0][0]);
+              Vec<A> sum[vectors] = {};
+#pragma GCC unroll 12
+              for (int r = 0; r < kTileRows; ++r) {
+                if (r >= rows) break;
+#pragma GCC unroll 2
+                for (int v = 0; v < vectors; ++v) {
+                  const Vec<A> x = relu(c[r][v]);
+                  store(p + (i + r) * kPureStride + j + v * kLanes<A>, x);
+                  if (kSquares) sum[v] += x * x;
+                }
+              }
+              if (kSquares) {
+                for (int v = 0; v < vectors; ++v) {
+                  A* at = squares + j + v * kLanes<A>;
+                  store(at, load(at) + sum[v]);
+                }
+              }
+            });
+}
+
+// dS^T = [P > 0] (v g^T - c P), the scales already in g and c. A NaN score keeps its NaN.
+template <typename A> void score_gradients(int64_t keys, int64_t queries, int64_t depth, const A* v_rows,
+                                           int64_t stride, const A* g_panels, int64_t panel_size, A c, const A* p,
+                                           A* ds) {
+  each_tile(keys, queries, depth, v_rows, stride, g_panels, panel_size,
+            [&](auto& g, int64_t i, int64_t j, int64_t rows) INFSA_LAMBDA {
+              constexpr int vectors = sizeof(g[0]) / sizeof(g[0][0]);
+#pragma GCC unroll 12
+              for (int r = 0; r < kTileRows; ++r) {
+                if (r >= rows) break;
+#pragma GCC unroll 2
+                for (int v = 0; v < vectors; ++v) {
+                  const int64_t at = (i + r) * kPureStride + j + v * kLanes<A>;
+                  const Vec<A> x = load(p + at);
+                  store(ds + at, x <= A(0) ? Vec<A>{} : g[r][v] - c * x);
+                }
+              }
+            });
+}
+
+// With a block X^T: to (queries, columns) += X b for b (keys, columns), and to (keys, columns) += X^T b for b (queries,
+// columns). The rows of `to` are `columns` apart.
+template <typename A>
+void add_to_queries(int64_t keys, int64_t queries, const A* block, const A* b, int64_t b_row, int64_t columns, A* to) {
+  add_product(queries, columns, keys, block, 1, kPureStride, b, b_row, to, columns);
+}
+
+template <typename A>
+void add_to_keys(int64_t keys, int64_t queries, const A* block, const A* b, int64_t b_row, int64_t columns, A* to) {
+  add_product(keys, columns, queries, block, kPureStride, 1, b, b_row, to, columns);
+}
+
+template <typename T>
+double pure_forward(const PureHead& h, const PureSums& sums, Range keys, Range queries, bool mirrored, void* memory) {
+  using A = Acc<T>;
+  const PureScratch<A> s(h, false, memory);
+  const auto out = [&](int64_t token) { return static_cast<A*>(sums.out) + token * s.wide_v; };
+  // In a chunk met by itself, the blocks below the diagonal mirror those above it.
+  const bool diagonal = h.tied && !mirrored;
+  double total = 0;
+  for (int64_t i = queries.begin, rows; i < queries.end; i += rows) {
+    rows = pure_block(queries.end - i);
+    copy_rows<T>(h.q, i, rows, h.d, A(1), s.q_rows, s.wide);
+    make_panels(s.q_rows, s.wide, rows, h.d, A(1.0 / h.d), s.q_panels, kPanel<A> * h.d);
+    if (h.tied) copy_rows<T>(h.v, i, rows, h.d_v, A(1), s.query_rows, s.wide_v);
+    const int64_t key_end = diagonal ? i + rows : keys.end;
+    for (int64_t j = keys.begin, count; j < key_end; j += count) {
+      count = pure_block(key_end - j);
+      const bool twice = h.tied && j != i;
+      copy_rows<T>(h.k, j, count, h.d, A(1), s.k_rows, s.wide);
+      copy_rows<T>(h.v, j, count, h.d_v, A(1), s.v_rows, s.wide_v);
+      for (int64_t r = 0; r < rows; ++r) s.squares[r] = 0;
+      scores<true>(count, rows, h.d, s.k_rows, s.wide, s.q_panels, s.p, s.squares);
+      // float32 holds no longer sum than one query's over one block.
+      double square = 0;
+      for (int64_t r = 0; r < rows; ++r) square += s.squares[r];
+      total += twice ? 2 * square : square;
+      add_to_queries(count, rows, s.p, s.v_rows, s.wide_v, s.wide_v, out(i));
+      if (twice) add_to_keys(count, rows, s.p, s.query_rows, s.wide_v, s.wide_v, out(j));
+    }
+  }
+  return total;
+}
+
+// With g = dout / (F + eps):
+//   dP = rho g v^T - c P      dS = [P > 0] dP      dq = s^2 dS k      dk = s^2 dS^T q      dv = rho P^T g
+// s^2 and rho go into the panels of g; `finish` brings rho to dv. Blocks that mirror each other (k is q) need dS + dS^T
+// alone, whose two halves are one product of depth 2 d_v, [v_j g_j] with [g_i v_i].
+template <typename T>
+void pure_backward(const PureHead& h, const PureSums& sums, Range keys, Range queries, bool mirrored, void* memory) {
+  using A = Acc<T>;
+  const PureScratch<A> s(h, true, memory);
+  void* dk_sums = h.tied ? sums.dq : sums.dk;
+  const auto dq = [&](int64_t token) { return static_cast<A*>(sums.dq) + token * s.wide; };
+  const auto dk = [&](int64_t token) { return static_cast<A*>(dk_sums) + token * s.wide; };
+  const auto dv = [&](int64_t token) { return static_cast<A*>(sums.dv) + token * s.wide_v; };
+  const bool diagonal = h.tied && !mirrored;
+  const A q_scale = A(1.0 / h.d), g_scale = A(h.rho / h.d);
+  const int64_t depth = h.tied ? s.wide_v + h.d_v : h.d_v, panel = kPanel<A> * depth;
+  const int64_t v_stride = h.tied ? 2 * s.wide_v : s.wide_v;
+  const A* g_rows = s.v_rows + s.wide_v;
+  for (int64_t i = queries.begin, rows; i < queries.end; i += rows) {
+    rows = pure_block(queries.end - i);
+    copy_rows<T>(h.q, i, rows, h.d, A(1), s.q_rows, s.wide);
+    make_panels(s.q_rows, s.wide, rows, h.d, q_scale, s.q_panels, kPanel<A> * h.d);
+    if (h.tied) {
+      copy_rows<T>(h.v, i, rows, h.d_v, A(1), s.query_rows, s.wide_v);
+      make_panels(s.query_rows, s.wide_v, rows, h.d_v, g_scale, s.g_panels + s.wide_v * kPanel<A>, panel);
+    }
+    copy_rows<T>(h.dout, i, rows, h.d_v, A(h.inverse_norm), s.query_rows, s.wide_v);
+    make_panels(s.query_rows, s.wide_v, rows, h.tied ? s.wide_v : h.d_v, g_scale, s.g_panels, panel);
+    const int64_t key_end = diagonal ? i + rows : keys.end;
+    for (int64_t j = keys.begin, count; j < key_end; j += count) {
+      count = pure_block(key_end - j);
+      const bool twice = h.tied && j != i;
+      copy_rows<T>(h.k, j, count, h.d, A(1), s.k_rows, s.wide);
+      copy_rows<T>(h.v, j, count, h.d_v, A(1), s.v_rows, v_stride);
+      if (twice) copy_rows<T>(h.dout, j, count, h.d_v, A(h.inverse_norm), s.v_rows + s.wide_v, v_stride);
+      scores<false>(count, rows, h.d, s.k_rows, s.wide, s.q_panels, s.p, s.squares);
+      // d(P v): out += P v, and its mirror.
+      if (sums.dv) add_to_keys(count, rows, s.p, s.query_rows, s.wide_v, s.wide_v, dv(j));
+      if (sums.dv && twice) add_to_queries(count, rows, s.p, g_rows, v_stride, s.wide_v, dv(i));
+      if (!sums.dq && !dk_sums) continue;
+      // d(ReLU), d(F): P = ReLU(k q^T).
+      score_gradients(count, rows, twice ? depth : h.d_v, s.v_rows, v_stride, s.g_panels, panel,
+                      A((twice ? 2 : 1) * h.c / h.d), s.p, s.ds);
+      if (dk_sums) add_to_keys(count, rows, s.ds, s.q_rows, s.wide, s.wide, dk(j));
+      if (sums.dq) add_to_queries(count, rows, s.ds, s.k_rows, s.wide, s.wide, dq(i));
+    }
+  }
+}
+
+// The end of both passes, once the head's scale is known.
+template <typename T> void finish(const Tokens& to, const void* sums, int64_t columns, double scale, Range range) {
+  using A = Acc<T>;
+  constexpr int64_t lanes = kLanes<A>;
+  const int64_t stride = row_length<A>(columns);
+  for (int64_t r = range.begin; r < range.end; ++r) {
+    const A* from = static_cast<const A*>(sums) + r * stride;
+    T* row = static_cast<T*>(to.data) + (to.kept ? to.kept[r] : r) * to.row;
+    int64_t c = 0;
+    if (to.col == 1) {
+      for (; c + lanes <= columns; c += lanes) store(row + c, load(from + c) * A(scale));
+    }
+    for (; c < columns; c += lanes) {
+      T some[lanes];
+      store(some, load(from + c) * A(scale));
+      for (int64_t i = 0; i < least(lanes, columns - c); ++i) row[(c + i) * to.col] = some[i];
+    }
+  }
+}
+
+// The products are exact in float64: two float32 factors have 48 bits.
+template <typename A> double dot_rows(const A* x, const A* y, int64_t n) {
+  double sum[8] = {};
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    for (int l = 0; l < 8; ++l) sum[l] += double(x[i + l]) * double(y[i + l]);
+  }
+  for (; i < n; ++i) sum[0] += double(x[i]) * double(y[i]);
+  return ((sum[0] + sum[1]) + (sum[2] + sum[3])) + ((sum[4] + sum[5]) + (sum[6] + sum[7]));
+}
+
+template <typename T, bool kSums>
+double dot(const Tokens& x, const Tokens& y, const void* sums, int64_t columns, Range range) {
+  using A = Acc<T>;
+  constexpr int64_t kAtOnce = 512;  // columns in a row's part
+  A left[kAtOnce], right[kAtOnce];
+  double total = 0;
+  for (int64_t c = 0; c < columns; c += kAtOnce) {
+    const int64_t n = least(columns - c, kAtOnce);
+    const auto part = [&](const Tokens& t) {
+      return Tokens{static_cast<T*>(t.data) + c * t.col, t.row, t.col, t.kept};
+    };
+    for (int64_t r = range.begin; r < range.end; ++r) {
+      copy_rows<T>(part(x), r, 1, n, A(1), left, n);
+      if (!kSums) copy_rows<T>(part(y), r, 1, n, A(1), right, n);
+      const A* other = kSums ? static_cast<const A*>(sums) + r * row_length<A>(columns) + c : right;
+      total += dot_rows(left, other, n);
+    }
+  }
+  return total;
+}
+
+template <typename T> constexpr PureKernels pure_kernels_of() {
+  return {
+      [](int64_t columns) { return row_length<Acc<T>>(columns); },
+      [](const PureHead& h, bool backward) { return PureScratch<Acc<T>>(h, backward, nullptr).bytes; },
+      pure_forward<T>,
+      pure_backward<T>,
+      finish<T>,
+      [](const Tokens& x, const Tokens& y, int64_t columns, Range range) {
+        return dot<T, false>(x, y, nullptr, columns, range);
+      },
+      [](const Tokens& x, const void* sums, int64_t columns, Range range) {
+        return dot<T, true>(x, Tokens{}, sums, columns, range);
+      },
+  };
+}
+
+extern const PureKernels pure_kernels[4] = {pure_kernels_of<float>(), pure_kernels_of<double>(),
+                                            pure_kernels_of<bf16>(), pure_kernels_of<fp16>()};
+
+}  // namespace infsa::cpu::INFSA_ISA

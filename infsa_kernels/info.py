@@ -1,0 +1,56 @@
+"""`python -m infsa_kernels.info`: what is installed, how it was built, and which backends run here and why the others do not."""
+
+import platform
+
+import torch
+
+from . import __version__
+from .ops._library import explain_backend
+
+
+def describe() -> str:
+    """The report as text."""
+    lines = [
+        f"infsa_kernels  {__version__}",
+        f"torch          {torch.__version__} (CUDA {torch.version.cuda or 'none'})",
+        f"triton         {_triton_version()}",
+        f"python         {platform.python_version()} on {platform.machine()} {platform.system()}",
+        f"extension      {_extension()}",
+    ]
+    for device in _devices():
+        lines += ["", f"{device}  {_device_name(device)}"]
+        for name, reason in explain_backend(device, torch.float32, (1, 1, 1, 64)).items():
+            lines.append(f"  {name:<7} {'runs' if reason is None else 'does not run: ' + reason}")
+    return "\n".join(lines)
+
+
+def _triton_version() -> str:
+    try:
+        import triton
+    except ImportError:
+        return "not installed"
+    return triton.__version__
+
+
+def _extension() -> str:
+    try:
+        from . import _C
+    except ImportError as error:
+        return f"none ({error})"
+    return f"built for torch {_C.torch_version} with compiler {_C.compiler}, CPU kernels for {_C.cpu_isa}"
+
+
+def _devices() -> list[torch.device]:
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    return [torch.device("cpu"), *(torch.device("cuda", i) for i in gpus)]
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cpu":
+        return f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    properties = torch.cuda.get_device_properties(device)
+    return f"{properties.name}, sm_{properties.major}{properties.minor}"
+
+
+if __name__ == "__main__":
+    print(describe())
