@@ -26,7 +26,9 @@ def extensions() -> list:
     if os.environ.get("INFSA_NO_EXT") == "1":
         return []
     if sys.platform == "win32":
-        sys.exit("infsa_kernels: the C++ kernels need GCC or Clang vector extensions; set INFSA_NO_EXT=1 to install without")
+        sys.exit(
+            "infsa_kernels: the C++ kernels need GCC or Clang vector extensions; set INFSA_NO_EXT=1 to install without"
+        )
     if os.environ.get("FORCE_CUDA") == "1":
         sys.exit("infsa_kernels: FORCE_CUDA=1 asks for CUDA C++ kernels, and this version has none; unset it")
     sources = sorted(str(path) for path in Path("csrc").glob("**/*.cpp"))

@@ -1,5 +1,5 @@
-// The extension module `infsa_kernels._C`. Loading it runs the TORCH_LIBRARY_IMPL registrations of the other sources; the
-// module itself only tells how it was built, for infsa_kernels/info.py and for the check at import.
+// The extension module `infsa_kernels._C`. Loading it runs the TORCH_LIBRARY_IMPL registrations of the other sources;
+// the module itself only tells how it was built, for infsa_kernels/info.py and for the check at import.
 #include <pybind11/pybind11.h>
 #include <torch/version.h>
 

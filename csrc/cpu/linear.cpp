@@ -6,8 +6,9 @@
 // q (B,H,N,d), k (B,H,M,d), v (B,H,M,dv); out, context (B,H,dv), central_query = qbar (B,H,d), energy_sum = E and
 // score_sum = R (B,H). Saved for the backward: those four statistics, and the inputs.
 //
-// Forward and backward are two passes over the tokens each (linear_kernels.h), in chunks over all threads. Chunks depend on
-// the shape alone and their partial sums are added in their order, in double: the same bits for any number of threads.
+// Forward and backward are two passes over the tokens each (linear_kernels.h), in chunks over all threads. Chunks
+// depend on the shape alone and their partial sums are added in their order, in double: the same bits for any number of
+// threads.
 #include "linear.h"
 
 #include <ATen/Dispatch.h>
@@ -103,8 +104,8 @@ struct Plan {
   int64_t head_bytes(int64_t width) const { return s.B * s.H * width * acc_bytes + kLinearSlack; }
 
   // One pass over the tokens of units [begin, end). sums, where given, is (units, chunks, sums_size(width)).
-  void run(LinearKernels::Kernel kernel, const LinearArgs& args, int64_t begin, int64_t end, int64_t tokens, double* sums,
-           int64_t width, char* dscores) const {
+  void run(LinearKernels::Kernel kernel, const LinearArgs& args, int64_t begin, int64_t end, int64_t tokens,
+           double* sums, int64_t width, char* dscores) const {
     const int64_t size = chunk(tokens), count = chunks(tokens);
     const int64_t grain = std::max<int64_t>(1, kGrain / (std::min(size, tokens + 1) * heads * (d + dv + 1)));
     at::parallel_for(0, (end - begin) * count, grain, [&](int64_t first, int64_t last) {
@@ -145,15 +146,17 @@ double rho_of(double rho, const OptTensor& head_rho, const Sizes& s, int64_t hea
                                                        : head_rho->const_data_ptr<float>()[at]);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_fwd(const Tensor& q, const OptTensor& k_, const Tensor& v, double eps,
-                                                              double rho, const OptTensor& head_rho,
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_fwd(const Tensor& q, const OptTensor& k_, const Tensor& v,
+                                                              double eps, double rho, const OptTensor& head_rho,
                                                               const OptTensor& key_padding_mask,
                                                               const OptTensor& query_padding_mask) {
-  const Sizes s = check::forward_arguments("linear_fwd", q, k_, v, eps, rho, head_rho, key_padding_mask, query_padding_mask);
+  const Sizes s =
+      check::forward_arguments("infsa::linear", q, k_, v, eps, rho, head_rho, key_padding_mask, query_padding_mask);
   const Tensor& k = k_ ? *k_ : q;
   const auto acc = acc_dtype(q);
   Tensor out = new_cpu({s.B, s.H, s.dv}, q.scalar_type()), context = new_cpu({s.B, s.H, s.dv}, acc);
-  Tensor central_query = new_cpu({s.B, s.H, s.d}, acc), energy_sum = new_cpu({s.B, s.H}, acc), score_sum = new_cpu({s.B, s.H}, acc);
+  Tensor central_query = new_cpu({s.B, s.H, s.d}, acc), energy_sum = new_cpu({s.B, s.H}, acc),
+         score_sum = new_cpu({s.B, s.H}, acc);
 
   const Plan plan(s, q, k, v);
   const double scale = scale_of(s);
@@ -201,12 +204,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_fwd(const Tensor& q, c
   return {out, context, central_query, energy_sum, score_sum};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> linear_bwd(const Tensor& dout_, const Tensor& q, const OptTensor& k_, const Tensor& v,
-                                                      const Tensor& context_, const Tensor& central_query_,
-                                                      const Tensor& energy_sum_, const Tensor& score_sum_, double eps, double rho,
+std::tuple<Tensor, Tensor, Tensor, Tensor> linear_bwd(const Tensor& dout_, const Tensor& q, const OptTensor& k_,
+                                                      const Tensor& v, const Tensor& context_,
+                                                      const Tensor& central_query_, const Tensor& energy_sum_,
+                                                      const Tensor& score_sum_, double eps, double rho,
                                                       const OptTensor& head_rho, const OptTensor& key_padding_mask,
-                                                      const OptTensor& query_padding_mask, std::array<bool, 4> output_mask) {
-  constexpr const char* op = "linear_bwd";
+                                                      const OptTensor& query_padding_mask,
+                                                      std::array<bool, 4> output_mask) {
+  constexpr const char* op = "infsa::linear";
   const Sizes s = check::forward_arguments(op, q, k_, v, eps, rho, head_rho, key_padding_mask, query_padding_mask);
   check::dtype(op, "dout", dout_, q.scalar_type());
   check::device(op, "dout", dout_, q);
@@ -229,9 +234,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_bwd(const Tensor& dout_, const
 
   const Plan plan(s, q, k, v);
   const double scale = scale_of(s);
-  const Buffer score_query(plan.head_bytes(plan.d)), query_vector(plan.head_bytes(plan.d)), dcontext(plan.head_bytes(plan.dv));
+  const Buffer score_query(plan.head_bytes(plan.d)), query_vector(plan.head_bytes(plan.d)),
+      dcontext(plan.head_bytes(plan.dv));
   const Buffer dcontext_dot(plan.head_bytes(1)), score_scale(plan.head_bytes(1)), query_dot(plan.head_bytes(1));
-  const Buffer sums_buffer(want_dq ? plan.wave * std::max<int64_t>(plan.chunks(s.M), 1) * plan.sums_size(plan.d) * sizeof(double) : 0);
+  const Buffer sums_buffer(
+      want_dq ? plan.wave * std::max<int64_t>(plan.chunks(s.M), 1) * plan.sums_size(plan.d) * sizeof(double) : 0);
   const Tensor dscores_buffer =
       with_huge_pages(new_cpu({tied && want_dq ? plan.wave * s.N * plan.heads * plan.acc_bytes : 0}, at::kByte));
   double* sums = want_dq ? sums_buffer.as<double>() : nullptr;
@@ -244,8 +251,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_bwd(const Tensor& dout_, const
   if (want_dv) args.dv = rows_of(dv);
   args.query_mask = mask_of(query_padding_mask), args.key_mask = mask_of(key_padding_mask);
   args.H = s.H, args.d = s.d, args.dv_size = s.dv;
-  args.score_query = score_query.as<void>(), args.query_vector = query_vector.as<void>(), args.dcontext = dcontext.as<void>();
-  args.dcontext_dot = dcontext_dot.as<void>(), args.score_scale = score_scale.as<void>(), args.query_dot = query_dot.as<void>();
+  args.score_query = score_query.as<void>(), args.query_vector = query_vector.as<void>(),
+  args.dcontext = dcontext.as<void>();
+  args.dcontext_dot = dcontext_dot.as<void>(), args.score_scale = score_scale.as<void>(),
+  args.query_dot = query_dot.as<void>();
 
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, q.scalar_type(), "linear_bwd", [&] {
     using A = at::opmath_type<scalar_t>;

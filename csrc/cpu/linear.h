@@ -19,18 +19,18 @@ struct LinearMask {
   int64_t batch, token;
 };
 
-// One call. Vectors per head are (B, H, padded(d or dv)) and scalars per head (B, H), all of the accumulation type, contiguous,
-// the padding 0 and kLinearSlack bytes readable behind each of them.
+// One call. Vectors per head are (B, H, padded(d or dv)) and scalars per head (B, H), all of the accumulation type,
+// contiguous, the padding 0 and kLinearSlack bytes readable behind each of them.
 struct LinearArgs {
   LinearRows q, k, v, dq, dk, dv;
   LinearMask query_mask, key_mask;
   int64_t H, d, dv_size;
-  const void* score_query;  // s qbar: r_j = ReLU(score_query . k_j)
-  const void* dcontext;     // rho dz
-  const void* dcontext_dot; // rho dz . context
-  const void* score_scale;  // 1 / (score_sum + eps)
-  const void* query_vector; // s^2 dqbar / (energy_sum + eps)
-  const void* query_dot;    // query_vector . qbar / s
+  const void* score_query;   // s qbar: r_j = ReLU(score_query . k_j)
+  const void* dcontext;      // rho dz
+  const void* dcontext_dot;  // rho dz . context
+  const void* score_scale;   // 1 / (score_sum + eps)
+  const void* query_vector;  // s^2 dqbar / (energy_sum + eps)
+  const void* query_dot;     // query_vector . qbar / s
 };
 
 // The part of a call that one kernel call does: tokens [begin, end) of `heads` consecutive heads.
@@ -51,8 +51,14 @@ struct LinearKernels {
 };
 
 // One table per instruction set; dtype in the order float32, bfloat16, float16, float64.
-namespace portable { extern const LinearKernels linear_kernels[4]; }
-namespace avx2 { extern const LinearKernels linear_kernels[4]; }
-namespace avx512 { extern const LinearKernels linear_kernels[4]; }
+namespace portable {
+extern const LinearKernels linear_kernels[4];
+}
+namespace avx2 {
+extern const LinearKernels linear_kernels[4];
+}
+namespace avx512 {
+extern const LinearKernels linear_kernels[4];
+}
 
 }  // namespace infsa::cpu

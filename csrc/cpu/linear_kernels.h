@@ -1,17 +1,18 @@
 // Linear-InfSA on one thread: the passes over a range of tokens, for one instruction set.
 //
-//   forward, over queries   n_i = ||q_i||,  sums += n_i q_i, n_i            (u_i = s q_i, e_i = s n_i, qbar = s^2 sum n q / E)
-//   forward, over keys      r_j = ReLU(s qbar . k_j),  sums += r_j v_j, r_j
-//   backward, over keys     da_j = rho dz . v_j - rho dz . context,  dt_j = [score > 0] da_j / R
+//   forward, over queries   n_i = ||q_i||,  sums += n_i q_i, n_i            (u_i = s q_i, e_i = s n_i, qbar = s^2 sum n
+//   q / E) forward, over keys      r_j = ReLU(s qbar . k_j),  sums += r_j v_j, r_j backward, over keys     da_j = rho
+//   dz . v_j - rho dz . context,  dt_j = [score > 0] da_j / R
 //                           dv_j = r_j / R  rho dz,  dk_j = dt_j s qbar,  sums += dt_j k_j
-//   backward, over queries  dq_i = n_i f + (f . q_i - f . qbar / s) / n_i  q_i,  f = s^2 dqbar / E,  + dt_i s qbar where k is q
+//   backward, over queries  dq_i = n_i f + (f . q_i - f . qbar / s) / n_i  q_i,  f = s^2 dqbar / E,  + dt_i s qbar
+//   where k is q
 //
 // q (B,H,N,d), k (B,H,M,d), v (B,H,M,dv) of T, any strides. linear.cpp makes the vectors per head between the passes.
 //
-// Every pass is "one scalar per row, then something rank one": a row costs a dot product whose horizontal sum would dominate
-// at d = 16. So rows go in groups of as many as a vector has lanes, reduced together to one vector of scalars. A group is that
-// many consecutive tokens of one head (kOneHead: the head's vectors and sums stay in registers) or that many heads of one
-// token, which walks a (B, N, H, d) tensor in the order of its memory.
+// Every pass is "one scalar per row, then something rank one": a row costs a dot product whose horizontal sum would
+// dominate at d = 16. So rows go in groups of as many as a vector has lanes, reduced together to one vector of scalars.
+// A group is that many consecutive tokens of one head (kOneHead: the head's vectors and sums stay in registers) or that
+// many heads of one token, which walks a (B, N, H, d) tensor in the order of its memory.
 #pragma once
 
 #include "linear.h"
@@ -19,6 +20,12 @@
 
 namespace infsa::cpu::INFSA_ISA {
 namespace linear {
+#ifdef NT
+INFSA_INLINE void OSTORE(float* p, VecF32 v) { _mm512_stream_ps(p, bit_cast<__m512>(v)); }
+template <typename T> INFSA_INLINE void OSTORE(T* p, Vec<Acc<T>> v) { store(p, v); }
+#else
+#define OSTORE store
+#endif
 
 // float32 sums are flushed to double after this many tokens.
 constexpr int64_t kBlock = 128;
@@ -33,13 +40,15 @@ template <typename T> struct Group {
 };
 
 // The group of rows that starts at token n, head h.
-template <typename T, bool kOneHead> INFSA_INLINE Group<T> group_at(const LinearRows& rows, const LinearTask& task, int64_t n, int64_t h) {
+template <typename T, bool kOneHead>
+INFSA_INLINE Group<T> group_at(const LinearRows& rows, const LinearTask& task, int64_t n, int64_t h) {
   return {static_cast<T*>(rows.data) + task.batch * rows.batch + (task.head + h) * rows.head + n * rows.token,
           kOneHead ? rows.token : rows.head};
 }
 
 // Copies rows that are no whole vectors (odd d, strided channels) to a tile that is, zero padded, ...
-template <typename T> INFSA_INLINE void pack(Group<T> from, int64_t channel, int64_t rows, int64_t d, Group<Acc<T>> tile) {
+template <typename T>
+INFSA_INLINE void pack(Group<T> from, int64_t channel, int64_t rows, int64_t d, Group<Acc<T>> tile) {
   constexpr int64_t lanes = kLanes<Acc<T>>;
   for (int64_t r = 0; r < rows; ++r) {
     const T* row = from.data + r * from.stride;
@@ -58,7 +67,8 @@ template <typename T> INFSA_INLINE void pack(Group<T> from, int64_t channel, int
 }
 
 // ... and back.
-template <typename T> INFSA_INLINE void unpack(Group<Acc<T>> tile, int64_t rows, int64_t d, Group<T> to, int64_t channel) {
+template <typename T>
+INFSA_INLINE void unpack(Group<Acc<T>> tile, int64_t rows, int64_t d, Group<T> to, int64_t channel) {
   constexpr int64_t lanes = kLanes<Acc<T>>;
   for (int64_t r = 0; r < rows; ++r) {
     T* row = to.data + r * to.stride;
@@ -75,16 +85,28 @@ template <typename T> INFSA_INLINE void unpack(Group<Acc<T>> tile, int64_t rows,
   }
 }
 
-// Asks for the rows that come kAhead bytes later in the walk over tokens. The hardware's prefetchers stop at each 4 KB page,
-// and the arithmetic of one token fills the out-of-order window before it reaches the next page by itself.
-template <bool kOneHead, typename T>
-INFSA_INLINE void prefetch(Group<T> x, const LinearRows& of, int64_t rows, int64_t vecs) {
-  constexpr int64_t kAhead = INFSA_AHEAD, line = 64 / sizeof(T);
-  const T* ahead = x.data + (kOneHead ? kAhead / int64_t(sizeof(T)) : of.token * INFSA_TOK);
-  for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t c = 0; c < vecs * kLanes<Acc<T>>; c += line) __builtin_prefetch(ahead + r * x.stride + c);
+// Asks for the rows that come about kAhead bytes later in the walk over tokens. The hardware's prefetchers stop at each
+// 4 KB page, and the arithmetic of one group fills the out-of-order window long before it reaches the next page by
+// itself.
+template <typename V> struct Prefetch {
+  using T = typename V::T;
+  static constexpr int64_t kAhead = 8 << 10, kLine = 64 / sizeof(T);
+  int64_t size, offset;
+
+  Prefetch(const LinearRows& rows, const LinearTask& task, int64_t d) : size(d) {
+    const int64_t token_bytes = task.heads * d * int64_t(sizeof(T)) + 1;
+    offset = (kAhead / token_bytes + 1) * rows.token;
   }
-}
+
+  INFSA_INLINE void operator()(Group<T> x, int64_t rows) const {
+    if constexpr (!V::kPacked) {
+      const int64_t n = V::kVecs ? V::kVecs * kLanes<Acc<T>> : size;
+      for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t c = 0; c < n; c += kLine) __builtin_prefetch(x.data + r * x.stride + offset + c);
+      }
+    }
+  }
+};
 
 // Lane r: row r . vector r, the vectors `vector_stride` apart (0: the same for all).
 template <typename E, typename A>
@@ -136,13 +158,13 @@ INFSA_INLINE void add_weighted(A* sums, int64_t sums_stride, Group<E> x, Vec<A> 
 }
 
 // row r = weight r * vector r.
-template <typename E, typename A>
-INFSA_INLINE void write_rank_one(Group<E> out, Vec<A> weight, const A* vector, int64_t vector_stride, int64_t rows, int64_t vecs) {
+template <typename E, typename A> INFSA_INLINE void write_rank_one(Group<E> out, Vec<A> weight, const A* vector,
+                                                                   int64_t vector_stride, int64_t rows, int64_t vecs) {
   A w[kLanes<A>];
   store(w, weight);
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t c = 0; c < vecs; ++c)
-      store(out.data + r * out.stride + c * kLanes<A>, w[r] * load(vector + r * vector_stride + c * kLanes<A>));
+      OSTORE(out.data + r * out.stride + c * kLanes<A>, w[r] * load(vector + r * vector_stride + c * kLanes<A>));
   }
 }
 
@@ -163,7 +185,8 @@ INFSA_INLINE void for_groups(int64_t begin, int64_t end, int64_t heads, const Bo
 
 // Calls counted(begin, end) and ignored(begin, end) for the runs of tokens that the mask makes.
 template <typename Counted, typename Ignored>
-INFSA_INLINE void for_runs(const LinearMask& mask, int64_t batch, int64_t begin, int64_t end, const Counted& counted, const Ignored& ignored) {
+INFSA_INLINE void for_runs(const LinearMask& mask, int64_t batch, int64_t begin, int64_t end, const Counted& counted,
+                           const Ignored& ignored) {
   if (!mask.data) return counted(begin, end);
   const bool* ignore = mask.data + batch * mask.batch;
   while (begin < end) {
@@ -179,8 +202,8 @@ INFSA_INLINE void for_runs(const LinearMask& mask, int64_t batch, int64_t begin,
   }
 }
 
-// How the kernels below are compiled: T the dtype in memory, kVecs the vectors per row (0: known at run time), kPacked through
-// tiles of the accumulation type, which takes any d and any stride between channels.
+// How the kernels below are compiled: T the dtype in memory, kVecs the vectors per row (0: known at run time), kPacked
+// through tiles of the accumulation type, which takes any d and any stride between channels.
 template <typename T_, bool kOneHead_, int kVecs_, bool kPacked_> struct Variant {
   using T = T_;
   using A = Acc<T>;
@@ -199,7 +222,8 @@ template <typename A> struct Scratch {
 
 // Runs group(n, h, rows) over the tokens that count, block by block, with the sums it adds to flushed to double.
 template <typename V, typename Group, typename Ignored>
-INFSA_INLINE void for_blocks(const LinearTask& task, const LinearMask& mask, int64_t width, const Group& group, const Ignored& ignored) {
+INFSA_INLINE void for_blocks(const LinearTask& task, const LinearMask& mask, int64_t width, const Group& group,
+                             const Ignored& ignored) {
   using A = typename V::A;
   constexpr int64_t lanes = kLanes<A>;
   A* sums = static_cast<A*>(task.scratch);
@@ -222,8 +246,8 @@ INFSA_INLINE void for_blocks(const LinearTask& task, const LinearMask& mask, int
 }
 
 // Sums of y weighted by the norm of x (kNorm) or by x's positive score: both passes of the forward.
-template <typename V, bool kNorm>
-void forward(const LinearArgs& args, const LinearTask& task, const LinearRows& x_rows, const LinearRows& y_rows, const LinearMask& mask) {
+template <typename V, bool kNorm> void forward(const LinearArgs& args, const LinearTask& task, const LinearRows& x_rows,
+                                               const LinearRows& y_rows, const LinearMask& mask) {
   using T = typename V::T;
   using A = typename V::A;
   constexpr int64_t lanes = kLanes<A>;
@@ -234,13 +258,15 @@ void forward(const LinearArgs& args, const LinearTask& task, const LinearRows& x
   A* sums = static_cast<A*>(task.scratch);
   A* weight_sums = sums + task.heads * width;
   A* tiles = sums + layout.sums_size;
+  const Prefetch<V> prefetch_x(x_rows, task, args.d), prefetch_y(y_rows, task, y_size);
 
   for_blocks<V>(
       task, mask, width,
       [&](int64_t n, int64_t h, int64_t rows) __attribute__((always_inline)) {
-        auto x_group = group_at<T, V::kOneHead>(x_rows, task, n, h), y_group = group_at<T, V::kOneHead>(y_rows, task, n, h);
-        prefetch<V::kOneHead>(x_group, x_rows, rows, x_vecs);
-        if (!kNorm) prefetch<V::kOneHead>(y_group, y_rows, rows, y_vecs);
+        auto x_group = group_at<T, V::kOneHead>(x_rows, task, n, h),
+             y_group = group_at<T, V::kOneHead>(y_rows, task, n, h);
+        prefetch_x(x_group, rows);
+        if (!kNorm) prefetch_y(y_group, rows);
         const auto sum = [&](auto x, auto y) __attribute__((always_inline)) {
           Vec<A> weight;
           if constexpr (kNorm) {
@@ -264,8 +290,8 @@ void forward(const LinearArgs& args, const LinearTask& task, const LinearRows& x
 }
 
 // Rows of ignored tokens: weight * vector, or 0 without weights. Not hot, so one way for every layout.
-template <typename T, bool kOneHead>
-void write_ignored(const LinearRows& rows, const LinearTask& task, int64_t begin, int64_t end, int64_t d, const Acc<T>* vector) {
+template <typename T, bool kOneHead> void write_ignored(const LinearRows& rows, const LinearTask& task, int64_t begin,
+                                                        int64_t end, int64_t d, const Acc<T>* vector) {
   using A = Acc<T>;
   constexpr int64_t lanes = kLanes<A>;
   const A* weights = static_cast<const A*>(task.dscores);
@@ -299,14 +325,19 @@ template <typename V> void backward_keys(const LinearArgs& args, const LinearTas
   A* sums = static_cast<A*>(task.scratch);
   A* tiles = sums + layout.sums_size;
   const bool want_dscores = task.sums || args.dk.data;
+  const Prefetch<V> prefetch_k(args.k, task, args.d), prefetch_v(args.v, task, args.dv_size);
 
   for_blocks<V>(
       task, args.key_mask, layout.d,
       [&](int64_t n, int64_t h, int64_t rows) __attribute__((always_inline)) {
-        const auto at = [&](const LinearRows& r) __attribute__((always_inline)) { return group_at<T, kOneHead>(r, task, n, h); };
+        const auto at = [&](const LinearRows& r)
+                            __attribute__((always_inline)) { return group_at<T, kOneHead>(r, task, n, h); };
         const A* h_score_query = score_query + h * layout.d;
         const A* h_dcontext = dcontext + h * layout.dv;
-        const auto per_head = [&](const A* p) __attribute__((always_inline)) { return kOneHead ? broadcast(*p) : load(p + h); };
+        const auto per_head = [&](const A* p)
+                                  __attribute__((always_inline)) { return kOneHead ? broadcast(*p) : load(p + h); };
+        prefetch_k(at(args.k), rows);
+        if (want_dscores) prefetch_v(at(args.v), rows);
         // Outputs go last and each through v's tile, which nobody needs by then; k's is read once more for the sums.
         const Group<A> d_tile{tiles, layout.d}, dv_tile{tiles + lanes * layout.d, layout.dv};
 
@@ -319,7 +350,10 @@ template <typename V> void backward_keys(const LinearArgs& args, const LinearTas
             const Vec<A> dscore = score <= 0 ? Vec<A>{} : dweight * per_head(score_scale);
             if (dscores) {
               A* to = dscores + n * task.heads + h;
-              if (rows == lanes) store(to, dscore); else store_first(to, dscore, rows);
+              if (rows == lanes)
+                store(to, dscore);
+              else
+                store_first(to, dscore, rows);
             }
             if (task.sums) add_weighted<kOneHead>(sums + h * layout.d, layout.d, k, dscore, rows, d_vecs);
             if (args.dk.data) {
@@ -369,15 +403,19 @@ template <typename V> void backward_queries(const LinearArgs& args, const Linear
   const int64_t stride = kOneHead ? 0 : layout.d;
   const A* dscores = static_cast<const A*>(task.dscores);
   A* tile_data = static_cast<A*>(task.scratch) + layout.sums_size;
+  const Prefetch<V> prefetch_q(args.q, task, args.d);
 
   for_blocks<V>(
       task, args.query_mask, layout.d,
       [&](int64_t n, int64_t h, int64_t rows) __attribute__((always_inline)) {
-        const auto q_group = group_at<T, kOneHead>(args.q, task, n, h), dq_group = group_at<T, kOneHead>(args.dq, task, n, h);
+        const auto q_group = group_at<T, kOneHead>(args.q, task, n, h),
+                   dq_group = group_at<T, kOneHead>(args.dq, task, n, h);
+        prefetch_q(q_group, rows);
         const auto differentiate = [&](auto q, auto dq) __attribute__((always_inline)) {
           const Vec<A> norm = norms<A>(q, rows, vecs);
           const Vec<A> dot = dots(q, query_vector + h * layout.d, stride, rows, vecs);
-          const Vec<A> along = norm == 0 ? Vec<A>{} : (dot - (kOneHead ? broadcast(*query_dot) : load(query_dot + h))) / norm;
+          const Vec<A> along =
+              norm == 0 ? Vec<A>{} : (dot - (kOneHead ? broadcast(*query_dot) : load(query_dot + h))) / norm;
           A norm_of[lanes], along_of[lanes], dscore_of[lanes];
           store(norm_of, norm);
           store(along_of, along);
@@ -388,9 +426,10 @@ template <typename V> void backward_queries(const LinearArgs& args, const Linear
           for (int64_t r = 0; r < rows; ++r) {
             for (int64_t c = 0; c < vecs; ++c) {
               const int64_t in_head = h * layout.d + r * stride + c * lanes;
-              Vec<A> out = norm_of[r] * load(query_vector + in_head) + along_of[r] * load(q.data + r * q.stride + c * lanes);
+              Vec<A> out =
+                  norm_of[r] * load(query_vector + in_head) + along_of[r] * load(q.data + r * q.stride + c * lanes);
               if (dscores) out += dscore_of[r] * load(score_query + in_head);
-              store(dq.data + r * dq.stride + c * lanes, out);
+              OSTORE(dq.data + r * dq.stride + c * lanes, out);
             }
           }
         };
@@ -421,19 +460,23 @@ struct FwdKeys {
 };
 
 struct BwdKeys {
-  template <typename V> static void run(const LinearArgs& args, const LinearTask& task) { backward_keys<V>(args, task); }
+  template <typename V> static void run(const LinearArgs& args, const LinearTask& task) {
+    backward_keys<V>(args, task);
+  }
 };
 
 struct BwdQueries {
-  template <typename V> static void run(const LinearArgs& args, const LinearTask& task) { backward_queries<V>(args, task); }
+  template <typename V> static void run(const LinearArgs& args, const LinearTask& task) {
+    backward_queries<V>(args, task);
+  }
 };
 
-template <typename Kernel, typename T, bool kOneHead> INFSA_INLINE void run_variant(const LinearArgs& args, const LinearTask& task) {
+template <typename Kernel, typename T, bool kOneHead>
+INFSA_INLINE void run_variant(const LinearArgs& args, const LinearTask& task) {
   constexpr int64_t lanes = kLanes<Acc<T>>;
   bool packed = args.d % lanes || args.dv_size % lanes;
   const LinearRows* const all[] = {&args.q, &args.k, &args.v, &args.dq, &args.dk, &args.dv};
-  for (const LinearRows* rows : all)
-    packed |= rows->data && rows->channel != 1;
+  for (const LinearRows* rows : all) packed |= rows->data && rows->channel != 1;
   const int64_t vecs = args.d == args.dv_size ? args.d / lanes : 0;
   if (packed) return Kernel::template run<Variant<T, kOneHead, 0, true>>(args, task);
   if (vecs == 1) return Kernel::template run<Variant<T, kOneHead, 1, false>>(args, task);
@@ -456,6 +499,6 @@ template <typename T> constexpr LinearKernels table() {
 }  // namespace linear
 
 const LinearKernels linear_kernels[4] = {linear::table<float>(), linear::table<bf16>(), linear::table<fp16>(),
-                                                linear::table<double>()};
+                                         linear::table<double>()};
 
 }  // namespace infsa::cpu::INFSA_ISA

@@ -221,7 +221,7 @@ double sum(const double* x, int64_t n) {
 std::tuple<Tensor, Tensor> pure_fwd(const Tensor& q, const OptTensor& k, const Tensor& v, double eps, double rho,
                                     const OptTensor& head_rho, const OptTensor& key_padding_mask,
                                     const OptTensor& query_padding_mask) {
-  const Call call("pure_fwd", q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask);
+  const Call call("infsa::pure", q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask);
   const auto [B, H, N, M, d, dv] = call.size;
   const bool token_major = q.stride(1) < q.stride(2);
   Tensor out =
@@ -261,7 +261,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pure_bwd(const Tensor& dout, const Te
                                                     const OptTensor& key_padding_mask,
                                                     const OptTensor& query_padding_mask,
                                                     std::array<bool, 4> output_mask) {
-  const char* op = "pure_bwd";
+  const char* op = "infsa::pure";
   const Call call(op, q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask);
   const auto [B, H, N, M, d, dv] = call.size;
   for (const auto& [name, t] : {std::pair<const char*, const Tensor&>("dout", dout), {"out", out}}) {

@@ -1,8 +1,8 @@
 // The vector type of one instruction set, with loads that convert to the accumulation type and stores that round back.
 //
-// Included by isa_<set>.cpp only, which names the set (INFSA_ISA), its register width (INFSA_VEC_BYTES) and the compiler
-// target. Everything lives in that set's namespace and nothing here may use a std:: template: an inline function compiled
-// for AVX-512 must never be the copy that the linker keeps for a machine without it.
+// Included by isa_<set>.cpp only, which names the set (INFSA_ISA), its register width (INFSA_VEC_BYTES) and the
+// compiler target. Everything lives in that set's namespace and nothing here may use a std:: template: an inline
+// function compiled for AVX-512 must never be the copy that the linker keeps for a machine without it.
 #pragma once
 
 #include <stdint.h>
@@ -22,12 +22,20 @@
 
 namespace infsa::cpu::INFSA_ISA {
 
-struct bf16 { uint16_t bits; };
-struct fp16 { uint16_t bits; };
+struct bf16 {
+  uint16_t bits;
+};
+struct fp16 {
+  uint16_t bits;
+};
 
 // Accumulation type: float32, or float64 for float64 input.
-template <typename T> struct AccOf { using type = float; };
-template <> struct AccOf<double> { using type = double; };
+template <typename T> struct AccOf {
+  using type = float;
+};
+template <> struct AccOf<double> {
+  using type = double;
+};
 template <typename T> using Acc = typename AccOf<T>::type;
 
 typedef float VecF32 __attribute__((vector_size(INFSA_VEC_BYTES)));
@@ -38,8 +46,12 @@ typedef uint16_t HalfU16 __attribute__((vector_size(INFSA_VEC_BYTES / 2)));
 typedef float HalfF32 __attribute__((vector_size(INFSA_VEC_BYTES / 2)));
 
 template <typename A> struct VecOf;
-template <> struct VecOf<float> { using type = VecF32; };
-template <> struct VecOf<double> { using type = VecF64; };
+template <> struct VecOf<float> {
+  using type = VecF32;
+};
+template <> struct VecOf<double> {
+  using type = VecF64;
+};
 template <typename A> using Vec = typename VecOf<A>::type;
 template <typename A> constexpr int kLanes = INFSA_VEC_BYTES / sizeof(A);
 
@@ -54,7 +66,8 @@ template <typename To, typename From> INFSA_INLINE To bit_cast(From from) {
 
 template <typename A> INFSA_INLINE Vec<A> broadcast(A x) { return x - Vec<A>{}; }
 
-// ReLU that keeps NaN, as torch's does: the x86 maximum returns its second operand when either is NaN, so x stands second.
+// ReLU that keeps NaN, as torch's does: the x86 maximum returns its second operand when either is NaN, so x stands
+// second.
 INFSA_INLINE VecF32 relu(VecF32 x) {
 #if INFSA_VEC_BYTES == 64
   return bit_cast<VecF32>(_mm512_max_ps(_mm512_setzero_ps(), bit_cast<__m512>(x)));
@@ -121,7 +134,8 @@ INFSA_INLINE VecF32 load(const fp16* p) {
 #elif INFSA_VEC_BYTES == 32
   return bit_cast<VecF32>(_mm256_cvtph_ps(bit_cast<__m128i>(half)));
 #else
-  // Exponent and mantissa shifted into place are 2^-112 too small, subnormals included; Inf and NaN need their exponent back.
+  // Exponent and mantissa shifted into place are 2^-112 too small, subnormals included; Inf and NaN need their exponent
+  // back.
   const VecU32 bits = __builtin_convertvector(half, VecU32);
   const VecU32 magnitude = bits & 0x7fff;
   VecU32 f = bit_cast<VecU32>(bit_cast<VecF32>(magnitude << 13) * 0x1p112f);
@@ -179,19 +193,23 @@ template <typename T> INFSA_INLINE void store_first(T* p, Vec<Acc<T>> v, int64_t
   for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
 }
 
-// x's sums of neighbours, then y's. A neighbour is one lane within each 16 bytes (a shuffle that stays in its 128-bit lane),
-// or 16 bytes within the whole vector.
-template <bool kWithin16Bytes, typename V, int... i> INFSA_INLINE V pair_sums(V x, V y, std::integer_sequence<int, i...>) {
+// x's sums of neighbours, then y's. A neighbour is one lane within each 16 bytes (a shuffle that stays in its 128-bit
+// lane), or 16 bytes within the whole vector.
+template <bool kWithin16Bytes, typename V, int... i>
+INFSA_INLINE V pair_sums(V x, V y, std::integer_sequence<int, i...>) {
   constexpr int lanes = sizeof...(i), lanes16 = 16 * lanes / int(sizeof(V));
   constexpr int span = kWithin16Bytes ? lanes16 : lanes, unit = kWithin16Bytes ? 1 : lanes16, half = span / unit / 2;
   return __builtin_shufflevector(
-             x, y, (i % span / unit / half * lanes + i / span * span + i % span / unit % half * 2 * unit + i % unit)...) +
-         __builtin_shufflevector(
-             x, y, (i % span / unit / half * lanes + i / span * span + (i % span / unit % half * 2 + 1) * unit + i % unit)...);
+             x, y,
+             (i % span / unit / half * lanes + i / span * span + i % span / unit % half * 2 * unit + i % unit)...) +
+         __builtin_shufflevector(x, y,
+                                 (i % span / unit / half * lanes + i / span * span +
+                                  (i % span / unit % half * 2 + 1) * unit + i % unit)...);
 }
 
 // Lane i of the result is the sum of the lanes of row(i): one vector of sums for the price of lanes - 1 pair sums.
-template <typename A, int kFirst = 0, int kRows = kLanes<A>, typename Row> INFSA_INLINE Vec<A> sum_rows(const Row& row) {
+template <typename A, int kFirst = 0, int kRows = kLanes<A>, typename Row>
+INFSA_INLINE Vec<A> sum_rows(const Row& row) {
   if constexpr (kRows == 1) {
     return row(kFirst);
   } else {

@@ -47,7 +47,7 @@ def backward(
         dscores = (gain * dout_v - c * scores).masked_fill_(scores <= 0, 0)
         if want_q:
             du[:, :, block] = dscores @ kappa
-        if want_k or want_q and k is None:
+        if want_k or (want_q and k is None):
             dkappa += dscores.mT @ u[:, :, block]
         if want_v:
             dv += scores.mT @ dout[:, :, block]

@@ -12,6 +12,20 @@ from torch import Tensor
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+def python_types(op, q, k, v, rho, eps, key_padding_mask, query_padding_mask):
+    """What the dispatcher would refuse with a RuntimeError about schemas."""
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{op}: {name} is a {type(t).__name__}, expected a Tensor")
+    for name, t in (("key_padding_mask", key_padding_mask), ("query_padding_mask", query_padding_mask)):
+        if t is not None and not isinstance(t, Tensor):
+            raise TypeError(f"{op}: {name} is a {type(t).__name__}, expected a Tensor of torch.bool or None")
+    if not (isinstance(rho, (int, float, Tensor)) or hasattr(rho, "__float__")):
+        raise TypeError(f"{op}: rho is a {type(rho).__name__}, expected a number or a Tensor")
+    if not (isinstance(eps, (int, float)) or hasattr(eps, "__float__")):
+        raise TypeError(f"{op}: eps is a {type(eps).__name__}, expected a number")
+
+
 def acc_dtype(q: Tensor) -> torch.dtype:
     """The dtype of sums and statistics: float32, or float64 for float64 input."""
     return torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -28,7 +42,7 @@ def forward_arguments(op, q, k, v, eps, rho, head_rho, key_padding_mask, query_p
     for name, t, _ in others:
         _dtype(op, name, t, q.dtype)
     for name, t, _ in others:
-        _device(op, name, t, q)
+        device(op, name, t, q)
     for name, t, letters in [("q", q, "(B, H, N, d)"), *others]:
         if t.dim() != 4:
             raise ValueError(f"{op}: {name} has shape {list(t.shape)}, expected {letters}; view it with 4 dimensions")
@@ -51,21 +65,21 @@ def forward_arguments(op, q, k, v, eps, rho, head_rho, key_padding_mask, query_p
 def like_q(op, name, t, q, expected, letters):
     """dout, and whatever else has the dtype of q."""
     _dtype(op, name, t, q.dtype)
-    _device(op, name, t, q)
+    device(op, name, t, q)
     _shape(op, name, t, expected, letters)
 
 
 def statistic(op, name, t, q, expected, letters):
     """A float32/float64 tensor that an op made and takes back, or head_rho."""
     _dtype(op, name, t, acc_dtype(q))
-    _device(op, name, t, q)
+    device(op, name, t, q)
     _shape(op, name, t, expected, letters)
 
 
 def _mask(op, name, t, q, expected, letters):
     if t is not None:
         _dtype(op, name, t, torch.bool)
-        _device(op, name, t, q)
+        device(op, name, t, q)
         _shape(op, name, t, expected, letters)
 
 
@@ -74,11 +88,17 @@ def _dtype(op, name, t, expected):
         raise TypeError(f"{op}: {name} has dtype {t.dtype}, expected {expected}; convert it with .to({expected})")
 
 
-def _device(op, name, t, q):
+def device(op, name, t, q):
     if t.device != q.device:
-        raise ValueError(
-            f"{op}: {name} is on {t.device}, expected {q.device}, where q is; move it with .to(q.device)"
-        )
+        raise ValueError(f"{op}: {name} is on {t.device}, expected {q.device}, where q is; move it with .to(q.device)")
+
+
+def three_dimensions(op, q, k, v):
+    """q (B*H, N, d), k and v, before they are viewed with four dimensions, so that errors name the shapes given."""
+    heads, _, d = q.shape
+    M = k.shape[1]
+    _shape(op, "k", k, (heads, M, d), "(B*H, M, d)")
+    _shape(op, "v", v, (heads, M, v.shape[2]), "(B*H, M, dv)")
 
 
 def _shape(op, name, t, expected, letters):

@@ -83,15 +83,21 @@ def _why_no_triton() -> str | None:
 def _why_not_triton(device: torch.device, dtype: torch.dtype, shape: Sequence[int]) -> str | None:
     if device.type == "cpu":
         if os.environ.get("TRITON_INTERPRET") != "1":
-            return "the tensors are on the CPU, where Triton runs only as an interpreter, for tests (TRITON_INTERPRET=1)"
+            return (
+                "the tensors are on the CPU, where Triton runs only as an interpreter, for tests (TRITON_INTERPRET=1)"
+            )
     elif device.type != "cuda":
         return f"the tensors are on {device}, not on a GPU"
     elif not torch.cuda.is_available():
         return "torch sees no GPU (torch.cuda.is_available() is False)"
     elif torch.version.hip is None and (capability := torch.cuda.get_device_capability(device)) < (8, 0):
-        return f"{device} has compute capability {capability[0]}.{capability[1]}, the kernels need 8.0 (Ampere) or newer"
+        return (
+            f"{device} has compute capability {capability[0]}.{capability[1]}, the kernels need 8.0 (Ampere) or newer"
+        )
     if dtype == torch.float64:
-        return "float64 has no Triton kernel: it is there to check gradients, for which the eager backend is exact enough"
+        return (
+            "float64 has no Triton kernel: it is there to check gradients, for which the eager backend is exact enough"
+        )
     if shape[3] > LARGEST_TRITON_HEAD_DIM:
         return f"head_dim {shape[3]} is above {LARGEST_TRITON_HEAD_DIM}"
     return _why_no_triton()
@@ -130,9 +136,7 @@ def _warn_of_fallback(used: str, wanted: str, reason: str) -> None:
     global _warned_of_fallback
     if not _warned_of_fallback:
         _warned_of_fallback = True
-        warnings.warn(
-            f"infsa_kernels runs its slower {used!r} backend: {wanted!r} cannot run: {reason}", stacklevel=4
-        )
+        warnings.warn(f"infsa_kernels runs its slower {used!r} backend: {wanted!r} cannot run: {reason}", stacklevel=4)
 
 
 class backend(TorchFunctionMode):
@@ -159,9 +163,26 @@ class backend(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _takes_backend and len(args) <= _BACKEND_ARGUMENT and not kwargs.get("backend"):
             kwargs = {**kwargs, "backend": self.name}
+        elif func in _RUN_BACKWARD and not torch.compiler.is_compiling() and not backend_of_backward():
+            # They run with this mode off, and with them whatever is recomputed for them, as by torch.utils.checkpoint.
+            torch._C._stash_obj_in_tls(_BACKEND_OF_BACKWARD, self.name)
+            try:
+                return func(*args, **kwargs)
+            finally:
+                torch._C._stash_obj_in_tls(_BACKEND_OF_BACKWARD, "")
         return func(*args, **kwargs)
 
 
 # The public operators (packets and overloads) and the position of their `backend` argument.
 _takes_backend: set = set()
 _BACKEND_ARGUMENT = 7
+
+_RUN_BACKWARD = {torch.Tensor.backward, torch.autograd.backward, torch.autograd.grad}
+
+# Kept where autograd carries it over to the threads that it runs backward on.
+_BACKEND_OF_BACKWARD = "infsa_kernels.backend_of_backward"
+
+
+def backend_of_backward() -> str:
+    """The backend that was asked for around the backward pass in which we are; "" if none, or in no backward pass."""
+    return torch._C._get_obj_in_tls(_BACKEND_OF_BACKWARD) if torch._C._is_key_in_tls(_BACKEND_OF_BACKWARD) else ""

@@ -10,6 +10,7 @@ asks for a backend and calls that backend's raw forward op. Autograd, vmap and f
 """
 
 import contextlib
+import functools
 
 import torch
 from torch import Tensor
@@ -20,10 +21,12 @@ from torch.autograd.function import _SingleLevelFunction
 from torch.utils.flop_counter import register_flop_formula
 
 from . import _check, _dtensor
-from ._library import _takes_backend, choose_backend, library, SUFFIXES
+from ._library import SUFFIXES, _takes_backend, backend_of_backward, choose_backend, library
 
 _ARGUMENTS = "Tensor? key_padding_mask=None, Tensor? query_padding_mask=None, str backend='') -> Tensor"
 _RAW_ARGUMENTS = "float eps, float rho, Tensor? head_rho, Tensor? key_padding_mask, Tensor? query_padding_mask"
+
+_AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU).add(torch._C.DispatchKey.AutocastCUDA)
 
 
 class Operator:
@@ -40,6 +43,7 @@ class Operator:
     def __init__(
         self, name, *, reference, outputs, saved, fake_forward, fake_backward, flops_forward, flops_backward
     ):  # fmt: skip
+        self.op = f"infsa::{name}"
         self.name, self.reference, self.outputs, self.saved = name, reference, outputs, saved
         self.fakes = fake_forward, fake_backward
         self.flops = flops_forward, flops_backward
@@ -49,10 +53,11 @@ class Operator:
         packet = getattr(torch.ops.infsa, name)
         self.tensor_rho, self.scalar_rho = packet.default, packet.scalar_rho
         for overload in (packet.default, packet.scalar_rho):
+            autocasts = {device: self._autocast(overload, device) for device in ("cpu", "cuda")}
+            for device, autocast in autocasts.items():
+                library.impl(overload, autocast, f"Autocast{device.upper()}")
             library.impl(overload, self._call, "CompositeImplicitAutograd")
-            library.impl(overload, self._call, "FuncTorchBatched")
-            for device in ("cpu", "cuda"):
-                library.impl(overload, self._autocast(overload, device), f"Autocast{device.upper()}")
+            library.impl(overload, self._batched(autocasts), "FuncTorchBatched")
         _takes_backend.update((packet, packet.default, packet.scalar_rho))
         for suffix in dict.fromkeys(SUFFIXES.values()):
             self._define_raw(suffix)
@@ -64,29 +69,47 @@ class Operator:
     def implement(self, backend: str, key: str, forward, backward) -> None:
         """Registers a backend written in Python for a dispatch key."""
         for direction, function in (("fwd", forward), ("bwd", backward)):
-            library.impl(f"{self.name}_{direction}{SUFFIXES[backend]}", function, key)
+            library.impl(f"{self.name}_{direction}{SUFFIXES[backend]}", _without_autocast(function), key)
 
     def _call(self, q, k, v, eps=1e-6, rho=None, key_padding_mask=None, query_padding_mask=None, backend=""):
         _dtensor.register_waiting()
+        self._check_layout(q, k, v, rho, key_padding_mask, query_padding_mask)
         unbatched = q.dim() == 3 and k.dim() == 3 and v.dim() == 3
         tied = k is q
         if unbatched:
+            _check.three_dimensions(self.op, q, k, v)
             q, v = q.unsqueeze(1), v.unsqueeze(1)
             k = q if tied else k.unsqueeze(1)
-        self._check_layout(q, k, v)
         rho, head_rho = self._split_rho(rho, q, unbatched)
-        name = choose_backend(q.device, q.dtype, q.shape, backend)
+        name = choose_backend(q.device, q.dtype, q.shape, backend or backend_of_backward())
         forward = self.forwards[SUFFIXES[name]]
         k = None if tied else k
         with _without_autograd_if_unused(q, k, v, head_rho):
             out = forward(q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask)[0]
         return out.squeeze(1) if unbatched else out
 
-    def _check_layout(self, q, k, v) -> None:
-        for name, t in (("q", q), ("k", k), ("v", v)):
-            if t.layout != torch.strided or t.is_quantized or t.is_nested:
-                kind = "nested tensor" if t.is_nested else "quantized tensor" if t.is_quantized else f"{t.layout} tensor"
-                raise TypeError(f"infsa::{self.name}: {name} is a {kind}, expected a dense strided one; densify it first")
+    def check_scores(self, q, k, rho, eps, key_padding_mask, query_padding_mask) -> None:
+        """The checks of the operator for its scores, which have no v."""
+        _check.python_types(self.op, q, k, k, rho, eps, key_padding_mask, query_padding_mask)
+        self._check_layout(q, k, k, rho, key_padding_mask, query_padding_mask)
+        unbatched = q.dim() == 3 and k.dim() == 3
+        if unbatched:
+            _check.three_dimensions(self.op, q, k, k)
+            q, k = q.unsqueeze(1), k.unsqueeze(1)
+        rho, head_rho = self._split_rho(rho, q, unbatched)
+        _check.forward_arguments(self.op, q, k, k, eps, rho, head_rho, key_padding_mask, query_padding_mask)
+
+    def _check_layout(self, q, k, v, rho, key_padding_mask, query_padding_mask) -> None:
+        masks = ("key_padding_mask", key_padding_mask), ("query_padding_mask", query_padding_mask)
+        for name, t in (("q", q), ("k", k), ("v", v), ("rho", rho), *masks):
+            if not isinstance(t, Tensor):
+                if name in ("q", "k", "v"):
+                    raise TypeError(f"{self.op}: {name} is None, expected a Tensor")
+            elif t.layout != torch.strided or t.is_quantized or t.is_nested:
+                kind = (
+                    "nested tensor" if t.is_nested else "quantized tensor" if t.is_quantized else f"{t.layout} tensor"
+                )
+                raise TypeError(f"{self.op}: {name} is a {kind}, expected a dense strided one; densify it first")
 
     def _split_rho(self, rho, q, unbatched) -> tuple[float, Tensor | None]:
         """rho as a number times a (B, H) tensor of the accumulation dtype, through which its gradient flows."""
@@ -94,33 +117,39 @@ class Operator:
             return 1.0 if rho is None else rho, None
         heads = q.shape[0 if unbatched else 1] if q.dim() == 4 else 1
         if not rho.is_floating_point():
-            raise TypeError(f"infsa::{self.name}: rho has dtype {rho.dtype}, expected a floating dtype; convert it with .to()")
+            raise TypeError(f"{self.op}: rho has dtype {rho.dtype}, expected a floating dtype; convert it with .to()")
         if rho.shape not in ((), (1,), (heads,)):
             letters = "(B*H,)" if unbatched else "(H,)"
             raise ValueError(
-                f"infsa::{self.name}: rho has shape {list(rho.shape)}, expected [], [1] or {letters} = [{heads}]; "
+                f"{self.op}: rho has shape {list(rho.shape)}, expected [], [1] or {letters} = [{heads}]; "
                 "give one value, or one per head"
             )
+        _check.device(self.op, "rho", rho, q)
         head_rho = rho.to(_check.acc_dtype(q))
         if unbatched and rho.dim() == 1:
             head_rho = head_rho.unsqueeze(-1)
         return 1.0, head_rho.expand(q.shape[:2]) if q.dim() == 4 else head_rho
 
     def _autocast(self, overload, device):
-        keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
-            torch._C.DispatchKey.AutocastCUDA
-        )
-
         def cast(t):
             eligible = t.is_floating_point() and t.dtype != torch.float64 and t.device.type == device
             return t.to(torch.get_autocast_dtype(device)) if eligible else t
 
         def autocast(q, k, v, *args, **kwargs):
-            with torch._C._ExcludeDispatchKeyGuard(keys):
+            with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
                 cast_q = cast(q)
                 return overload(cast_q, cast_q if k is q else cast(k), cast(v), *args, **kwargs)
 
         return autocast
+
+    def _batched(self, autocasts):
+        # vmap comes before autocast, and this operator is gone when autocast's turn would be.
+        def batched(q, *args, **kwargs):
+            device = q.device.type
+            autocast = device in autocasts and torch.is_autocast_enabled(device)
+            return (autocasts[device] if autocast else self._call)(q, *args, **kwargs)
+
+        return batched
 
     def _define_raw(self, suffix) -> None:
         returns = ", ".join(f"Tensor {o}" for o in self.outputs)
@@ -134,7 +163,10 @@ class Operator:
         forward = getattr(torch.ops.infsa, fwd).default
         backward = getattr(torch.ops.infsa, bwd).default
         self.forwards[suffix] = forward
-        for op, fake, flops, first in ((forward, self.fakes[0], self.flops[0], 0), (backward, self.fakes[1], self.flops[1], 1)):
+        for op, fake, flops, first in (
+            (forward, self.fakes[0], self.flops[0], 0),
+            (backward, self.fakes[1], self.flops[1], 1),
+        ):
             torch.library.register_fake(op.name(), fake, lib=library)
             torch.library.register_vmap(op, _fold_mapped_dimension(op), lib=library)
             register_flop_formula(op.overloadpacket)(_flop_formula(flops, first))
@@ -148,6 +180,17 @@ def _without_autograd_if_unused(*tensors):
     if needs_grad or forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
         return contextlib.nullcontext()
     return torch._C._AutoDispatchBelowAutograd()
+
+
+def _without_autocast(function):
+    """Torch operations inside an operator keep their dtypes, in backward too, which may run inside or outside autocast."""
+
+    @functools.wraps(function)
+    def run(*args):
+        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
+            return function(*args)
+
+    return run
 
 
 class _Function(_SingleLevelFunction):
@@ -171,7 +214,9 @@ def _make_differentiable(forward_op, backward_op, operator: Operator) -> None:
         @staticmethod
         def setup_context(ctx, inputs, outputs):
             _, q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask = inputs
-            ctx.save_for_backward(q, k, v, head_rho, key_padding_mask, query_padding_mask, *(outputs[i] for i in saved_outputs))
+            ctx.save_for_backward(
+                q, k, v, head_rho, key_padding_mask, query_padding_mask, *(outputs[i] for i in saved_outputs)
+            )
             ctx.eps_rho = eps, rho
             ctx.mark_non_differentiable(*outputs[1:])
             ctx.set_materialize_grads(False)
@@ -206,17 +251,24 @@ def _make_differentiable(forward_op, backward_op, operator: Operator) -> None:
             ctx.set_materialize_grads(False)
 
         @staticmethod
+        @_without_autocast
         def backward(ctx, *cotangents):
             dout, q, k, v, head_rho, key_padding_mask, query_padding_mask = ctx.saved_tensors
             eps, rho, output_mask, saved = ctx.rest
-            inputs = {n: t for n, t in zip("q k v head_rho".split(), (q, k, v, head_rho)) if t is not None}
+            inputs = {n: t for n, t in zip(["q", "k", "v", "head_rho"], (q, k, v, head_rho)) if t is not None}
             acc = _check.acc_dtype(q)
 
             def pooled(*tensors):
                 given = {n: t.to(acc) for n, t in zip(inputs, tensors)}
                 per_head = rho * given["head_rho"] if "head_rho" in given else rho
                 out = operator.reference(
-                    given["q"], given.get("k", given["q"]), given["v"], per_head, eps, key_padding_mask, query_padding_mask
+                    given["q"],
+                    given.get("k", given["q"]),
+                    given["v"],
+                    per_head,
+                    eps,
+                    key_padding_mask,
+                    query_padding_mask,
                 )
                 return out.to(q.dtype)
 
@@ -224,8 +276,8 @@ def _make_differentiable(forward_op, backward_op, operator: Operator) -> None:
                 return torch.func.vjp(pooled, *tensors)[1](dout)
 
             _, pull_back = torch.func.vjp(gradients, dout, *inputs.values())
-            by_name = dict(zip("q k v head_rho".split(), cotangents))
-            wanted = dict(zip("q k v head_rho".split(), output_mask))
+            by_name = dict(zip(["q", "k", "v", "head_rho"], cotangents))
+            wanted = dict(zip(["q", "k", "v", "head_rho"], output_mask))
             seeds = tuple(
                 by_name[n] if wanted[n] and by_name[n] is not None else torch.zeros_like(t) for n, t in inputs.items()
             )
@@ -278,7 +330,9 @@ def _fold_mapped_dimension(op):
         folded = [fold(t, dim) if isinstance(t, Tensor) else t for t, dim in zip(args, in_dims)]
         outputs = op(*folded)
         # A gradient that nobody asked for is an empty tensor of one dimension; there is nothing to unfold.
-        unfolded = [t.unflatten(0, (info.batch_size, t.shape[0] // info.batch_size)) if t.dim() > 1 else t for t in outputs]
+        unfolded = [
+            t.unflatten(0, (info.batch_size, t.shape[0] // info.batch_size)) if t.dim() > 1 else t for t in outputs
+        ]
         return tuple(unfolded), tuple(0 if t.dim() > 1 else None for t in outputs)
 
     return rule

@@ -6,7 +6,6 @@
 Derivation of the gradients, what is saved and why: docs/linear.md.
 """
 
-import torch
 from torch import Tensor
 
 from .. import reference
@@ -51,6 +50,7 @@ def linear_infsa(
         >>> linear_infsa(q, q, torch.randn(1, 64, 4096, 16)).shape
         torch.Size([1, 64, 4096, 16])
     """
+    _check.python_types(OP, q, k, v, rho, eps, key_padding_mask, query_padding_mask)
     op = operator.overload(rho)
     context = op(q, k, v, eps, rho, key_padding_mask, query_padding_mask)
     return context.unsqueeze(-2).expand(*q.shape[:-1], context.shape[-1])
@@ -68,6 +68,7 @@ def linear_infsa_scores(
 
     In torch operations, for analysis and for dropout on the scores; sums in float32 or wider whatever the dtype of ``q``.
     """
+    operator.check_scores(q, k, rho, eps, key_padding_mask, query_padding_mask)
     acc = _check.acc_dtype(q)
     scores = reference.linear_scores(q.to(acc), k.to(acc), rho, eps, key_padding_mask, query_padding_mask)
     return scores.to(q.dtype).unsqueeze(-1)

@@ -5,7 +5,6 @@
 O(N M) time, O(N + M) memory: P is never held. Derivation of the gradients, what is saved and why: docs/pure.md.
 """
 
-import torch
 from torch import Tensor
 
 from .. import reference
@@ -50,6 +49,7 @@ def pure_infsa(
         >>> pure_infsa(q, k, v).shape
         torch.Size([1, 16, 197, 64])
     """
+    _check.python_types(OP, q, k, v, rho, eps, key_padding_mask, query_padding_mask)
     op = operator.overload(rho)
     return op(q, k, v, eps, rho, key_padding_mask, query_padding_mask)
 
@@ -66,6 +66,7 @@ def pure_infsa_scores(
 
     In torch operations, for analysis and for dropout on the scores; sums in float32 or wider whatever the dtype of ``q``.
     """
+    operator.check_scores(q, k, rho, eps, key_padding_mask, query_padding_mask)
     acc = _check.acc_dtype(q)
     return reference.pure_scores(q.to(acc), k.to(acc), rho, eps, key_padding_mask, query_padding_mask).to(q.dtype)
 
