@@ -1,0 +1,315 @@
+"""Times on a GPU for the figures the kernels are to reach there: graph replays with a cold L2, candidates in turn, medians.
+
+A call is captured into a CUDA graph, so that the host's launch cost, the same for everybody, does not hide the kernels'. What
+cannot be captured is called directly and says so.
+"""
+
+import statistics
+import time
+import warnings
+from contextlib import nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import infsa_kernels
+from infsa_kernels import reference
+
+from . import machine
+
+# The paper's heads at D = 1024, as in cases.py, which needs packages that a lent machine lacks.
+HEADS = {"linear": (64, 16), "pure": (16, 64)}
+COLD_CACHE_BYTES = 256 << 20
+SECONDS = 0.4
+FLUSHED: dict[torch.device, torch.Tensor] = {}
+SDPA = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+}
+
+
+def capture(run):
+    """A graph of one call, and the tensors that a replay writes."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = run()
+    return graph, results
+
+
+def measure(candidates: dict, device: torch.device) -> dict[str, float | None]:
+    """Median seconds of each candidate; None where it does not run here."""
+    ready, seconds = {}, dict.fromkeys(candidates)
+    for name, run in candidates.items():
+        try:
+            run()
+            ready[name] = run
+            if device.type == "cuda":
+                ready[name] = capture(run)[0].replay
+        except Exception as error:
+            print(f"  {name}: {'called directly' if name in ready else 'does not run'}: {str(error)[:100]}", flush=True)
+    samples = {name: [_sample(run, device)] for name, run in ready.items()}
+    rounds = max(1, min(100, int(SECONDS * len(ready) / max(1e-9, sum(s[0] for s in samples.values())))))
+    for _ in range(rounds if device.type == "cuda" else 1):
+        for name, run in ready.items():
+            samples[name].append(_sample(run, device))
+    return seconds | {name: statistics.median(s[1:]) for name, s in samples.items()}
+
+
+def _sample(run, device) -> float:
+    if device.type == "cpu":
+        began = time.perf_counter()
+        run()
+        return time.perf_counter() - began
+    if device not in FLUSHED:
+        FLUSHED[device] = torch.empty(COLD_CACHE_BYTES, dtype=torch.int8, device=device)
+    FLUSHED[device].zero_()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def _heads(op, N, B, device, dry):
+    H, d = (2, HEADS[op][1]) if dry else HEADS[op]
+    return [torch.randn(B, N, H, d, device=device, dtype=torch.bfloat16).transpose(1, 2) for _ in range(3)]
+
+
+def _dense(t):
+    return t.transpose(1, 2).reshape(-1).view(torch.float32)
+
+
+def _backward(function, q, k, v, dout):
+    """The backward pass alone, of a graph of autograd kept between calls."""
+    leaves = [t.detach().requires_grad_() for t in ([q, v] if k is q else [q, k, v])]
+    out = function(leaves[0], leaves[0] if k is q else leaves[1], leaves[-1])
+    return lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True)
+
+
+def _gate(what, actual, expected, bound=2e-2) -> None:
+    """No time counts for a wrong result."""
+    error = ((actual.float() - expected.float()).abs().max() / expected.float().abs().max()).item()
+    if not error <= bound:
+        raise AssertionError(f"{what}: error {error:.3g} of the largest entry, allowed {bound}")
+
+
+def _ours(op):
+    operator = getattr(torch.ops.infsa, op)
+    return lambda q, k, v: operator(q, k, v, 1e-6, 0.95)
+
+
+def ceilings(args) -> dict:
+    """Empty launch, read, copy and the 8192^3 bfloat16 product of this very run."""
+    n = 256 if args.dry_run else 8192
+    x = torch.randn(1 << (16 if args.dry_run else 28), device=args.device)
+    a, b = torch.randn(2, n, n, device=args.device, dtype=torch.bfloat16).unbind()
+    one = torch.zeros(1, device=args.device)
+    found = measure({"launch": one.zero_, "copy": x.clone, "gemm": lambda: a @ b, **_reads({"": [x]})}, args.device)
+    read = min(s for name, s in found.items() if name.startswith("read"))
+    rates = {"read": x.nbytes / read, "copy": 2 * x.nbytes / found["copy"], "gemm": 2 * n**3 / found["gemm"]}
+    return {"launch": found["launch"], **rates}
+
+
+def _reads(groups: dict) -> dict:
+    """Every way to read the tensors of each group once."""
+    ways = machine.READ_WAYS.items()
+    return {
+        f"read{g} {name}": lambda way=way, ts=ts: [way(t) for t in ts] for g, ts in groups.items() for name, way in ways
+    }
+
+
+def linear(args) -> dict:
+    """Goals 1 to 5."""
+    rows = []
+    for N, B in ((40, 1),) if args.dry_run else ((197, 1), (197, 32), (4096, 1), (4096, 32), (65536, 1), (331776, 1)):
+        q, k, v = _heads("linear", N, B, args.device, args.dry_run)
+        ours, eager = _ours("linear"), lambda q, k, v: reference.linear(q, k, v, 0.95, 1e-6)
+        with infsa_kernels.backend("triton"):
+            _gate(f"linear N={N}", ours(q, q, v), reference.linear(q.float(), q.float(), v.float(), 0.95, 1e-6))
+            candidates = {
+                "tied": lambda: [ours(q, q, v)],
+                "untied": lambda: [ours(q, k, v)],
+                "eager": lambda: [eager(q, q, v)],
+                **_reads({" tied": [_dense(t) for t in (q, v)], " untied": [_dense(t) for t in (q, k, v)]}),
+                "copy tied": lambda: [q.clone(), v.clone()],
+                "copy untied": lambda: [q.clone(), k.clone(), v.clone()],
+                "launch": torch.zeros(1, device=args.device).zero_,
+            }
+            if not args.dry_run:
+                torch._dynamo.reset()
+                compiled = torch.compile(eager, dynamic=False)
+                candidates["compiled"] = lambda: [compiled(q, q, v)]
+            candidates["bwd tied"] = _backward(ours, q, q, v, torch.randn_like(v[:, :, 0]))
+            candidates["bwd untied"] = _backward(ours, q, k, v, torch.randn_like(v[:, :, 0]))
+            found = measure(candidates, args.device)
+        for kind in ("tied", "untied"):
+            found[f"read {kind}"] = min(found.pop(n) for n in list(found) if n.startswith(f"read {kind}"))
+        rows.append({"N": N, "B": B, **found})
+    return {"rows": rows}
+
+
+def pure(args) -> dict:
+    """Goals 6 to 9, in FLOP/s of 4 N^2 D forward and 10 N^2 D backward."""
+    rows = []
+    for N, B in ((40, 1),) if args.dry_run else ((197, 32), (4096, 1), (4096, 8), (16384, 1), (65536, 1), (331776, 1)):
+        q, k, v = _heads("pure", N, B, args.device, args.dry_run)
+        ours, dout = _ours("pure"), torch.randn_like(v)
+        forward = 4 * q.shape[0] * q.shape[1] * N * N * q.shape[3]
+        with infsa_kernels.backend("triton"):
+            if N <= 16384:
+                with infsa_kernels.backend("eager"):
+                    expected = ours(q.float(), k.float(), v.float())
+                _gate(f"pure N={N}", ours(q, k, v), expected)
+            candidates = {"tied": lambda: [ours(q, q, v)], "untied": lambda: [ours(q, k, v)]}
+            if N <= 65536:
+                candidates["bwd tied"] = _backward(ours, q, q, v, dout)
+                candidates["bwd untied"] = _backward(ours, q, k, v, dout)
+            for name, kind in SDPA.items() if N <= 65536 else ():
+                candidates[name] = _with_sdpa(kind, lambda: [F.scaled_dot_product_attention(q, k, v)])
+                try:
+                    with sdpa_kernel(kind):
+                        candidates[f"bwd {name}"] = _backward(F.scaled_dot_product_attention, q, k, v, dout)
+                except RuntimeError as error:
+                    print(f"  {name}: {str(error)[:100]}")
+            found = measure(candidates, args.device)
+        rates = {n: s and forward * (2.5 if n.startswith("bwd") else 1) / s for n, s in found.items()}
+        peak = None
+        if args.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            ours(q, k, v)
+            peak = torch.cuda.max_memory_allocated() - before
+        rows.append({"N": N, "B": B, "seconds": found, "flops_per_s": rates, "peak_bytes": peak})
+    return {"rows": rows}
+
+
+def _with_sdpa(kind, run):
+    def forced():
+        with sdpa_kernel(kind) if kind else nullcontext():
+            return run()
+
+    return forced
+
+
+def tune(args) -> dict:
+    """Other tiles of Pure, for configs.py: seconds at N = 4096, 8 images."""
+    from infsa_kernels.triton import configs
+
+    q, k, v = _heads("pure", 33 if args.dry_run else 4096, 1 if args.dry_run else 8, args.device, args.dry_run)
+    dout, ours, found = torch.randn_like(v), _ours("pure"), {}
+    tiles = {
+        "fwd": [(128, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3), (64, 128, 4, 2), (256, 64, 8, 2)],
+        "bwd_queries": [(128, 64, 8, 2), (64, 64, 4, 2), (128, 128, 8, 2), (64, 128, 4, 2)],
+        "bwd_keys": [(64, 64, 4, 2), (64, 128, 8, 2), (128, 128, 8, 2), (32, 64, 4, 3)],
+        "bwd_tied": [(64, 64, 4, 2), (128, 64, 8, 2), (128, 128, 8, 2), (64, 32, 4, 3)],
+    }
+    shipped = configs.PURE
+    with infsa_kernels.backend("triton"):
+        for kernel, candidates in tiles.items():
+            for tile in candidates[:1] if args.dry_run else candidates:
+                chosen = {largest: configs.Pure(*tile) for largest in (64, 128, 256)}
+                configs.PURE = {key: kernels | {kernel: chosen} for key, kernels in shipped.items()}
+                try:
+                    other = q if kernel == "bwd_tied" else k
+                    run = (lambda: [ours(q, k, v)]) if kernel == "fwd" else _backward(ours, q, other, v, dout)
+                    found[f"{kernel} {tile}"] = measure({f"{kernel} {tile}": run}, args.device)[f"{kernel} {tile}"]
+                finally:
+                    configs.PURE = shipped
+    return {"seconds": found}
+
+
+def at_most(target: float, what: str, value: float | None, over: float | None) -> dict:
+    value = value / over if value and over else None
+    return {"goal": what, "target": f"<= {target:g}", "value": value, "reached": value and value <= target}
+
+
+def at_least(target: float, what: str, value: float | None, over: float | None) -> dict:
+    value = value / over if value and over else None
+    return {"goal": what, "target": f">= {target:g}", "value": value, "reached": value and value >= target}
+
+
+def compare(parts: dict) -> list[dict]:
+    """Each goal beside what was measured."""
+    rates, ahead, behind = parts.get("ceilings", {}), parts.get("linear", {}), parts.get("pure", {})
+    lin = {(r["N"], r["B"]): r for r in ahead.get("rows", [])}
+    squared = {(r["N"], r["B"]): r["flops_per_s"] for r in behind.get("rows", [])}
+    gemm = rates.get("gemm")
+
+    def over(rows, key, a, b):
+        return (rows.get(key, {}).get(a), rows.get(key, {}).get(b))
+
+    goals = []
+    for key in ((4096, 32), (65536, 1), (331776, 1)):
+        at = f"N={key[0]} x{key[1]}"
+        goals += [
+            at_most(1.15, f"1 Linear forward tied / read, {at}", *over(lin, key, "tied", "read tied")),
+            at_most(1.15, f"2 Linear forward untied / read, {at}", *over(lin, key, "untied", "read untied")),
+            at_least(5, f"4 Linear forward: eager / ours, {at}", *over(lin, key, "eager", "tied")),
+            at_least(1.4, f"4 Linear forward: compiled / ours, {at}", *over(lin, key, "compiled", "tied")),
+        ]
+    # A clone reads and writes: tied, Q and V twice in and once out are 1.25 clones' bytes, untied 7 of 6.
+    for kind, units in (("tied", 5 / 4), ("untied", 7 / 6)):
+        ours, copied = over(lin, (65536, 1), f"bwd {kind}", f"copy {kind}")
+        goals.append(
+            at_most(1.25, f"5 Linear backward {kind} / copy of its bytes, N=65536", ours, copied and units * copied)
+        )
+    goals += [
+        at_most(1.5, "3 Linear forward / empty launch, N=197", *over(lin, (197, 1), "tied", "launch")),
+        at_least(8, "3 Linear forward: eager / ours, N=197", *over(lin, (197, 1), "eager", "tied")),
+    ]
+    for key in ((4096, 8), (16384, 1), (65536, 1)):
+        at = f"N={key[0]} x{key[1]}"
+        goals += [
+            at_least(0.65, f"6 Pure forward / GEMM rate, {at}", squared.get(key, {}).get("untied"), gemm),
+            at_least(1.25, f"7 Pure forward / cuDNN SDPA, {at}", *over(squared, key, "untied", "cudnn")),
+            at_least(1.6, f"7 Pure forward / FA2, {at}", *over(squared, key, "untied", "flash")),
+            at_least(1.1, f"8 Pure backward untied / FA2, {at}", *over(squared, key, "bwd untied", "bwd flash")),
+            at_least(1.1, f"8 Pure backward tied / cuDNN, {at}", *over(squared, key, "bwd tied", "bwd cudnn")),
+        ]
+    return [
+        *goals,
+        at_most(
+            1.6,
+            "9 Pure forward N=331776: time / 4 N^2 D at GEMM rate",
+            gemm,
+            squared.get((331776, 1), {}).get("untied"),
+        ),
+    ]
+
+
+def draw(goals: list[dict], path) -> None:
+    """Every goal as a bar: how far the measurement is from the target, 1 = reached."""
+    measured = [g for g in goals if g["value"]]
+    if not measured:
+        return
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    def share(goal):
+        sign, target = goal["target"].split()
+        return goal["value"] / float(target) if sign == ">=" else float(target) / goal["value"]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        figure, axes = plt.subplots(figsize=(9, 0.3 * len(measured) + 1), layout="constrained")
+        axes.barh(
+            [g["goal"] for g in measured],
+            [share(g) for g in measured],
+            color=["#2a7" if g["reached"] else "#c63" for g in measured],
+        )
+        axes.axvline(1, color="black", linewidth=1)
+        axes.invert_yaxis()
+        axes.set_xlabel("share of the target (1 = reached)")
+        figure.savefig(path, dpi=120)
+        plt.close(figure)

@@ -1,0 +1,49 @@
+"""Fixtures of all tests: seeds, devices, backends, and uninitialised memory that shows."""
+
+import warnings
+import zlib
+
+import pytest
+import torch
+
+import infsa_kernels
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+def backends_of(device: str) -> list[str]:
+    reasons = infsa_kernels.explain_backend(torch.device(device), torch.float32, (1, 1, 16, 16))
+    return [name for name, reason in reasons.items() if reason is None]
+
+
+def pytest_generate_tests(metafunc):
+    """`backend` runs a test once for every backend that can run here, `device` once for every device."""
+    if "backend" in metafunc.fixturenames:
+        runs = [(device, name) for device in DEVICES for name in backends_of(device)]
+        metafunc.parametrize("device, backend", runs, indirect=["backend"], ids=[f"{d}-{b}" for d, b in runs])
+    elif "device" in metafunc.fixturenames:
+        metafunc.parametrize("device", DEVICES)
+
+
+@pytest.fixture
+def backend(request):
+    """The name of a backend; the operators run on it for the length of the test."""
+    with infsa_kernels.backend(request.param):
+        yield request.param
+
+
+@pytest.fixture(autouse=True)
+def _seed(request):
+    """Every test has random numbers of its own, the same in every run and in every order of the tests."""
+    torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture(autouse=True)
+def _uninitialised_memory_is_nan():
+    """torch.empty, in Python and in C++, gives NaN: an output that a kernel forgets to write cannot look right."""
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*does not have a deterministic implementation")
+        yield
+    torch.use_deterministic_algorithms(False)

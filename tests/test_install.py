@@ -1,0 +1,121 @@
+"""What an installed package does when it is imported, whole, without its extension, and with a broken one."""
+
+import shutil
+import subprocess
+import sys
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import pytest
+
+import infsa_kernels
+from infsa_kernels.ops._library import SUFFIXES
+
+PACKAGE = Path(infsa_kernels.__file__).parent
+
+
+def python(*arguments, path, **options):
+    """Runs Python away from the source tree, with the package of one folder."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=path,
+        env={"PYTHONPATH": str(path), "PATH": ""},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+        **options,
+    )
+
+
+@pytest.fixture(scope="module")
+def without_extension(tmp_path_factory):
+    """The folder of a pure-Python install, as INFSA_NO_EXT=1 makes."""
+    path = tmp_path_factory.mktemp("pure_python")
+    shutil.copytree(PACKAGE, path / PACKAGE.name, ignore=shutil.ignore_patterns("*.so", "*.pyd", "__pycache__"))
+    return path
+
+
+def test_import_is_light():
+    """It takes less time than torch's own import, loads nothing that it may not need and never initialises CUDA."""
+    script = """
+import sys, time
+start = time.perf_counter()
+import torch
+middle = time.perf_counter()
+before = set(sys.modules)
+import infsa_kernels
+end = time.perf_counter()
+assert end - middle < (middle - start) / 2, (middle - start, end - middle)
+new = set(sys.modules) - before
+heavy = ("triton", "numpy", "matplotlib", "torch._dynamo", "torch._inductor", "torch.distributed.tensor", "sympy")
+assert not [m for m in new if m.startswith(heavy)], new
+assert not torch.cuda.is_initialized()
+"""
+    python("-c", script, path=PACKAGE.parent)
+
+
+EVERYTHING = """
+import warnings
+import torch
+import infsa_kernels
+from infsa_kernels import reference
+
+q, k, v = (torch.randn(2, 3, 5, 8, requires_grad=True) for _ in range(3))
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(2):
+        for op in ("linear", "pure"):
+            out = getattr(torch.ops.infsa, op)(q, k, v)
+            torch.testing.assert_close(out, getattr(reference, op)(q, k, v))
+            out.sum().backward()
+            infsa_kernels.infsa_attention(q, q, v, f"{op}_infsa").sum().backward()
+print(*(w.message for w in caught if "infsa" in str(w.message)), sep="\\n")
+"""
+
+
+def test_without_extension_everything_runs_and_warns_once(without_extension):
+    (warning,) = python("-c", EVERYTHING, path=without_extension).stdout.splitlines()
+    assert warning.startswith(
+        "infsa_kernels runs its slower 'eager' backend: 'cpu' cannot run: the compiled extension was"
+    )
+    assert "INFSA_NO_EXT=1" in warning
+
+
+def test_missing_backend_says_why(without_extension):
+    script = """
+import torch
+import infsa_kernels
+try:
+    with infsa_kernels.backend("cpu"):
+        torch.ops.infsa.linear(*torch.randn(3, 1, 1, 2, 4))
+except RuntimeError as error:
+    print(error)
+"""
+    message = python("-c", script, path=without_extension).stdout
+    assert "backend 'cpu' cannot run this call: the compiled extension was not built" in message
+
+
+def test_broken_extension_says_how_to_mend_it(without_extension, tmp_path):
+    """A file that the loader refuses, as one for another torch is, leaves a working package and one readable line."""
+    shutil.copytree(without_extension, tmp_path, dirs_exist_ok=True)
+    (tmp_path / PACKAGE.name / f"_C{EXTENSION_SUFFIXES[0]}").write_bytes(b"not a shared library")
+    (warning,) = python("-c", EVERYTHING, path=tmp_path).stdout.splitlines()
+    assert "the compiled extension does not load beside torch" in warning
+    assert "pip install --no-build-isolation --force-reinstall" in warning
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_info(whole, without_extension):
+    report = python("-m", "infsa_kernels.info", path=PACKAGE.parent if whole else without_extension).stdout
+    for word in (infsa_kernels.__version__, "torch", "triton", "python", "extension", "cpu", *SUFFIXES):
+        assert word in report
+    for line in report.splitlines():
+        if "does not run" in line:
+            assert len(line.split("does not run: ")[1]) > 10
+    assert ("built for torch" in report) == (whole and any(PACKAGE.glob("_C*.so")))
+
+
+def test_extension_holds_build_facts_and_no_operator():
+    _C = pytest.importorskip("infsa_kernels._C", reason="no extension was built here (INFSA_NO_EXT=1)")
+    assert all(isinstance(getattr(_C, name), str) for name in dir(_C) if not name.startswith("__"))
