@@ -1,0 +1,156 @@
+"""Launch configurations as data, each with its reason. tests/data/triton_resources.txt holds what each compiles to.
+
+No GPU has measured any of them yet. Linear's were chosen by register count (how many programs one multiprocessor holds) and by
+the loads that stay in flight; Pure's as the largest tile that compiles without a spill in every variant, and on Hopper with its
+matrix instructions asynchronous: at 128 x 128 under a cap of 128 registers ptxas waits after each of them.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+
+@functools.cache
+def arch_of(device: torch.device) -> str:
+    """The key of the tables below: the architecture itself or the nearest one with no more shared memory."""
+    if device.type != "cuda":
+        return "sm_90"  # the interpreter: any will do
+    if torch.version.hip:
+        return "gfx942"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major == 8:
+        return "sm_80" if minor == 0 else "sm_120"  # 8.6 and 8.9 have sm_120's 99 KB and its instructions
+    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_120")
+
+
+@dataclass(frozen=True)
+class Linear:
+    heads: int  # G, heads of one program
+    tokens: int  # BT, tokens at a time
+    num_warps: int
+    programs: int  # wanted on the whole GPU at once
+
+    def splits(self, tokens: int, groups: int) -> tuple[int, int]:
+        """How many runs of how many tokens a sequence is cut into, by shape alone."""
+        steps = triton.cdiv(tokens, self.tokens)
+        split_tokens = triton.cdiv(steps, min(max(1, self.programs // groups), steps)) * self.tokens
+        return triton.cdiv(tokens, split_tokens), split_tokens
+
+
+# Longest sequence that one program per head group takes in one launch: at most a few tiles, and a launch costs more.
+WHOLE = 512
+# Programs below which a short sequence takes one head each instead of a 128-byte line of heads, to fill the GPU.
+FEW = 256
+# One wave: 6 programs of 128 threads and at most 80 registers on each multiprocessor of the largest GPU of the kind.
+PROGRAMS = {"sm_80": 648, "sm_90": 792, "sm_100": 888, "sm_120": 1020, "gfx942": 1216}
+
+
+def linear(q: Tensor, v: Tensor, tokens: int) -> Linear:
+    """16 elements of each tensor per thread: more cost registers, fewer leave too few loads in flight."""
+    B, H, _, d = q.shape
+    D = triton.next_power_of_2(max(d, v.shape[3]))
+    short = tokens <= WHOLE
+    heads = 1
+    if q.stride(1) < q.stride(2) and not (short and B * H < 4 * FEW):
+        heads = max(1, min(triton.next_power_of_2(H), 128 // (D * q.element_size())))
+    # Short sequences wait for memory, not for bandwidth: one large tile.
+    num_warps = 8 if short else 4
+    programs = 1 if short else PROGRAMS[arch_of(q.device)]
+    return Linear(heads, max(1, num_warps * 512 // (heads * D)), num_warps, programs)
+
+
+@dataclass(frozen=True)
+class Pure:
+    block_m: int  # rows of q
+    block_n: int  # rows of k and v
+    num_warps: int
+    num_stages: int
+    maxnreg: int | None = None
+
+    def options(self) -> dict:
+        options = {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "PRECISION": "ieee" if ieee() else "tf32"}
+        options |= {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return options | ({"maxnreg": self.maxnreg} if self.maxnreg else {})
+
+
+def ieee() -> bool:
+    return torch.get_float32_matmul_precision() == "highest"
+
+
+def stream_rows(q: Tensor, v: Tensor) -> int:
+    """Rows of a program of the streaming kernels, rescale and prepare: 32 elements of a tensor per thread of 128."""
+    return max(8, 4096 // triton.next_power_of_2(max(16, q.shape[3], v.shape[3])))
+
+
+# Architectures whose copy engine fetches 16-bit tiles by descriptor, which spares the registers that addresses take. Masked or
+# oddly strided input reads through pointers even there.
+DESCRIBED = ("sm_90", "sm_100")
+
+# The ptxas of older versions makes Hopper's products wait for one another where 8 warps own 128 rows; with 4 it does not.
+SERIAL = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 9)
+
+# (architecture, how it reads) -> kernel -> largest of d and dv -> tile. Rows own 64-row tiles where two programs of 128 threads
+# then share a multiprocessor: one's products hide the other's arithmetic.
+PURE: dict[tuple[str, str], dict[str, dict[int, Pure]]] = {
+    ("sm_90", "descriptors"): {
+        "fwd": {64: Pure(128, 64, 4 if SERIAL else 8, 3), 128: Pure(128, 64, 8, 2), 256: Pure(128, 32, 8, 2)},
+        "bwd_queries": {64: Pure(128, 64, 8, 2), 128: Pure(128, 64, 8, 2), 256: Pure(64, 32, 8, 2)},
+        "bwd_keys": {64: Pure(64, 64, 4, 2), 128: Pure(64, 64, 8, 2), 256: Pure(32, 64, 8, 2)},
+        "bwd_tied": {64: Pure(64, 64, 4, 2), 128: Pure(64, 32, 8, 2), 256: Pure(32, 32, 8, 1)},
+    },
+    ("sm_90", "pointers"): {
+        "fwd": {64: Pure(128, 64, 8, 3), 128: Pure(128, 64, 8, 2), 256: Pure(64, 32, 8, 2)},
+        "bwd_queries": {64: Pure(128, 64, 8, 2), 128: Pure(128, 64, 8, 2), 256: Pure(64, 32, 8, 2)},
+        "bwd_keys": {64: Pure(64, 64, 4, 2), 128: Pure(64, 64, 8, 2), 256: Pure(32, 32, 8, 1)},
+        "bwd_tied": {64: Pure(64, 64, 8, 2), 128: Pure(64, 32, 8, 2), 256: Pure(32, 16, 8, 1)},
+    },
+    ("sm_100", "descriptors"): {
+        "fwd": {64: Pure(128, 64, 8, 3), 128: Pure(128, 64, 8, 2), 256: Pure(128, 64, 8, 2)},
+        "bwd_queries": {64: Pure(64, 64, 4, 2), 128: Pure(128, 64, 8, 2), 256: Pure(64, 32, 8, 2)},
+        "bwd_keys": {64: Pure(64, 64, 4, 2), 128: Pure(64, 64, 8, 2), 256: Pure(32, 64, 8, 2)},
+        "bwd_tied": {64: Pure(64, 64, 4, 2), 128: Pure(64, 64, 8, 2), 256: Pure(64, 32, 8, 2)},
+    },
+    ("sm_80", "pointers"): {
+        "fwd": {64: Pure(128, 64, 8, 3), 128: Pure(64, 32, 4, 2), 256: Pure(64, 32, 8, 2)},
+        "bwd_queries": {64: Pure(128, 64, 8, 2), 128: Pure(64, 64, 8, 2), 256: Pure(64, 32, 8, 2)},
+        "bwd_keys": {64: Pure(64, 64, 8, 2), 128: Pure(64, 64, 8, 2), 256: Pure(32, 32, 8, 1)},
+        "bwd_tied": {64: Pure(32, 32, 4, 2), 128: Pure(64, 32, 8, 2), 256: Pure(32, 32, 8, 1)},
+    },
+    ("sm_120", "pointers"): {
+        "fwd": {64: Pure(128, 64, 8, 3), 128: Pure(64, 32, 4, 2), 256: Pure(64, 32, 8, 2)},
+        "bwd_queries": {64: Pure(128, 64, 8, 2), 128: Pure(64, 64, 8, 2), 256: Pure(64, 32, 8, 1)},
+        "bwd_keys": {64: Pure(64, 64, 8, 2), 128: Pure(64, 64, 8, 2), 256: Pure(32, 32, 8, 1)},
+        "bwd_tied": {64: Pure(32, 32, 4, 2), 128: Pure(64, 16, 8, 2), 256: Pure(32, 16, 8, 1)},
+    },
+    ("gfx942", "pointers"): {
+        "fwd": {64: Pure(128, 64, 8, 3), 128: Pure(64, 64, 4, 2), 256: Pure(64, 32, 8, 2)},
+        "bwd_queries": {64: Pure(128, 64, 8, 2), 128: Pure(64, 32, 8, 2), 256: Pure(32, 16, 4, 1)},
+        "bwd_keys": {64: Pure(64, 64, 4, 2), 128: Pure(64, 32, 8, 1), 256: Pure(32, 16, 8, 1)},
+        "bwd_tied": {64: Pure(64, 64, 4, 2), 128: Pure(64, 16, 8, 2), 256: Pure(32, 16, 8, 1)},
+    },
+}
+PURE["sm_100", "pointers"] = PURE["sm_90", "pointers"]
+
+# IEEE float32 products run without tensor cores, and Triton holds whole operand rows of them in registers: small tiles.
+FLOAT32 = {
+    "fwd": {64: Pure(32, 32, 8, 1), 256: Pure(16, 16, 8, 1)},
+    "bwd_queries": {64: Pure(32, 32, 8, 1), 128: Pure(32, 16, 8, 1), 256: Pure(16, 16, 8, 1)},
+    "bwd_keys": {64: Pure(32, 32, 8, 1), 256: Pure(16, 16, 8, 1)},
+}
+
+
+def pure(q: Tensor, v: Tensor, kernel: str, described: bool) -> Pure:
+    """The tile of the smallest head dimension that holds d and dv."""
+    size = max(q.shape[3], v.shape[3])
+    if size > max(FLOAT32[kernel if kernel in FLOAT32 else "fwd"]):
+        raise ValueError(
+            f"infsa::pure: v has head dimension {v.shape[3]}, the Triton kernels take up to 256; use the eager backend"
+        )
+    tiles = PURE[arch_of(q.device), "descriptors" if described else "pointers"][kernel]
+    if q.element_size() == 4:
+        # TF32 takes the tile of twice the head dimension, which has as many bytes.
+        size, tiles = (size, FLOAT32[kernel]) if ieee() or size > 128 else (2 * size, tiles)
+    return next(tile for largest, tile in tiles.items() if size <= largest)

@@ -1,0 +1,163 @@
+"""Pure InfSA in Triton.
+
+    X = q k^T,  P = s^2 ReLU(X),  F = ||P||_F,  O = rho P v / (F + eps)                  X is (N, M) and never held
+
+A program owns BLOCK_M rows of the output and walks over the other side in tiles: two products per tile forward, no exponential,
+no running maximum, nothing rescaled; s^2 and 1/(F + eps) are applied once at the end. F is known only when every program is done,
+so the forward pass stores O unnormalised with partial sums of squares, and a second, cheap kernel multiplies.
+Backward needs two numbers per head, g = rho / (F + eps) and c = s^2 <dO, O> / (F rho) (docs/pure.md):
+
+    G = dO v^T,  T = [X > 0] (G - c X),  dq = s^2 g T k,  dk = s^2 g T^T q,  dv = s^2 g ReLU(X)^T dO
+
+Untied: one kernel whose programs own rows of dq, one whose programs own rows of dk and dv. Tied, X is symmetric: one kernel,
+    dq_i = s^2 g sum_j [X_ij > 0] (G_ij + G_ji - 2 c X_ij) q_j,   dv_i = s^2 g sum_j ReLU(X_ij) dO_j,
+five products instead of seven. No kernel transposes the result of a product, which Triton 3.4 to 3.7.0 miscompile on Hopper.
+
+float16 cannot hold every X, G or O that float16 inputs make. There (HALF) q, T and ReLU(X) are scaled by powers of two or by
+per-head bounds before they are rounded, and O is stored with a power of two per row.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ..eager import pure as eager
+from ..eager._common import scale
+from . import configs
+from ._common import launch, padded, relu, strides
+from .pure_backward import backward
+from .tiles import (
+    addressable,
+    describable,
+    dot,
+    fold,
+    head_rho_at,
+    live_rows,
+    load_rows,
+    power_of_two_below_inverse,
+    rows_of,
+    store_rows,
+    where_am_i,
+)  # fmt: skip
+
+__all__ = ["backward", "forward"]
+
+
+@triton.jit
+def half_scale(b_q, D: tl.constexpr):
+    """c_i, a power of two with ||c_i q_i|| sqrt(d) < 1, so that |c_i X_ij| is below the largest element of k."""
+    x = b_q.to(tl.float32)
+    return power_of_two_below_inverse(tl.sqrt(tl.sum(x * x, 1) * D))
+
+
+@triton.jit
+def fwd_tiles(
+    acc, squares, b_q, k, v, k_strides, v_strides, key_mask, key_mask_strides, b, h, start, stop, M,
+    d: tl.constexpr, dv: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    for first in range(start, stop, BLOCK_N):
+        live = live_rows(first, M, b, key_mask, key_mask_strides, BLOCK_N)
+        b_k = load_rows(k, k_strides, b, h, first, live, d, D, BLOCK_N, MASKED, DESCRIPTORS)
+        b_v = load_rows(v, v_strides, b, h, first, live, dv, DV, BLOCK_N, MASKED, DESCRIPTORS)
+        p = relu(dot(b_q, tl.trans(b_k), None, PRECISION))
+        if MASKED:
+            p = tl.where(live[None, :], p, 0.0)
+        squares += tl.sum(p * p, 1)
+        acc = dot(p.to(b_v.dtype), b_v, acc, PRECISION)
+    return acc, squares
+
+
+@triton.jit
+def pure_fwd_kernel(
+    q, k, v, query_mask, key_mask,  # (B, H, N, d), (B, H, M, d), (B, H, M, dv), (B, N), (B, M)
+    out, square_parts, row_scales,  # (B, H, N, dv) unnormalised, (B, H, blocks), (B, H, N)
+    q_strides, k_strides, v_strides, out_strides, query_mask_strides, key_mask_strides, H, N, M, blocks,
+    d: tl.constexpr, dv: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    TAIL: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    b, h, block, head = where_am_i(blocks, H)
+    row = block * BLOCK_M
+    live = live_rows(row, N, b, query_mask, query_mask_strides, BLOCK_M)
+    b_q = load_rows(q, q_strides, b, h, row, live, d, D, BLOCK_M, True, DESCRIPTORS)
+    if HALF:
+        b_q = (b_q.to(tl.float32) * half_scale(b_q, D)[:, None]).to(b_q.dtype)
+    acc = tl.zeros([BLOCK_M, DV], tl.float32)
+    squares = tl.zeros([BLOCK_M], tl.float32)
+    full = 0
+    if key_mask is None:
+        full = M // BLOCK_N * BLOCK_N
+        acc, squares = fwd_tiles(
+            acc, squares, b_q, k, v, k_strides, v_strides, None, key_mask_strides, b, h, 0, full, M,
+            d, dv, D, DV, BLOCK_N, False, PRECISION, DESCRIPTORS,
+        )  # fmt: skip
+    if TAIL:
+        acc, squares = fwd_tiles(
+            acc, squares, b_q, k, v, k_strides, v_strides, key_mask, key_mask_strides, b, h, full, M, M,
+            d, dv, D, DV, BLOCK_N, True, PRECISION, DESCRIPTORS,
+        )  # fmt: skip
+    if HALF:
+        # Once more from memory: kept over the loop, it costs the registers of a second program on the multiprocessor.
+        c = half_scale(load_rows(q, q_strides, b, h, row, live, d, D, BLOCK_M, True, DESCRIPTORS), D)
+        t = power_of_two_below_inverse(tl.max(tl.abs(acc), 1))
+        acc = acc * t[:, None]
+        squares = squares / (c * c)
+        rows = row + tl.arange(0, BLOCK_M)
+        tl.store(row_scales + head * N + rows, 1.0 / (c * t), mask=rows < N)
+    tl.store(square_parts + head * blocks + block, tl.sum(tl.where(live, squares, 0.0)))
+    store_rows(out, out_strides, acc, b, h, row, N, dv, DV, BLOCK_M)
+
+
+@triton.jit
+def pure_rescale_kernel(
+    out, square_parts, row_scales, query_mask, head_rho, norm,  # as above; (B, N), (B, H), (B, H)
+    out_strides, query_mask_strides, head_rho_strides, H, N, blocks, square_blocks, scale, eps, rho,
+    dv: tl.constexpr, DV: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    b, h, block, head = where_am_i(blocks, H)
+    F = tl.sqrt(fold(square_parts + head * square_blocks, square_blocks, False)) * scale
+    if block == 0:
+        tl.store(norm + head, F)
+    gain = head_rho_at(rho, head_rho, head_rho_strides, b, h) * scale / (F + eps)
+    row = block * ROWS
+    live = live_rows(row, N, b, query_mask, query_mask_strides, ROWS)
+    b_out = load_rows(out, out_strides, b, h, row, live, dv, DV, ROWS, True, False).to(tl.float32) * gain
+    if HALF:
+        rows = row + tl.arange(0, ROWS)
+        b_out = b_out * tl.load(row_scales + head * N + rows, mask=live, other=0.0)[:, None]
+    store_rows(out, out_strides, tl.where(live[:, None], b_out, 0.0), b, h, row, N, dv, DV, ROWS)
+
+
+def forward(q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask):
+    if 0 in (*q.shape, *v.shape):
+        return eager.forward(q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask)
+    B, H, N, d = q.shape
+    M, dv = v.shape[2:]
+    k = q if k is None else k
+    q, k, v = addressable(q), addressable(k), addressable(v)
+    described = describable((query_padding_mask, key_padding_mask), q, k, v)
+    config = configs.pure(q, v, "fwd", described)
+    blocks = triton.cdiv(N, config.block_m)
+    half = q.dtype == torch.float16
+
+    out = eager.output_like(q, v)
+    norm = q.new_empty(B, H, dtype=torch.float32)
+    square_parts = q.new_empty(B, H, blocks, dtype=torch.float32)
+    row_scales = q.new_empty(B, H, N, dtype=torch.float32) if half else None
+    sizes = {"dv": dv, "DV": padded(dv, 16), "HALF": half}
+    launch(
+        pure_fwd_kernel, B * H * blocks, q.device,
+        rows_of(q, config.block_m, described), rows_of(k, config.block_n, described), rows_of(v, config.block_n, described),
+        query_padding_mask, key_padding_mask, out, square_parts, row_scales,
+        q.stride(), k.stride(), v.stride(), out.stride(), strides(query_padding_mask, 2), strides(key_padding_mask, 2),
+        H, N, M, blocks, d=d, D=padded(d, 16), TAIL=key_padding_mask is not None or M % config.block_n != 0,
+        DESCRIPTORS=described, **sizes, **config.options(),
+    )  # fmt: skip
+    rows = configs.stream_rows(q, v)
+    rescale_blocks = triton.cdiv(N, rows)
+    launch(
+        pure_rescale_kernel, B * H * rescale_blocks, q.device, out, square_parts, row_scales, query_padding_mask, head_rho, norm,
+        out.stride(), strides(query_padding_mask, 2), strides(head_rho, 2), H, N, rescale_blocks, blocks, scale(q) ** 2, eps, rho,
+        ROWS=rows, num_warps=4, **sizes,
+    )  # fmt: skip
+    return out, norm

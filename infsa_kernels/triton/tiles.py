@@ -1,0 +1,142 @@
+"""Tiles of rows for Pure InfSA: loading, storing, products, and the per-head totals that every program needs."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from . import configs
+from ._common import INTERPRETED, padded
+
+# Rows of the largest tile in configs.py.
+LARGEST_TILE = 256
+
+# The interpreter multiplies the raw bits of bfloat16.
+UPCAST = tl.constexpr(INTERPRETED)
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    if UPCAST:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def load_rows(
+    x, x_strides, b, h, first, live, d: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, MASKED: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """Rows first .. first + ROWS of head h: [ROWS, D]. MASKED: rows that are not live become 0 and are not read."""
+    if DESCRIPTORS:
+        tile = x.load([b, h, first, 0]).reshape(ROWS, D)
+    else:
+        stride_b, stride_h, stride_n, stride_d = x_strides
+        dims = tl.arange(0, D)
+        p_x = x + b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h + tl.cast(first, tl.int64) * stride_n
+        p_x = p_x + (tl.arange(0, ROWS)[:, None] * stride_n + dims[None, :] * stride_d)
+        if MASKED:
+            tile = tl.load(p_x, mask=live[:, None] & (dims < d)[None, :], other=0.0)
+        elif d == D:
+            tile = tl.load(p_x)
+        else:
+            tile = tl.load(p_x, mask=(dims < d)[None, :], other=0.0)
+    return tile
+
+
+@triton.jit
+def store_rows(x, x_strides, value, b, h, first, size, d: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr):
+    stride_b, stride_h, stride_n, stride_d = x_strides
+    rows, dims = tl.arange(0, ROWS), tl.arange(0, D)
+    p_x = x + b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h + tl.cast(first, tl.int64) * stride_n
+    p_x = p_x + rows.to(tl.int64)[:, None] * stride_n + dims.to(tl.int64)[None, :] * stride_d
+    tl.store(p_x, value.to(x.dtype.element_ty), mask=(first + rows < size)[:, None] & (dims < d)[None, :])
+
+
+@triton.jit
+def live_rows(first, size, b, mask, mask_strides, ROWS: tl.constexpr):
+    """Which of ROWS rows exist and are not ignored."""
+    rows = first + tl.arange(0, ROWS)
+    live = rows < size
+    if mask is not None:
+        stride_b, stride_n = mask_strides
+        live = live & (
+            tl.load(mask + b.to(tl.int64) * stride_b + rows.to(tl.int64) * stride_n, mask=live, other=1) == 0
+        )
+    return live
+
+
+@triton.jit
+def power_of_two_below_inverse(x):
+    """The largest power of two c with c x < 1, for normal float32 x >= 0."""
+    exponent = (x.to(tl.int32, bitcast=True) >> 23) & 0xFF
+    return ((253 - tl.minimum(exponent, 252)) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def where_am_i(blocks, H):
+    """batch, head, block of rows, and the number of the head in (B, H)."""
+    pid = tl.program_id(0)
+    head = pid // blocks
+    return head // H, head % H, pid % blocks, head.to(tl.int64)
+
+
+@triton.jit
+def fold(parts, count, MAXIMUM: tl.constexpr):
+    """The sum or the maximum of `count` partial results, always in the same order."""
+    total = tl.zeros([1024], tl.float32)
+    for first in range(0, count, 1024):
+        at = first + tl.arange(0, 1024)
+        part = tl.load(parts + at, mask=at < count, other=0.0)
+        if MAXIMUM:
+            total = tl.maximum(total, part, propagate_nan=tl.PropagateNan.ALL)
+        else:
+            total += part
+    if MAXIMUM:
+        result = tl.max(total)
+    else:
+        result = tl.sum(total)
+    return result
+
+
+@triton.jit
+def head_rho_at(rho, head_rho, head_rho_strides, b, h):
+    if head_rho is not None:
+        stride_b, stride_h = head_rho_strides
+        rho = rho * tl.load(head_rho + b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h)
+    return rho
+
+
+def describable(masks: tuple[Tensor | None, ...], *tensors: Tensor) -> bool:
+    """Whether the copy engine of this GPU can fetch their tiles: no row left out, contiguous rows, steps of 16 bytes."""
+    return (
+        configs.arch_of(tensors[0].device) in configs.DESCRIBED
+        and all(mask is None for mask in masks)
+        and all(
+            t.element_size() == 2
+            and t.stride(3) == 1
+            and t.data_ptr() % 16 == 0
+            and all(
+                n == 1 or (step > 0 and step * t.element_size() % 16 == 0) for n, step in zip(t.shape[:3], t.stride())
+            )
+            for t in tensors
+        )
+    )
+
+
+def rows_of(t: Tensor, rows: int, described: bool):
+    """t (B, H, N, d) as a kernel reads tiles of `rows` rows from it: a descriptor, or the tensor itself."""
+    if not described:
+        return t
+    # The step of a dimension of size 1 is never taken, but has to be valid.
+    steps = [
+        step if n > 1 else t.shape[3] * t.element_size() // 16 * 16 or 16 for n, step in zip(t.shape[:3], t.stride())
+    ]
+    return TensorDescriptor(t, list(t.shape), [*steps, 1], [1, 1, rows, padded(t.shape[3], 16)])
+
+
+def addressable(t: Tensor | None) -> Tensor | None:
+    """t, or a copy where its strides take a tile beyond the 32-bit offsets that loops use inside a tile."""
+    if t is None or LARGEST_TILE * t.stride(2) + t.shape[3] * t.stride(3) < 1 << 31:
+        return t
+    return t.contiguous()
