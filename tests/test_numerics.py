@@ -6,7 +6,10 @@ import sys
 import pytest
 import torch
 from calls import DTYPES, OPS, REFERENCE, Call, check, output_gradient, raw_op
+from conftest import backends_of
 from layouts import LAYOUTS
+
+import infsa_kernels
 
 both = pytest.mark.parametrize("op", OPS)
 
@@ -139,19 +142,20 @@ SIZES = [
 
 @both
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_same_bits_for_every_number_of_threads(op, sizes, device, backend):
-    if backend == "eager":
-        pytest.skip("torch's own reductions depend on the number of threads")
+@pytest.mark.parametrize("compiled", [name for name in backends_of("cpu") if name == "cpu"])
+def test_same_bits_for_every_number_of_threads(op, sizes, compiled):
+    """A promise of the compiled kernels; torch's own reductions, which eager code uses, depend on the number."""
+    threads = torch.get_num_threads()
     for dtype in (torch.float32, torch.bfloat16):
         for tied in (False, True):
-            call = make(op, device, dtype=dtype, tied=tied, **({**sizes, "M": None} if tied else sizes))
+            call = make(op, "cpu", dtype=dtype, tied=tied, **({**sizes, "M": None} if tied else sizes))
             dout = output_gradient(call)
-            threads = torch.get_num_threads()
+            results = []
             try:
-                results = []
                 for n in (1, 2, 3):
                     torch.set_num_threads(n)
-                    results.append([call.run(), *call.gradients(dout).values()])
+                    with infsa_kernels.backend(compiled):
+                        results.append([call.run(), *call.gradients(dout).values()])
             finally:
                 torch.set_num_threads(threads)
             for others in results[1:]:
@@ -177,12 +181,11 @@ print(forward - before, peak() - before)
 """
 
 
-def test_pure_needs_no_matrix(device, backend):
+@pytest.mark.parametrize("name", backends_of("cpu"))
+def test_pure_needs_no_matrix(name):
     """At N = 16384 one head's scores would take 1 GiB."""
-    if device != "cpu":
-        pytest.skip("measured in the memory of the process")
     N = 16384
-    run = subprocess.run([sys.executable, "-c", MEMORY, backend, str(N)], capture_output=True, text=True, check=True)
+    run = subprocess.run([sys.executable, "-c", MEMORY, name, str(N)], capture_output=True, text=True, check=True)
     tensor_kib = N * 64 * 4 // 1024
     forward, both_directions = (int(kib) for kib in run.stdout.split())
     allowed = 64 * 1024

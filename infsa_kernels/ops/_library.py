@@ -19,7 +19,8 @@ library = torch.library.Library("infsa", "DEF")
 SUFFIXES = {"cpu": "", "cuda": "", "triton": "_triton", "eager": "_eager"}
 
 # Backends tried in order, by device type. A later one than the first is a fall-back, and is warned of once.
-PREFERENCE = {"cpu": ("cpu", "eager"), "cuda": ("triton", "eager")}
+# On GPUs it is torch operations until a kernel has been verified on one: Triton is there for the asking.
+PREFERENCE = {"cpu": ("cpu", "eager"), "cuda": ("eager",)}
 
 
 def _load_extension() -> str | None:

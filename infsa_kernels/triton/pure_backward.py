@@ -339,7 +339,8 @@ def _tied(dout, q, v, masks, head_rho, norm, parts, grads, per_head, sizes):
     drho_parts = q.new_empty(B, H, blocks, dtype=torch.float32) if want_rho else None
     H, part_blocks, heads, *numbers = per_head
     launch(
-        pure_bwd_tied_kernel, B * H * blocks, q.device, dout, q, v, *(rows_of(t, config.block_n, described) for t in (q, dout, v)),
+        pure_bwd_tied_kernel, B * H * blocks, q.device,
+        dout, q, v, *(rows_of(t, config.block_n, described) for t in (q, dout, v)),
         *masks, head_rho, norm, parts, dq if want_q else None, dv if want_v else None, drho_parts,
         dout.stride(), q.stride(), v.stride(), strides(dq if want_q else None, 4), strides(dv if want_v else None, 4),
         *(strides(t, 2) for t in (*masks, head_rho)), H, N, blocks, part_blocks, heads, *numbers,
