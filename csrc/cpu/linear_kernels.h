@@ -1,11 +1,11 @@
 // Linear-InfSA on one thread: the passes over a range of tokens, for one instruction set.
 //
-//   forward, over queries   n_i = ||q_i||,  sums += n_i q_i, n_i            (u_i = s q_i, e_i = s n_i, qbar = s^2 sum n
-//   q / E) forward, over keys      r_j = ReLU(s qbar . k_j),  sums += r_j v_j, r_j backward, over keys     da_j = rho
-//   dz . v_j - rho dz . context,  dt_j = [score > 0] da_j / R
-//                           dv_j = r_j / R  rho dz,  dk_j = dt_j s qbar,  sums += dt_j k_j
-//   backward, over queries  dq_i = n_i f + (f . q_i - f . qbar / s) / n_i  q_i,  f = s^2 dqbar / E,  + dt_i s qbar
-//   where k is q
+//   forward, over queries    n_i = ||q_i||,  sums += n_i q_i, n_i         u_i = s q_i, e_i = s n_i, qbar = s^2 sum n q
+//   / E forward, over keys       r_j = ReLU(s qbar . k_j),  sums += r_j v_j, r_j backward, over keys      dt_j = [r_j >
+//   0] (rho dz . v_j - rho dz . context) / R,  sums += dt_j k_j
+//                            dv_j = r_j / R  rho dz,  dk_j = dt_j s qbar
+//   backward, over queries   dq_i = n_i f + (f . q_i - f . qbar / s) / n_i  q_i,      f = s^2 dqbar / E
+//                            and + dt_i s qbar where k is q
 //
 // q (B,H,N,d), k (B,H,M,d), v (B,H,M,dv) of T, any strides. linear.cpp makes the vectors per head between the passes.
 //
@@ -20,12 +20,6 @@
 
 namespace infsa::cpu::INFSA_ISA {
 namespace linear {
-#ifdef NT
-INFSA_INLINE void OSTORE(float* p, VecF32 v) { _mm512_stream_ps(p, bit_cast<__m512>(v)); }
-template <typename T> INFSA_INLINE void OSTORE(T* p, Vec<Acc<T>> v) { store(p, v); }
-#else
-#define OSTORE store
-#endif
 
 // float32 sums are flushed to double after this many tokens.
 constexpr int64_t kBlock = 128;
@@ -164,7 +158,7 @@ template <typename E, typename A> INFSA_INLINE void write_rank_one(Group<E> out,
   store(w, weight);
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t c = 0; c < vecs; ++c)
-      OSTORE(out.data + r * out.stride + c * kLanes<A>, w[r] * load(vector + r * vector_stride + c * kLanes<A>));
+      store(out.data + r * out.stride + c * kLanes<A>, w[r] * load(vector + r * vector_stride + c * kLanes<A>));
   }
 }
 
@@ -429,7 +423,7 @@ template <typename V> void backward_queries(const LinearArgs& args, const Linear
               Vec<A> out =
                   norm_of[r] * load(query_vector + in_head) + along_of[r] * load(q.data + r * q.stride + c * lanes);
               if (dscores) out += dscore_of[r] * load(score_query + in_head);
-              OSTORE(dq.data + r * dq.stride + c * lanes, out);
+              store(dq.data + r * dq.stride + c * lanes, out);
             }
           }
         };

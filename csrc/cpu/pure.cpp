@@ -166,7 +166,8 @@ template <typename Task> void run_tasks(int64_t count, double work, int64_t byte
   });
 }
 
-// For every head: begin(head, chunk), cell(head, round, key chunk, query chunk, sums, scratch), end(head, chunk, sums).
+// For every head: begin(head, chunk), then cell(head, round, query chunk, key chunk, sums, scratch) round by round,
+// then end(head, chunk, sums).
 template <typename Begin, typename Cell, typename End> void run_heads(const Call& call, Cut cut, int64_t head_bytes,
                                                                       bool backward, const Begin& begin,
                                                                       const Cell& cell, const End& end) {

@@ -6,8 +6,7 @@
 
 namespace infsa::cpu {
 
-// The tokens of one head. Strides are in elements; kept[i] is the position of the i-th token that counts, null when all
-// do.
+// The tokens of one head. Strides are in elements; kept[i] is the position of the i-th token that counts; null: all do.
 struct Tokens {
   void* data = nullptr;
   int64_t row = 0, col = 0;
@@ -18,14 +17,14 @@ struct Range {
   int64_t begin, end;
 };
 
-// One head of one call. N and M count the tokens that are not masked. A gradient not wanted has no data.
+// One head of one call. N and M count the tokens that are not masked.
 struct PureHead {
   int64_t N, M, d, d_v;
-  Tokens q, k, v, out, dout, dq, dk, dv;  // q (N,d), k (M,d), v (M,d_v), out (N,d_v)
-  bool tied;                              // k is q
-  double rho;                             // the effective one
-  double inverse_norm;                    // 1 / (F + eps)
-  double c;                               // <dO, O> / (F (F + eps))
+  Tokens q, k, v, dout;  // (N, d), (M, d), (M, d_v), (N, d_v)
+  bool tied;             // k is q, and the same tokens count on both sides
+  double rho;            // rho * head_rho
+  double inverse_norm;   // backward: 1 / (F + eps)
+  double c;              // backward: <dO, O> / (F (F + eps))
 };
 
 // Sums of one head, in the accumulation type and in the order of its tokens that count; rows are padded to whole
@@ -36,10 +35,10 @@ struct PureSums {
 };
 
 struct PureKernels {
-  int64_t (*row_length)(int64_t columns);                    // the row length of PureSums
+  int64_t (*row_length)(int64_t columns);                    // of PureSums
   int64_t (*scratch_bytes)(const PureHead&, bool backward);  // of each thread
-  // Adds P v over these keys and queries to `out`, and what the keys' chunk and the queries' chunk give each other when
-  // `mirrored` (tied only); returns the sum of P^2, mirrored part included.
+  // Adds what these keys and queries give each other to the sums; forward returns the sum of their P^2. When tied,
+  // `mirrored` says that the two ranges differ and that the cell stands for its mirror image too.
   double (*forward)(const PureHead&, const PureSums&, Range keys, Range queries, bool mirrored, void* scratch);
   void (*backward)(const PureHead&, const PureSums&, Range keys, Range queries, bool mirrored, void* scratch);
   // to[i] = scale * sums[i], rounded to the dtype, over these tokens.
