@@ -49,7 +49,7 @@ def compare(results: dict) -> list[dict]:
     found.append(_at_most(64, "Pure forward at N = 65536: MB beyond inputs and result", scratch, 1))
 
     overhead = (dispatch["public"] - dispatch["kernel"]) * 1e6 if "kernel" in dispatch else None
-    found.append(_at_most(15, "Dispatch of a tiny forward: µs beyond its C++ operator", overhead, 1))
+    found.append(_at_most(15, "Dispatch of a tiny forward: us beyond its C++ operator", overhead, 1))
     return found
 
 

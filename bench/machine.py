@@ -30,8 +30,11 @@ READ_WAYS = {
 # Ways to multiply two matrices. torch.mm uses MKL on x86, which holds back on other makers' processors; convolutions go
 # through oneDNN, which does not.
 GEMM_WAYS = {
-    "torch.mm": torch.mm,
-    "1x1 convolution": lambda a, b: torch.nn.functional.conv2d(b.view(1, len(b), -1, 32), a[..., None, None]),
+    "cpu": {
+        "torch.mm": torch.mm,
+        "1x1 convolution": lambda a, b: torch.nn.functional.conv2d(b.view(1, len(b), -1, 32), a[..., None, None]),
+    },
+    "cuda": {"torch.mm": torch.mm},
 }
 
 
@@ -62,7 +65,7 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> dict:
     target = torch.empty_like(x)
     reads = {name: READ_BYTES / seconds(lambda: way(x), device) for name, way in READ_WAYS.items()}
     n = GEMM_SIZE[device.type]
-    gemms = {way: gemm_flops(device) / seconds(gemm(way, device, dtype), device) for way in GEMM_WAYS}
+    gemms = {way: gemm_flops(device) / seconds(gemm(way, device, dtype), device) for way in GEMM_WAYS[device.type]}
     return {
         "read_way": max(reads, key=reads.get),
         "read": max(reads.values()),
@@ -101,7 +104,7 @@ class OtherLoad:
 def gemm(way: str, device: torch.device, dtype: torch.dtype):
     n = GEMM_SIZE[device.type]
     a, b = torch.randn(2, n, n, device=device).to(dtype).unbind()
-    return lambda: GEMM_WAYS[way](a, b)
+    return lambda: GEMM_WAYS[device.type][way](a, b)
 
 
 def gemm_flops(device: torch.device) -> int:

@@ -192,7 +192,8 @@ def _curves(ax, rows, op, direction, curves, extra, slopes=()):
                 text += f"\n✕ {why}"
             ends.append((*points[-1], text, style.COLOURS[name]))
     low, high = ax.get_ylim()
-    ax.set_ylim(low, high * (high / low) ** 0.12)  # room for a label above the highest point
+    early = sum(x < max(end[0] for end in ends) for x, *_ in ends)
+    ax.set_ylim(low, high * (high / low) ** (0.04 + 0.08 * early))  # room for the labels above the highest points
     ax.figure.canvas.draw()
     style.label_ends(ax, ends)
 

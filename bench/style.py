@@ -38,6 +38,9 @@ SETTINGS = {
 # Height of a label as a part of the axes' height: labels closer than this move apart.
 LABEL_HEIGHT = 0.062
 
+# Labels above lengths that are closer than this part of the width stand on each other.
+NEIGHBOURS = 0.25
+
 
 def label(name: str) -> str:
     return PEERS[name].LABEL if name in PEERS else name
@@ -53,31 +56,48 @@ def line(ax: Axes, points: list[tuple[int, float]], name: str) -> None:
 
 
 def label_ends(ax: Axes, ends: list[tuple[float, float, str, str]]) -> None:
-    """Writes each (x, y, text, colour) right of its point, or above it where its line ends early.
+    """Writes each (x, y, text, colour) right of its point, or above it where other lines go on.
 
     Labels that would overlap make way for each other. The axes' limits must be final.
     """
-    if not ends:
-        return
     to_axes = ax.transData + ax.transAxes.inverted()
-    last = max(x for x, _, _, _ in ends)
-    column = []
+    last = max((x for x, _, _, _ in ends), default=0)
+    right, above = [], []
     for x, y, text, colour in ends:
-        at, height = to_axes.transform((x, y))
-        if x < last:
-            ax.text(at, height + 0.03, text, color=colour, transform=ax.transAxes, ha="center", va="bottom", fontsize=9)
-        else:
-            column.append([height, at, text, colour])
-    column.sort()
+        (right if x == last else above).append((*to_axes.transform((x, y)), text, colour))
+    _label_column(ax, right)
+    _label_stacks(ax, above)
+
+
+def _label_column(ax, labels) -> None:
+    labels = sorted(labels, key=lambda label: label[1])
+    heights = [label[1] for label in labels]
+    rows = [1 + label[2].count("\n") for label in labels]
     for _ in range(200):
-        for below, above in pairwise(column):
-            overlap = LABEL_HEIGHT - (above[0] - below[0])
+        for i, j in pairwise(range(len(labels))):
+            overlap = LABEL_HEIGHT * (rows[i] + rows[j]) / 2 - (heights[j] - heights[i])
             if overlap > 0:
-                below[0] -= overlap / 2
-                above[0] += overlap / 2
-    for height, at, text, colour in column:
+                heights[i] -= overlap / 2
+                heights[j] += overlap / 2
+    for (x, _, text, colour), height in zip(labels, heights):
         weight = "bold" if colour == COLOURS["infsa"] else "normal"
-        ax.text(at + 0.02, height, text, color=colour, transform=ax.transAxes, va="center", fontsize=9.5, weight=weight)
+        ax.text(x + 0.02, height, text, color=colour, transform=ax.transAxes, va="center", fontsize=9.5, weight=weight)
+
+
+def _label_stacks(ax, labels) -> None:
+    """Labels of neighbouring lengths stand on each other, above the highest of their points."""
+    stacks = []
+    for label in sorted(labels):
+        if stacks and label[0] - stacks[-1][-1][0] < NEIGHBOURS:
+            stacks[-1].append(label)
+        else:
+            stacks.append([label])
+    for stack in stacks:
+        height = max(y for _, y, _, _ in stack) + 0.035
+        for x, _, text, colour in sorted(stack, key=lambda label: label[1]):
+            text = text.replace("\n", "  ")
+            ax.text(x, height, text, color=colour, transform=ax.transAxes, ha="center", va="bottom", fontsize=9)
+            height += LABEL_HEIGHT
 
 
 def axis_of_lengths(ax: Axes, lengths: list[int], pixels: list[int], label_share: float) -> None:

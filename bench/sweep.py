@@ -78,7 +78,8 @@ class CaseRun:
         self.limits: dict[str, float] = {}
         shape = (1, case.H, case.d) if case.op == "linear" else inputs["q"].shape
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-        self.dout = noise.to(inputs["q"]).clone(memory_format=torch.preserve_format)
+        # A gradient arrives in the layout of the output: for Pure that of q.
+        self.dout = noise.to(inputs["q"]) if case.op == "linear" else torch.empty_like(inputs["q"]).copy_(noise)
 
     @cached_property
     def truth(self) -> Truth:
@@ -118,7 +119,7 @@ class CaseRun:
             direction = PHASES[phase][0]
             found.append({**self.describe(name, direction), **rows.times(seen[name], direction)})
             self.limits[name] = found[-1]["median_s"]
-            if name in machine.GEMM_WAYS:
+            if name in machine.GEMM_WAYS[settings.device.type]:
                 found[-1]["flops_per_s"] = machine.gemm_flops(settings.device) / self.limits[name]
         for name in actions:
             for direction in PHASES[phase]:

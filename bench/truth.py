@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from infsa_kernels import reference
-from tests.tolerance import FORWARD, GRADIENT, _rounding, error_of_eager
+from tests.tolerance import FORWARD, GRADIENT, error_of_eager, rounding
 
 from .cases import EPS, RHO, Case
 
@@ -55,7 +55,7 @@ class Truth:
         for name, truth in self._values.items():
             self._values[name] = truth = self._decided(name, truth)
             eager_error = error_of_eager(self._decided(name, plain[name]), truth, case.dtype)
-            self._bounds[name] = (FORWARD if name == "out" else GRADIENT) * eager_error + _rounding(truth, case.dtype)
+            self._bounds[name] = (FORWARD if name == "out" else GRADIENT) * eager_error + rounding(truth, case.dtype)
 
     def judge(self, results: dict[str, Tensor]) -> Verdict:
         verdicts = []

@@ -55,7 +55,7 @@ def assert_within(actual: Tensor, truth: Tensor, eager_error: float, factor: flo
     error = torch.where(finite, actual.double() - truth, 0).abs()
     if actual.dtype == torch.float64:
         factor += 1  # the truth has that error too
-    bound = factor * eager_error + _rounding(torch.where(finite, truth, 0), actual.dtype)
+    bound = factor * eager_error + rounding(torch.where(finite, truth, 0), actual.dtype)
     worst = tuple(int(i) for i in torch.unravel_index(error.argmax(), error.shape))
     assert error.max() <= bound, (
         f"{what}: error {error.max().item():.3g} at {list(worst)} ({actual[worst].item():.9g} instead of "
@@ -64,7 +64,7 @@ def assert_within(actual: Tensor, truth: Tensor, eager_error: float, factor: flo
     )
 
 
-def _rounding(truth: Tensor, dtype: torch.dtype) -> float:
+def rounding(truth: Tensor, dtype: torch.dtype) -> float:
     largest = _max(truth.abs())
     scale = min(1.0, 2.0 ** math.floor(math.log2(largest))) if largest else 1.0
     t = (truth / scale).to(dtype)
