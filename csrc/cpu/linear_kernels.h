@@ -1,8 +1,8 @@
 // Linear-InfSA on one thread: the passes over a range of tokens, for one instruction set.
 //
-//   forward, over queries    n_i = ||q_i||,  sums += n_i q_i, n_i         u_i = s q_i, e_i = s n_i, qbar = s^2 sum n q
-//   / E forward, over keys       r_j = ReLU(s qbar . k_j),  sums += r_j v_j, r_j backward, over keys      dt_j = [r_j >
-//   0] (rho dz . v_j - rho dz . context) / R,  sums += dt_j k_j
+//   forward, over queries    n_i = ||q_i||,  sums += n_i q_i, n_i      u_i = s q_i, e_i = s n_i, qbar = s^2 sum n q / E
+//   forward, over keys       r_j = ReLU(s qbar . k_j),  sums += r_j v_j, r_j
+//   backward, over keys      dt_j = [r_j > 0] (rho dz . v_j - rho dz . context) / R,  sums += dt_j k_j
 //                            dv_j = r_j / R  rho dz,  dk_j = dt_j s qbar
 //   backward, over queries   dq_i = n_i f + (f . q_i - f . qbar / s) / n_i  q_i,      f = s^2 dqbar / E
 //                            and + dt_i s qbar where k is q
