@@ -1,5 +1,6 @@
 """What an installed package does when it is imported, whole, without its extension, and with a broken one."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import pytest
+import torch
 
 import infsa_kernels
 from infsa_kernels.ops._library import SUFFIXES
@@ -15,11 +17,14 @@ PACKAGE = Path(infsa_kernels.__file__).parent
 
 
 def python(*arguments, path, **options):
-    """Runs Python away from the source tree, with the package of one folder."""
+    """Runs Python away from the source tree, with the package of one folder.
+
+    Without `site`: the finder of an editable install would bring the extension back.
+    """
     return subprocess.run(
-        [sys.executable, *arguments],
+        [sys.executable, "-S", *arguments],
         cwd=path,
-        env={"PYTHONPATH": str(path), "PATH": ""},
+        env={"PYTHONPATH": os.pathsep.join((str(path), str(Path(torch.__file__).parent.parent))), "PATH": ""},
         capture_output=True,
         text=True,
         timeout=120,
