@@ -1,7 +1,12 @@
 """Fixtures of all tests: seeds, devices, backends, and uninitialised memory that shows."""
 
+import os
 import warnings
 import zlib
+
+# Before torch loads: OpenMP threads that wait for each other sleep. Spinning, as by default, they make these many small
+# calls ten times slower wherever other processes share the cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
