@@ -1,27 +1,25 @@
-"""Imports torchvision's Python models where its compiled operators do not load: beside a CPU-only torch from another index.
+"""Lets torchvision's Python models import where its compiled operators do not load: beside a CPU-only torch from another index.
 
-timm and transformers import torchvision, and torchvision registers fakes for two of its operators while it is imported: it
-is enough that these have a schema. No model here calls them. Import this module before timm, torchvision or transformers.
+timm and transformers import torchvision, and torchvision registers fakes of two of its operators while it is imported: for
+that they need no more than a schema. No model here calls them.
 """
 
-import sys
+import importlib.util
+from pathlib import Path
 
 import torch
 
 _library = torch.library.Library("torchvision", "FRAGMENT")
 
 
-def _import_torchvision() -> None:
-    import torchvision  # noqa: F401
-
-
-try:
-    _import_torchvision()
-except RuntimeError as error:
-    if "does not exist" not in str(error):
-        raise
-    for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
-        del sys.modules[name]
-    _library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    _library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    _import_torchvision()
+def install() -> None:
+    """To be called before anything imports torchvision; does nothing where its operators load, or where it is not installed."""
+    spec = importlib.util.find_spec("torchvision")
+    if spec is None:
+        return
+    for extension in Path(spec.origin).parent.glob("_C*.so"):
+        try:
+            torch.ops.load_library(extension)
+        except OSError:
+            for name in ("nms", "qnms"):
+                _library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")

@@ -73,13 +73,13 @@ def _is_timm(module: nn.Module) -> bool:
 
 
 def _multihead(module: nn.MultiheadAttention, options: Options, tied: set[nn.Parameter], named: bool) -> Plan | str:
-    if type(module) is not nn.MultiheadAttention and not named:
-        return _SUBCLASS.format(type(module).__name__, "nn.MultiheadAttention")
     for part in module.modules():
-        if any(getattr(part, hooks) for hooks in _HOOKS):
-            return "it has hooks, which would not be called any more: remove them, and add them after the conversion"
         if parametrize.is_parametrized(part):
             return "it has parametrizations, which would be lost: remove them with torch.nn.utils.parametrize"
+        if any(getattr(part, hooks) for hooks in _HOOKS):
+            return "it has hooks, which would not be called any more: remove them, and add them after the conversion"
+    if type(module) is not nn.MultiheadAttention and not named:
+        return _SUBCLASS.format(type(module).__name__, "nn.MultiheadAttention")
     if not isinstance(module.out_proj, nn.Linear):
         return f"its out_proj is a {type(module.out_proj).__name__}, expected an nn.Linear"
     if any(type(p) is not nn.Parameter or type(p.data) is not torch.Tensor for p in module.parameters()):
@@ -120,6 +120,7 @@ def _infsa_of(module: nn.MultiheadAttention, options: Options) -> InfSAAttention
         new.out_proj.register_parameter("bias", module.out_proj.bias)
         new.register_parameter("bias_k", module.bias_k)
         new.register_parameter("bias_v", module.bias_v)
+        del new.rho_logit  # the meta one
         attach_rho(new, options.rho_init, options.rho_trainable)
     return new.train(module.training)
 

@@ -82,8 +82,8 @@ def convert(
     for module in model.modules():
         if type(module).__name__ in ("DistributedDataParallel", "FullyShardedDataParallel"):
             raise ValueError(
-                f"convert: the model contains a {type(module).__name__}, expected a plain model; convert first, then wrap, so that "
-                "rho_logit is synchronised too"
+                f"convert: the model contains a {type(module).__name__}, expected a plain model; convert first, then wrap, "
+                "so that rho_logit is synchronised too"
             )
     model = model if inplace else copy.deepcopy(model)
 
