@@ -161,6 +161,17 @@ def test_part_of_a_transformers_model(name):
     assert run(model, inputs_of(model, torch.float64)).isfinite().all()
 
 
+def test_part_of_a_padded_model():
+    """The other layer is softmax, so the mask is over scores."""
+    model = convert(build("transformers BERT"), "linear_infsa", include_patterns=r"\.1\.", inplace=True).model
+    ids, mask = torch.arange(18).reshape(2, 9), torch.tensor([[1] * 9, [1] * 6 + [0] * 3])
+    out = model(input_ids=ids, attention_mask=mask).last_hidden_state
+    torch.testing.assert_close(out[1:, :6], model(input_ids=ids[1:, :6]).last_hidden_state)
+    causal = torch.ones(2, 1, 9, 9, dtype=torch.bool).tril()
+    with pytest.raises(NotImplementedError, match="differs between queries"):
+        model(input_ids=ids, attention_mask=causal)
+
+
 def test_attention_that_nobody_knows_is_reported():
     report = convert(transformers.ViTModel(transformers.ViTConfig(num_hidden_layers=0)))
     assert str(report) == "no attention found"

@@ -98,6 +98,17 @@ def test_what_is_refused():
         attention(x, attn_mask=torch.ones(1, 4, 1, 1, dtype=torch.bool))
 
 
+def test_masks_under_compile():
+    attention, x = InfSAAttention(32, 4), torch.randn(2, 9, 32)
+    padding = torch.ones(2, 1, 9, 9, dtype=torch.bool)
+    padding[1, ..., 6:] = False
+    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x, attn_mask=padding), attention(x, attn_mask=padding))
+        with pytest.raises(RuntimeError, match="differs between queries"):
+            compiled(x, attn_mask=torch.ones(2, 1, 9, 9, dtype=torch.bool).tril())
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_dropout(variant):
     attention = LAYERS[variant](32, 4, attn_drop=1.0).train()

@@ -100,6 +100,8 @@ def convert(
             plan = plan_of(module, options, _parents(model, names[0]), tied, named)
         elif _looks_like_attention(module, _parents(model, names[0])):
             plan = f"{type(module).__name__} is none of the classes that convert() knows"
+            if type(module).__module__.startswith("transformers."):
+                plan += ", and does not call the attention function registered with transformers; a newer version may"
         else:
             continue
         if isinstance(plan, Plan):
