@@ -1,5 +1,25 @@
 """Modules and models on top of the operators. They need torch only."""
 
 from .attention import InfSAAttention
+from .neumann import NeumannSum
+from .vit import (
+    InfViT,
+    infvit_linear_4l,
+    infvit_linear_24l,
+    infvit_pure_4l,
+    infvit_pure_24l,
+    infvit_softmax_4l,
+    infvit_softmax_24l,
+)
 
-__all__ = ["InfSAAttention"]
+__all__ = [
+    "InfSAAttention",
+    "InfViT",
+    "NeumannSum",
+    "infvit_linear_4l",
+    "infvit_linear_24l",
+    "infvit_pure_4l",
+    "infvit_pure_24l",
+    "infvit_softmax_4l",
+    "infvit_softmax_24l",
+]
