@@ -7,7 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.linear import linear_infsa_scores
+from ..ops.linear_layer import pooled_linear_infsa
 from ..ops.pure import pure_infsa, pure_infsa_scores
+from ._masks import as_bool, refuse_attention_masks
 
 VARIANTS = ("linear_infsa", "pure_infsa")
 
@@ -179,7 +181,7 @@ class InfSAAttention(nn.Module):
         Raises:
             NotImplementedError: attn_mask or is_causal. ValueError: wrong sizes. TypeError: a mask of integers.
         """
-        _refuse_attention_masks(attn_mask, is_causal)
+        refuse_attention_masks(attn_mask, is_causal)
         if key is None and value is not None:
             raise TypeError("InfSAAttention: key is None, expected the Tensor of keys that belong to value; give both")
         key = query if key is None else key
@@ -191,13 +193,17 @@ class InfSAAttention(nn.Module):
         key = query if key_is_query else self._batch_first(key)
         value = key if value_is_key else self._batch_first(value)
         self._check_sizes(query, key, value)
-        key_padding_mask = _as_bool("key_padding_mask", key_padding_mask, key, batched)
+        key_padding_mask = as_bool("key_padding_mask", key_padding_mask, key, batched)
         if query_padding_mask is None and key_is_query:
             query_padding_mask = key_padding_mask
         else:
-            query_padding_mask = _as_bool("query_padding_mask", query_padding_mask, query, batched)
+            query_padding_mask = as_bool("query_padding_mask", query_padding_mask, query, batched)
 
-        out, weights = self._attend(query, key, value, key_padding_mask, query_padding_mask, need_weights)
+        one_set_of_tokens = key is query and value is key and query_padding_mask is key_padding_mask
+        if one_set_of_tokens and not need_weights and self._pools():
+            out, weights = self._pool(query, None, key_padding_mask).unsqueeze(1), None
+        else:
+            out, weights = self._attend(query, key, value, key_padding_mask, query_padding_mask, need_weights)
         out = out.expand(query.shape)
         if query_padding_mask is not None:
             out = out.masked_fill(query_padding_mask[..., None], 0)
@@ -222,10 +228,45 @@ class InfSAAttention(nn.Module):
                 "InfSAAttention.pooled: variant is 'pure_infsa', expected 'linear_infsa': pure InfSA has a row of its own "
                 "for every token; call the module"
             )
-        x = x if norm is None else norm(x)
         self._check_sizes(x, x, x)
-        padding_mask = _as_bool("padding_mask", padding_mask, x, batched=True)
+        padding_mask = as_bool("padding_mask", padding_mask, x, batched=True)
+        fused = norm is None or (_is_only(norm, nn.LayerNorm) and norm.normalized_shape == (self.embed_dim,))
+        if not (fused and self._pools()):
+            x, norm = x if norm is None else norm(x), None
+        if self._pools():
+            return self._pool(x, norm, padding_mask)
         return self._attend(x, x, x, padding_mask, padding_mask, False)[0].squeeze(1)
+
+    def _pools(self) -> bool:
+        """Whether the layer of one set of tokens is a call of pooled_linear_infsa: its projections are then only data."""
+        return (
+            self.variant == "linear_infsa"
+            and not (self.training and self.dropout > 0)
+            and self.bias_k is None
+            and self.kdim == self.vdim == self.embed_dim
+            and all(_is_only(projection, nn.Linear) for projection in (*self._input_projections(), self.out_proj))
+        )
+
+    def _pool(self, x: Tensor, norm: nn.LayerNorm | None, padding_mask: Tensor | None) -> Tensor:
+        k = None if self.tied else self.k_proj
+        return pooled_linear_infsa(
+            x,
+            self.num_heads,
+            self.q_proj.weight,
+            self.v_proj.weight,
+            self.out_proj.weight,
+            q_bias=self.q_proj.bias,
+            k_weight=None if k is None else k.weight,
+            k_bias=None if k is None else k.bias,
+            v_bias=self.v_proj.bias,
+            out_bias=self.out_proj.bias,
+            rho=self.rho,
+            eps=self.eps,
+            norm_weight=None if norm is None else norm.weight,
+            norm_bias=None if norm is None else norm.bias,
+            norm_eps=None if norm is None else norm.eps,
+            padding_mask=padding_mask,
+        )
 
     def _attend(self, query, key, value, key_padding_mask, query_padding_mask, need_weights):
         """The output (B, N, D), or (B, 1, D) if linear, and with need_weights the weights (B, H, N or 1, M)."""
@@ -363,46 +404,7 @@ class InfSAAttention(nn.Module):
         return ", ".join([text, *(f"{name}={value}" for name, value in shown.items() if value)])
 
 
-def _refuse_attention_masks(attn_mask, is_causal) -> None:
-    if attn_mask is None and not is_causal:
-        return
-    what = "attn_mask is a Tensor, expected None" if attn_mask is not None else "is_causal is True, expected False"
-    raise NotImplementedError(
-        f"InfSAAttention: {what}: InfSA divides by sums over all queries (a central query, a Frobenius norm), so a mask that "
-        "differs from query to query, a causal one for instance, has no definition here; to remove tokens give "
-        "key_padding_mask"
-    )
-
-
-def _as_bool(name: str, mask: Tensor | None, tokens: Tensor, batched: bool) -> Tensor | None:
-    """A padding mask as (B, L) bool, True = ignore. ``tokens`` is (B, L, D)."""
-    if mask is None:
-        return None
-    if mask.dtype != torch.bool and not mask.is_floating_point():
-        raise TypeError(
-            f"InfSAAttention: {name} has dtype {mask.dtype}, expected torch.bool, True = ignore, or a floating dtype, "
-            "-inf = ignore; a mask of 1 = keep is given as mask == 0"
-        )
-    expected = tokens.shape[:2] if batched else tokens.shape[1:2]
-    if mask.shape != expected:
-        raise ValueError(
-            f"InfSAAttention: {name} has shape {list(mask.shape)}, expected {'(B, L)' if batched else '(L,)'} = "
-            f"{list(expected)}"
-        )
-    if mask.dtype != torch.bool:
-        _refuse_finite_bias(name, mask)
-        mask = mask == -torch.inf
-    return mask if batched else mask.unsqueeze(0)
-
-
-def _refuse_finite_bias(name: str, mask: Tensor) -> None:
-    right = ((mask == 0) | (mask == -torch.inf)).all()
-    message = (
-        f"InfSAAttention: {name} holds a value that is neither 0 nor -inf: scores have no exponential here, so nothing can "
-        "be added to them; give a bool mask, True = ignore"
-    )
-    # Reading a value would stop a GPU's stream, and split a compiled graph.
-    if torch.compiler.is_compiling() or mask.device.type != "cpu":
-        torch._assert_async(right, message)
-    elif not right:
-        raise ValueError(message)
+def _is_only(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module is of that very class, not one that adapts it, and calling it does nothing beside it."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return type(module) is kind and not any(hooks)

@@ -162,7 +162,7 @@ class backend(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func in _takes_backend and len(args) <= _BACKEND_ARGUMENT and not kwargs.get("backend"):
+        if len(args) <= _takes_backend.get(func, -1) and not kwargs.get("backend"):
             kwargs = {**kwargs, "backend": self.name}
         elif func in _RUN_BACKWARD and not torch.compiler.is_compiling() and not backend_of_backward():
             # They run with this mode off, and with them whatever is recomputed for them, as by torch.utils.checkpoint.
@@ -174,9 +174,8 @@ class backend(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-# The public operators (packets and overloads) and the position of their `backend` argument.
-_takes_backend: set = set()
-_BACKEND_ARGUMENT = 7
+# The public operators (packets and overloads), and how many positional arguments come before their `backend`.
+_takes_backend: dict = {}
 
 _RUN_BACKWARD = {torch.Tensor.backward, torch.autograd.backward, torch.autograd.grad}
 
