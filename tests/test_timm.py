@@ -47,6 +47,15 @@ def test_layer_arguments(variant, kwargs):
     torch.testing.assert_close(ours(x), truth, rtol=1e-11, atol=1e-12)
 
 
+def test_hooks_of_the_projections_are_called():
+    """The pooled layer reads their weights only, so it stays away."""
+    attention, x = InfSAAttention(32, 4, qkv_bias=True).double(), torch.randn(2, 9, 32).double()
+    pooled, calls = attention(x), []
+    attention.qkv.register_forward_hook(lambda *_: calls.append(1))
+    torch.testing.assert_close(attention(x), pooled, rtol=1e-11, atol=1e-12)
+    assert calls
+
+
 def test_variant_and_rho_by_subclass():
     class Frozen(PureInfSAAttention):
         rho_init = RHO

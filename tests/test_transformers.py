@@ -118,6 +118,7 @@ def test_dropout_is_on_the_scores(name):
 
 REFUSED_CALLS = {
     "causal by the module": (dict(is_causal=True), {}, "is causal"),
+    "silence": (dict(is_causal=None), {}, "does not say whether it is causal"),
     "causal by the call": ({}, dict(is_causal=True), "is causal"),
     "a cache": ({}, dict(keys=12), "cache of keys"),
     "negative scale": ({}, dict(scaling=-1.0), "scaling is -1.0"),

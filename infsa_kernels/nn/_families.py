@@ -156,7 +156,11 @@ def _transformers(module: nn.Module, options: Options, parents: Sequence[nn.Modu
     if getattr(module, "is_decoder", False) or getattr(config, "is_decoder", False):
         return f"it belongs to a decoder: {_NO_CAUSAL}"
     causal = getattr(config, "is_causal", None) if CONFIG_SAYS_CAUSAL else None
-    if causal if causal is not None else (getattr(module, "is_causal", True) or _masked_causally(parents)):
+    if causal is None:
+        causal = getattr(module, "is_causal", None) or _masked_causally(parents)
+        if not causal and not hasattr(module, "is_causal"):
+            return "it does not say whether it is causal: if it is not, set its is_causal = False"
+    if causal:
         return f"it is causal: {_NO_CAUSAL}"
     if is_cross_attention(module):
         return "it is cross-attention, whose attention function is not told which queries are padding"

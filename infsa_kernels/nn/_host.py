@@ -65,9 +65,9 @@ def require(condition: Tensor, message: str) -> None:
 
 
 def attach_rho(module: nn.Module, rho_init: float, trainable: bool) -> None:
-    """Gives a module ``rho_logit``, a parameter or a buffer of shape (), with the dtype and device of its parameters."""
+    """Gives a module ``rho_logit``, a parameter or a buffer of shape (1,), with the dtype and device of its parameters."""
     like = next((p for p in module.parameters() if p.is_floating_point() and p.itemsize >= 2), torch.empty(0))
-    logit = torch.full((), math.log(rho_init / (1 - rho_init)), dtype=like.dtype, device=like.device)
+    logit = torch.full((1,), math.log(rho_init / (1 - rho_init)), dtype=like.dtype, device=like.device)
     if trainable:
         module.rho_logit = nn.Parameter(logit)
     else:

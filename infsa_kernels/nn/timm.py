@@ -2,10 +2,12 @@
 
 import torch
 from timm.layers import Attention
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..ops.attention import infsa_attention
+from ..ops.linear_layer import pooled_linear_infsa
 from ._host import attach_rho, padding_of_scores_mask
+from .attention import _is_only
 
 
 class InfSAAttention(Attention):
@@ -47,6 +49,42 @@ class InfSAAttention(Attention):
         ignore = None
         if attn_mask is not None:
             ignore = padding_of_scores_mask(type(self).__name__, attn_mask, (B, self.num_heads, N, N))
+        out = (self._pool if self._pools() else self._attend)(x, ignore).expand(-1, N, -1)
+        if ignore is not None:
+            out = out.masked_fill(ignore[..., None], 0)
+        return self.proj_drop(out)
+
+    def _pools(self) -> bool:
+        """Whether all of this is a call of pooled_linear_infsa: the projections are then only data."""
+        return (
+            self.variant == "linear_infsa"
+            and not (self.training and self.attn_drop.p > 0)
+            and getattr(self, "gate", None) is None
+            and all(_is_only(part, nn.Linear) for part in (self.qkv, self.proj))
+            and all(_is_only(part, nn.Identity) for part in (self.q_norm, self.k_norm, self.norm))
+        )
+
+    def _pool(self, x: Tensor, ignore: Tensor | None) -> Tensor:
+        """(B, 1, dim): the row that every token gets."""
+        weights = self.qkv.weight.chunk(3)
+        biases = [None] * 3 if self.qkv.bias is None else self.qkv.bias.chunk(3)
+        out = pooled_linear_infsa(
+            x,
+            self.num_heads,
+            weights[0],
+            weights[2],
+            self.proj.weight,
+            q_bias=biases[0],
+            k_weight=weights[1],
+            k_bias=biases[1],
+            v_bias=biases[2],
+            out_bias=self.proj.bias,
+            rho=torch.sigmoid(self.rho_logit),
+            padding_mask=ignore,
+        )
+        return out.unsqueeze(1)
+
+    def _attend(self, x: Tensor, ignore: Tensor | None) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
         q, k = self.q_norm(q), self.k_norm(k)
         rho, dropout = torch.sigmoid(self.rho_logit), self.attn_drop.p
@@ -57,10 +95,7 @@ class InfSAAttention(Attention):
         context = self.norm(context.transpose(1, 2).flatten(2))
         if getattr(self, "gate", None) is not None:
             context = context * self.gate(x).sigmoid()
-        out = self.proj(context).expand(-1, N, -1)
-        if ignore is not None:
-            out = out.masked_fill(ignore[..., None], 0)
-        return self.proj_drop(out)
+        return self.proj(context)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         if prefix + "qkv.weight" in state_dict and not self.rho_logit.is_meta:

@@ -43,7 +43,7 @@ _REFUSED = {
 def register() -> None:
     """Registers "infsa_linear" and "infsa_pure" as attention implementations and as the makers of their masks.
 
-    rho is ``sigmoid(module.rho_logit)`` where the attention module has such a tensor of shape () or (H,), as after
+    rho is ``sigmoid(module.rho_logit)`` where the attention module has such a tensor of shape (1,) or (H,), as after
     :func:`infsa_kernels.nn.convert`, and 0.95 elsewhere.
 
     Honoured: padding (``attention_mask``, 1 = keep: those tokens are removed as keys and as queries and get an output of 0),
@@ -98,8 +98,10 @@ def _attend(
     **kwargs,
 ) -> tuple[Tensor, Tensor | None]:
     """The output (B, N, H, dv), and with output_attentions the weights (B, H, N, M)."""
-    # As in transformers' own: what says nothing is causal.
-    if is_causal if is_causal is not None else getattr(module, "is_causal", True):
+    is_causal = getattr(module, "is_causal", None) if is_causal is None else is_causal
+    if is_causal is None:
+        _refuse(f"{type(module).__name__} does not say whether it is causal", "if it is not, set its is_causal = False")
+    if is_causal:
         _refuse(f"{type(module).__name__} is causal", _NO_CAUSAL)
     if scaling is not None and not scaling > 0:
         _refuse(f"scaling is {scaling}", "InfSA divides out the scale of the scores, so it has to be above 0")
