@@ -19,6 +19,7 @@ VARIANTS = ("linear_infsa", "pure_infsa")
 RHO = 0.9
 TEXT = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, vocab_size=50)
 IMAGES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=4)
+SPECIAL_TOKENS = dict(bos_token_id=0, cls_token_id=0, eos_token_id=1, sep_token_id=1, pad_token_id=2)
 GROUPED = dict(**TEXT, num_key_value_heads=2, head_dim=12, attn_implementation="sdpa")
 
 
@@ -57,6 +58,10 @@ BUILD = {
     "transformers ViT": lambda: transformers.ViTModel(transformers.ViTConfig(**IMAGES, intermediate_size=48)),
     "transformers DINOv2": lambda: transformers.Dinov2Model(transformers.Dinov2Config(**IMAGES)),
     "transformers BERT": lambda: transformers.BertModel(transformers.BertConfig(**TEXT)),
+    "transformers ModernBERT": lambda: transformers.ModernBertModel(
+        # All layers global: a mask for local ones is made all the same.
+        transformers.ModernBertConfig(**TEXT, global_attn_every_n_layers=1, local_attention=4, **SPECIAL_TOKENS)
+    ),
     "transformers Llama": lambda: transformers.LlamaModel(bidirectional(transformers.LlamaConfig(**GROUPED))),
     "transformers Qwen3": lambda: transformers.Qwen3Model(bidirectional(transformers.Qwen3Config(**GROUPED))),
 }

@@ -25,11 +25,14 @@ def bert(name, **kwargs) -> transformers.BertModel:
 
 
 class Module(nn.Module):
-    """What an attention function sees of the module that calls it."""
+    """What an attention function sees of the module that calls it: one that could use a cache."""
 
     def __init__(self, **attributes):
         super().__init__()
         self.__dict__.update({"is_causal": False, **attributes})
+
+    def forward(self, hidden_states, past_key_values=None):
+        raise AssertionError
 
 
 def attend(name, module, q, k, v, mask=None, **kwargs):

@@ -153,6 +153,8 @@ def _transformers(module: nn.Module, options: Options, parents: Sequence[nn.Modu
     for name, what in _SPECIAL.items():
         if getattr(module, name, None) not in (None, False):
             return f"it has {what} ({name}), which InfSA has no place for"
+    if not hasattr(module, "sliding_window") and getattr(config, "sliding_window", None):
+        return "its config has a sliding window (sliding_window), which InfSA has no place for"
     if getattr(module, "is_decoder", False) or getattr(config, "is_decoder", False):
         return f"it belongs to a decoder: {_NO_CAUSAL}"
     causal = getattr(config, "is_causal", None) if CONFIG_SAYS_CAUSAL else None

@@ -4,6 +4,9 @@ The models keep their own projections, rotary embeddings, grouped keys and cache
 refused, never dropped. Written for transformers 4.57 and 5.
 """
 
+import functools
+import inspect
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -62,12 +65,16 @@ def register() -> None:
         AttentionMaskInterface.register(name, padding_mask)
 
 
-def padding_mask(
-    *, kv_length: int, kv_offset: int = 0, mask_function, attention_mask: Tensor | None = None, **_
-) -> Tensor | None:
-    """The mask that a transformers model makes for its layers: (B, M) bool, True = keep, or None."""
+def padding_mask(*, mask_function, attention_mask: Tensor | None = None, kv_length: int, kv_offset: int = 0, **kwargs):
+    """The mask that a transformers model makes for its layers: (B, M) bool, True = keep, or None.
+
+    A causal or windowed one is made as for sdpa, (B, 1, N, M): a model may make masks that none of its layers use, and
+    attention refuses it where it differs between queries.
+    """
+    lengths = dict(kv_length=kv_length, kv_offset=kv_offset)
     if mask_function is not _BIDIRECTIONAL:
-        _refuse("the model asks for a causal, sliding or otherwise structured mask", _NO_CAUSAL)
+        kwargs |= dict(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
+        return masking_utils.sdpa_mask(mask_function=mask_function, attention_mask=attention_mask, **lengths, **kwargs)
     if attention_mask is not None and attention_mask.shape[-1] != kv_length + kv_offset:
         _refuse(
             f"attention_mask covers {attention_mask.shape[-1]} tokens of {kv_length + kv_offset}",
@@ -115,14 +122,14 @@ def _attend(
     M = key.shape[2]
     if key.shape[1] != H:
         key, value = (t.repeat_interleave(H // t.shape[1], dim=1) for t in (key, value))
-    if N != M and not is_cross_attention(module):
+    if N != M and not is_cross_attention(module) and _takes_cache(type(module)):
         _refuse(
             f"there are {N} queries and {M} keys in {type(module).__name__}",
             "with a cache of keys the sums over queries would miss the earlier ones; run the whole sequence, use_cache=False",
         )
     ignore = None
     if attention_mask is not None:
-        if is_cross_attention(module):
+        if N != M or is_cross_attention(module):
             _refuse("cross-attention is given a mask", "it does not say which queries are padding")
         ignore = _ignored_tokens(attention_mask, (B, H, N, M))
 
@@ -164,6 +171,12 @@ def _ignored_tokens(mask: Tensor, scores: tuple[int, int, int, int]) -> Tensor:
 def is_cross_attention(module: nn.Module) -> bool:
     """By what transformers calls it: the attention functions are not told."""
     return bool(getattr(module, "is_cross_attention", False)) or "Cross" in type(module).__name__
+
+
+@functools.cache
+def _takes_cache(attention: type[nn.Module]) -> bool:
+    """Whether a class of attention modules can put keys of earlier calls before those of this one."""
+    return any(name.startswith("past_key_value") for name in inspect.signature(attention.forward).parameters)
 
 
 _NO_CAUSAL = "InfSA divides by sums over all queries, and a causal form of it does not exist yet"
