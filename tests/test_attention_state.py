@@ -96,7 +96,7 @@ def test_device_and_dtype_arguments():
     assert meta(torch.empty(N, 2, D, device="meta", dtype=torch.bfloat16))[0].shape == (N, 2, D)
     meta.to_empty(device="cpu").float().reset_parameters()
     assert all(p.isfinite().all() for p in meta.parameters())
-    assert torch.nn.utils.skip_init(InfSAAttention, D, H, tied=True).rho_logit.shape == ()
+    assert torch.nn.utils.skip_init(InfSAAttention, D, H, tied=True).rho_logit.shape == (1,)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -149,6 +149,7 @@ WRONG_CALLS = [
     ((X,), dict(attn_mask=torch.zeros(N, N)), NotImplementedError, "attn_mask is a Tensor.*key_padding_mask"),
     ((X,), dict(is_causal=True), NotImplementedError, "is_causal is True"),
     ((X, None, X), {}, TypeError, "key is None"),
+    ((X, X.clone()), dict(norm=nn.LayerNorm(D)), ValueError, "norm is a module"),
     ((X, X[:1]), {}, ValueError, "key has batch size 1, expected 2"),
     ((X, X, X[:, 1:]), {}, ValueError, "value has"),
     ((X[..., 1:],), {}, ValueError, r"query has shape \[2, 5, 23\]"),

@@ -40,7 +40,7 @@ class InfSAAttention(nn.Module):
         tied: whether keys go through the projection of the queries (the paper's symmetric operator): no ``k_proj`` then.
         rho_init: rho at the start, between 0 and 1.
         rho_trainable: whether ``rho_logit`` is a parameter, or a buffer.
-        rho_per_head: whether ``rho_logit`` has shape (H,), or ().
+        rho_per_head: whether ``rho_logit`` has shape (H,), or (1,).
         eps: added to the operators' denominators.
 
     Raises:
@@ -110,7 +110,7 @@ class InfSAAttention(nn.Module):
         self.embed_dim, self.num_heads, self.head_dim = embed_dim, num_heads, embed_dim // num_heads
         self.kdim, self.vdim = kdim, vdim
         self.dropout, self.batch_first, self.add_zero_attn = dropout, batch_first, add_zero_attn
-        self.variant, self.tied, self.rho_init, self.eps = variant, tied, rho_init, eps
+        self.variant, self.tied, self.rho_init, self.rho_per_head, self.eps = variant, tied, rho_init, rho_per_head, eps
 
         factory = {"device": device, "dtype": dtype}
         self.q_proj = nn.Linear(embed_dim, embed_dim, bias, **factory)
@@ -121,7 +121,8 @@ class InfSAAttention(nn.Module):
         for name in ("bias_k", "bias_v"):
             token = nn.Parameter(torch.empty(1, 1, embed_dim, **factory)) if add_bias_kv else None
             self.register_parameter(name, token)
-        rho_logit = torch.empty((num_heads,) if rho_per_head else (), **factory)
+        # (1,) and not (), which FSDP2 cannot shard.
+        rho_logit = torch.empty(num_heads if rho_per_head else 1, **factory)
         if rho_trainable:
             self.rho_logit = nn.Parameter(rho_logit)
         else:
@@ -146,7 +147,7 @@ class InfSAAttention(nn.Module):
 
     @property
     def rho(self) -> Tensor:
-        """The output scale, () or (H,), with its gradient."""
+        """The output scale, (1,) or (H,), with its gradient."""
         return torch.sigmoid(self.rho_logit)
 
     def forward(
@@ -161,6 +162,7 @@ class InfSAAttention(nn.Module):
         is_causal: bool = False,
         *,
         query_padding_mask: Tensor | None = None,
+        norm: nn.Module | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attends from ``query`` (N, B, D), or (B, N, D) if batch_first, or (N, D), to ``key`` and ``value``.
 
@@ -173,6 +175,8 @@ class InfSAAttention(nn.Module):
             average_attn_weights: whether weights are averaged over the heads.
             query_padding_mask: (B, N) or (N,), as ``key_padding_mask``: queries that take no part and get an output of 0.
                 Default: ``key_padding_mask`` if ``key is query``, else none.
+            norm: applied first to the one tensor that is query, key and value; an nn.LayerNorm is fused where the pooled
+                layer runs.
 
         Returns:
             The output, laid out as ``query``, and None or the weights: (B, N, M), or (B, H, N, M) if not averaged, without B
@@ -189,6 +193,10 @@ class InfSAAttention(nn.Module):
         batched = query.dim() == 3
         # What is one tensor must stay one: it decides which tokens a mask removes, and what has to be projected.
         key_is_query, value_is_key = key is query, value is key
+        if norm is not None and not (key_is_query and value_is_key):
+            raise ValueError(
+                "InfSAAttention: norm is a module, expected None where key or value is not query; apply it before"
+            )
         query = self._batch_first(query)
         key = query if key_is_query else self._batch_first(key)
         value = key if value_is_key else self._batch_first(value)
@@ -199,11 +207,8 @@ class InfSAAttention(nn.Module):
         else:
             query_padding_mask = as_bool("query_padding_mask", query_padding_mask, query, batched)
 
-        one_set_of_tokens = key is query and value is key and query_padding_mask is key_padding_mask
-        if one_set_of_tokens and not need_weights and self._pools():
-            out, weights = self._pool(query, None, key_padding_mask).unsqueeze(1), None
-        else:
-            out, weights = self._attend(query, key, value, key_padding_mask, query_padding_mask, need_weights)
+        masks = key_padding_mask, query_padding_mask
+        out, weights = self._attend(query, key, value, *masks, need_weights, norm)
         out = out.expand(query.shape)
         if query_padding_mask is not None:
             out = out.masked_fill(query_padding_mask[..., None], 0)
@@ -230,12 +235,7 @@ class InfSAAttention(nn.Module):
             )
         self._check_sizes(x, x, x)
         padding_mask = as_bool("padding_mask", padding_mask, x, batched=True)
-        fused = norm is None or (_is_only(norm, nn.LayerNorm) and norm.normalized_shape == (self.embed_dim,))
-        if not (fused and self._pools()):
-            x, norm = x if norm is None else norm(x), None
-        if self._pools():
-            return self._pool(x, norm, padding_mask)
-        return self._attend(x, x, x, padding_mask, padding_mask, False)[0].squeeze(1)
+        return self._attend(x, x, x, padding_mask, padding_mask, False, norm)[0].squeeze(1)
 
     def _pools(self) -> bool:
         """Whether the layer of one set of tokens is a call of pooled_linear_infsa: its projections are then only data."""
@@ -268,8 +268,18 @@ class InfSAAttention(nn.Module):
             padding_mask=padding_mask,
         )
 
-    def _attend(self, query, key, value, key_padding_mask, query_padding_mask, need_weights):
+    def _attend(self, query, key, value, key_padding_mask, query_padding_mask, need_weights, norm):
         """The output (B, N, D), or (B, 1, D) if linear, and with need_weights the weights (B, H, N or 1, M)."""
+        one_set_of_tokens = key is query and value is key and query_padding_mask is key_padding_mask
+        pools = one_set_of_tokens and not need_weights and self._pools()
+        if norm is not None and not (
+            pools and _is_only(norm, nn.LayerNorm) and norm.normalized_shape == query.shape[-1:]
+        ):
+            query = key = value = norm(query)
+            norm = None
+        if pools:
+            return self._pool(query, norm, key_padding_mask).unsqueeze(1), None
+
         q = self._heads(self.q_proj(query))
         if not self.tied:
             k = self._heads(self.k_proj(key))
@@ -386,8 +396,8 @@ class InfSAAttention(nn.Module):
         if foreign and not self.rho_logit.is_meta:
             state_dict.setdefault(key, self.rho_logit.detach())
         if key in state_dict and state_dict[key].numel() == 1:
-            # One rho for the layer is the same for every head.
-            state_dict[key] = state_dict[key].reshape(()).expand(self.rho_logit.shape).clone()
+            # The authors' is (); and one rho for the layer is the same for every head.
+            state_dict[key] = state_dict[key].reshape(1).expand(self.rho_logit.shape).clone()
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
@@ -399,7 +409,7 @@ class InfSAAttention(nn.Module):
             "add_bias_kv": self.bias_k is not None,
             "add_zero_attn": self.add_zero_attn,
             "batch_first": self.batch_first,
-            "rho_per_head": self.rho_logit.dim() == 1,
+            "rho_per_head": self.rho_per_head,
         }
         return ", ".join([text, *(f"{name}={value}" for name, value in shown.items() if value)])
 
