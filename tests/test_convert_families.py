@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import transformers
-from host_models import BUILD, RHO, TEXT, VARIANTS, build, inputs_of, reference_instead_of_softmax, run
+from host_models import BUILD, RHO, TEXT, VARIANTS, bidirectional, build, inputs_of, reference_instead_of_softmax, run
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -170,6 +170,29 @@ def test_part_of_a_padded_model():
     causal = torch.ones(2, 1, 9, 9, dtype=torch.bool).tril()
     with pytest.raises(NotImplementedError, match="differs between queries"):
         model(input_ids=ids, attention_mask=causal)
+
+
+@pytest.mark.parametrize("name", ["torchvision ViT", "timm ViT", "transformers ViT", "transformers BERT"])
+def test_new_weights_on_request(name):
+    model = build(name)
+    report = convert(model, copy_weights=False)
+    old = model.state_dict()
+    for key, t in report.model.state_dict().items():
+        drawn = any(key.startswith(module) for module in report.converted)
+        assert key not in old or torch.equal(t, old[key]) != drawn, key
+
+
+def test_new_weights_that_nobody_can_draw():
+    config = transformers.GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=50, bos_token_id=0, eos_token_id=0)
+    report = convert(transformers.GPT2Model(bidirectional(config)), copy_weights=False)
+    assert "Conv1D has no reset_parameters" in report.refused["h.0.attn"]
+
+
+def test_forward_replaced_on_the_object():
+    model = build("timm ViT")
+    model.blocks[0].attn.forward = lambda x, **_: x
+    report = convert(model, inplace=True)
+    assert list(report.converted) == ["blocks.1.attn"] and "forward was replaced" in report.refused["blocks.0.attn"]
 
 
 def test_attention_that_nobody_knows_is_reported():

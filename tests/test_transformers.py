@@ -111,6 +111,18 @@ def test_grouped_keys_wide_values_and_rho_of_the_module(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64])
+def test_padding_gets_an_output_of_zero(name, dtype):
+    q, k, v = torch.randn(3, 2, 4, 9, 8).unbind()
+    keep = torch.tensor([[1] * 9, [1] * 6 + [0] * 3]).to(dtype)
+    out, _ = attend(name, Module(), q, k, v, keep)
+    again, weights = attend(name, Module(), q, k, v, keep, output_attentions=True)
+    assert (out[1, 6:] == 0).all() and (out[1, :6] != 0).any() and (out[0] != 0).any()
+    assert (weights[1, :, 6:] == 0).all() and (weights[1, :, :, 6:] == 0).all()
+    torch.testing.assert_close(again, out)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_dropout_is_on_the_scores(name):
     q, k, v = torch.randn(3, 2, 4, 9, 8).unbind()
     assert (attend(name, Module(), q, k, v, dropout=1.0)[0] == 0).all()

@@ -55,6 +55,8 @@ def plan_of(
     """
     if hasattr(module, "rho_logit"):
         return "it is InfSA already"
+    if "forward" in vars(module) and not hasattr(module, "_hf_hook"):  # accelerate's hooks call the class's own
+        return "its forward was replaced on the object itself, and may compute something else"
     if isinstance(module, nn.MultiheadAttention):
         return _multihead(module, options, tied, named)
     if dispatches(module):

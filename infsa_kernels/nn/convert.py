@@ -57,7 +57,7 @@ def convert(
         variant: "linear_infsa" or "pure_infsa".
         rho_init: rho at the start, between 0 and 1.
         rho_trainable: whether ``rho_logit`` is a parameter, or a buffer.
-        copy_weights: whether the projections keep their weights, or are drawn anew.
+        copy_weights: whether the converted modules keep their weights, or draw new ones by ``reset_parameters()``.
         include_patterns: regular expressions; only modules in whose name one is found are considered.
         exclude_patterns: regular expressions; modules in whose name one is found are left alone.
         target_types: classes; only their instances are considered. Naming a subclass of a class above says that it computes
