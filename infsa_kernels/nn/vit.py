@@ -87,7 +87,7 @@ class InfViT(nn.Module):
 
         factory = {"device": device, "dtype": dtype}
         rho = {"tied": tied, "rho_init": rho_init, "rho_trainable": rho_trainable, "rho_per_head": rho_per_head}
-        self.patch_embed = nn.Conv2d(in_chans, embed_dim, patch_size, patch_size, **factory)
+        self.patch_embed = PatchEmbed(in_chans, embed_dim, patch_size, patch_size, **factory)
         extra = int(pool == "cls")
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim, **factory)) if extra else None
         positions = extra + math.prod(self.grid)
@@ -105,8 +105,7 @@ class InfViT(nn.Module):
     def reset_parameters(self) -> None:
         """Initial values, of all parts: what a model made on the meta device needs after ``to_empty``."""
         # As torchvision's ViT: patches by fan-in, small positions, a head that starts at 0.
-        nn.init.trunc_normal_(self.patch_embed.weight, std=self.patch_embed.weight[0].numel() ** -0.5)
-        nn.init.zeros_(self.patch_embed.bias)
+        self.patch_embed.reset_parameters()
         if self.cls_token is not None:
             nn.init.zeros_(self.cls_token)
         if self.pos_embed is not None:
@@ -167,7 +166,7 @@ class InfViT(nn.Module):
         step = max(1, CHUNK_TOKENS // (B * columns)) if chunked else rows
         x, end = None, first.shape[1]
         for row in range(0, rows, step):
-            patches = self.patch_embed(images[:, :, row * p : (row + step) * p]).flatten(2).mT
+            patches = self.patch_embed(images[:, :, row * p : (row + step) * p])
             if self.pos_embed is not None:
                 patches = patches + self._positions(grid, slice(row, row + step))
             if not chunked:
@@ -201,6 +200,22 @@ class InfViT(nn.Module):
                 f"InfViT: images has shape {list(images.shape)}, expected (B, {channels}, height, width), channels first"
             )
         return images
+
+
+class PatchEmbed(nn.Conv2d):
+    """A convolution whose stride is its kernel, as one matrix product: (B, C, h, w) to (B, N, D).
+
+    As a convolution of dynamic height and width, torch.compile does not take it.
+    """
+
+    def reset_parameters(self) -> None:
+        nn.init.trunc_normal_(self.weight, std=self.weight[0].numel() ** -0.5)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, images: Tensor) -> Tensor:
+        p, _ = self.kernel_size
+        patches = images.unflatten(3, (-1, p)).unflatten(2, (-1, p)).permute(0, 2, 4, 1, 3, 5)
+        return F.linear(patches.flatten(3).flatten(1, 2), self.weight.flatten(1), self.bias)
 
 
 class Block(nn.Module):
@@ -282,10 +297,13 @@ class SoftmaxAttention(nn.Module):
 
 
 def _resize_matrix(size: int, to: int, like: Tensor) -> Tensor:
-    """(to, size): the weights of a bicubic resize of one side."""
-    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    unit = torch.eye(size, dtype=dtype, device=like.device)[None, :, :, None]
-    return F.interpolate(unit, (to, 1), mode="bicubic", antialias=True)[0, :, :, 0].T.to(like.dtype)
+    """(to, size): one side of F.interpolate(mode="bicubic", antialias=True), which torch.compile has no dynamic sizes for."""
+    centres = (torch.arange(to, dtype=torch.float64, device=like.device) + 0.5) * (size / to)
+    points = torch.arange(size, dtype=torch.float64, device=like.device) + 0.5
+    x = (points - centres[:, None]).abs() / max(1.0, size / to)
+    # Keys' cubic kernel with a = -0.5.
+    weights = torch.where(x < 1, (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2).masked_fill(x >= 2, 0)
+    return (weights / weights.sum(1, keepdim=True)).to(like.dtype)
 
 
 def _one_of(name: str, value, expected) -> None:
