@@ -17,9 +17,9 @@ def install() -> None:
     spec = importlib.util.find_spec("torchvision")
     if spec is None:
         return
-    for extension in Path(spec.origin).parent.glob("_C*.so"):
-        try:
+    try:
+        for extension in Path(spec.origin).parent.glob("_C*.so"):
             torch.ops.load_library(extension)
-        except OSError:
-            for name in ("nms", "qnms"):
-                _library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    except OSError:
+        for name in ("nms", "qnms"):
+            _library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
