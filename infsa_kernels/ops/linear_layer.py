@@ -18,9 +18,6 @@ from ._library import SUFFIXES, backend_of_backward, choose_backend
 
 OP = "infsa::linear_layer"
 
-# The backends that have both raw operators.
-BACKENDS = ("cpu", "eager")
-
 
 def pooled_linear_infsa(
     x: Tensor,
@@ -91,7 +88,8 @@ def _call(
          "norm_bias": norm_bias}, rho, norm_eps, padding_mask,
     )  # fmt: skip
     d, acc = q_weight.shape[0] // num_heads, _check.acc_dtype(x)
-    suffix = SUFFIXES[_choose(x, num_heads, d, backend or backend_of_backward())]
+    forced = backend or backend_of_backward()
+    suffix = SUFFIXES[choose_backend("linear_layer", x.device, x.dtype, (x.shape[0], num_heads, x.shape[1], d), forced)]
     tensors = x, q_weight, k_weight, v_weight, out_weight, q_bias, k_bias, v_bias, out_bias, norm_weight, norm_bias
     rho_tensor = rho if isinstance(rho, Tensor) else None
 
@@ -133,13 +131,6 @@ def _call(
         z = z if rho is None else rho * z
         out_bias = None if out_bias is None else out_bias.to(acc)
         return torch.nn.functional.linear(z.flatten(1), out_weight.to(acc), out_bias).to(x.dtype)
-
-
-def _choose(x: Tensor, heads: int, head_dim: int, forced: str) -> str:
-    name = choose_backend(x.device, x.dtype, (x.shape[0], heads, x.shape[1], head_dim), forced)
-    if name not in BACKENDS:
-        raise RuntimeError(f"infsa_kernels: backend {name!r} cannot run this call: {OP} has kernels for {BACKENDS} only")
-    return name
 
 
 def _check_arguments(x, num_heads, weights, vectors, rho, norm_eps, padding_mask):
