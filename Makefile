@@ -3,11 +3,13 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 BENCH_ARGS ?=
+GPU_PYTHON ?= $(PYTHON)
+GPU_ARGS ?=
 
 bin := $(VENV)/bin
 csrc := $(shell find csrc -name '*.cpp' -o -name '*.h')
 
-.PHONY: bench test lint format sanitize clean
+.PHONY: bench test lint format sanitize gpu-check clean
 
 bench: $(VENV)/built
 	$(bin)/python -m bench.run $(BENCH_ARGS)
@@ -33,6 +35,11 @@ sanitize: $(VENV)/built
 	  LD_PRELOAD="$$($${CC:-cc} -print-file-name=libasan.so) $$($${CC:-cc} -print-file-name=libubsan.so)" \
 	  $(bin)/pytest tests/test_operators.py tests/test_fuzz.py tests/test_linear_layer.py -k "cpu-cpu or random_calls" -x || exit 1; \
 	done
+
+# On a machine with a GPU, in its own Python (torch with CUDA, triton, numpy, pytest, matplotlib, ninja) and without a network.
+gpu-check:
+	$(GPU_PYTHON) setup.py -q build_ext --inplace
+	$(GPU_PYTHON) -m bench.gpu_check $(GPU_ARGS)
 
 clean:
 	rm -rf build dist *.egg-info $(VENV) infsa_kernels/_C*.so

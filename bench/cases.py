@@ -5,8 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from infsa_kernels.ops import linear, pure
-
+from . import roofline
 from .image import PATCH
 
 DIRECTIONS = {"fwd": "forward", "bwd": "backward", "fwd+bwd": "forward + backward"}
@@ -15,7 +14,6 @@ RHO, EPS = 0.95, 1e-6
 
 # The paper's heads at D = 1024: (H, d).
 HEADS = {"linear": (64, 16), "pure": (16, 64)}
-OPERATORS = {"linear": linear.operator, "pure": pure.operator}
 
 # Up to where Pure's variants are measured: bound by arithmetic, and small enough for every comparator.
 PURE_VARIANTS_PIXELS = 1024
@@ -42,19 +40,11 @@ class Case:
         return views if self.layout == "bnhd" else {n: t.contiguous() for n, t in views.items()}
 
     def flops(self, direction: str) -> int:
-        """Operations by the operator's registered formula: the paper's N x N products, none saved by symmetry."""
-        fwd, bwd = (formula(1, self.H, self.N, self.N, self.d, self.d) for formula in OPERATORS[self.op].flops)
-        return {"fwd": fwd, "bwd": bwd, "fwd+bwd": fwd + bwd}[direction]
+        return roofline.flops(self.op, direction, 1, self.H, self.N, self.d)
 
     def traffic(self, direction: str) -> int:
-        """Bytes that must move at least: every input of a pass read once, every result written once."""
-        tokens = self.N * self.H * self.d * self.dtype.itemsize
-        out = tokens if self.op == "pure" else self.H * self.d * self.dtype.itemsize
-        inputs = tokens * (2 if self.tied else 3)
-        fwd = inputs + out
-        # Pure's backward reads out as well as dout: its norm's gradient needs <dout, out>.
-        bwd = 2 * inputs + out * (2 if self.op == "pure" else 1)
-        return {"fwd": fwd, "bwd": bwd, "fwd+bwd": fwd + bwd}[direction]
+        heads = self.H * self.d * self.dtype.itemsize
+        return roofline.traffic(self.op, direction, self.tied, self.N * heads, heads)
 
     @property
     def pixels(self) -> int:

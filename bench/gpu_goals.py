@@ -4,10 +4,10 @@ A call is captured into a CUDA graph, so that the host's launch cost, the same f
 cannot be captured is called directly and says so.
 """
 
+import contextlib
+import functools
 import statistics
 import time
-import warnings
-from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import infsa_kernels
 from infsa_kernels import reference
 
-from . import machine
+from . import machine, roofline
 
 # The paper's heads at D = 1024, as in cases.py, which needs packages that a lent machine lacks.
 HEADS = {"linear": (64, 16), "pure": (16, 64)}
@@ -30,16 +30,22 @@ SDPA = {
 }
 
 
+@functools.cache
+def capture_stream():
+    """The one stream of all captures: autograd runs a backward pass on the stream of its forward pass, which has to be it."""
+    return torch.cuda.Stream()
+
+
 def capture(run):
     """A graph of one call, and the tensors that a replay writes."""
-    stream = torch.cuda.Stream()
+    stream = capture_stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
             run()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         results = run()
     return graph, results
 
@@ -91,8 +97,20 @@ def _dense(t):
 def _backward(function, q, k, v, dout):
     """The backward pass alone, of a graph of autograd kept between calls."""
     leaves = [t.detach().requires_grad_() for t in ([q, v] if k is q else [q, k, v])]
-    out = function(leaves[0], leaves[0] if k is q else leaves[1], leaves[-1])
+    with _on_capture_stream(q.device):
+        out = function(leaves[0], leaves[0] if k is q else leaves[1], leaves[-1])
     return lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True)
+
+
+@contextlib.contextmanager
+def _on_capture_stream(device):
+    if device.type == "cpu":
+        yield
+        return
+    capture_stream().wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(capture_stream()):
+        yield
+    torch.cuda.current_stream().wait_stream(capture_stream())
 
 
 def _gate(what, actual, expected, bound=2e-2) -> None:
@@ -112,11 +130,18 @@ def ceilings(args) -> dict:
     n = 256 if args.dry_run else 8192
     x = torch.randn(1 << (16 if args.dry_run else 28), device=args.device)
     a, b = torch.randn(2, n, n, device=args.device, dtype=torch.bfloat16).unbind()
-    one = torch.zeros(1, device=args.device)
-    found = measure({"launch": one.zero_, "copy": x.clone, "gemm": lambda: a @ b, **_reads({"": [x]})}, args.device)
+    found = measure(
+        {"launch": _empty_launch(args.device), "copy": x.clone, "gemm": lambda: a @ b, **_reads({"": [x]})}, args.device
+    )
     read = min(s for name, s in found.items() if name.startswith("read"))
     rates = {"read": x.nbytes / read, "copy": 2 * x.nbytes / found["copy"], "gemm": 2 * n**3 / found["gemm"]}
     return {"launch": found["launch"], **rates}
+
+
+def _empty_launch(device):
+    """As little as a kernel can do: one addition."""
+    one = torch.zeros(1, device=device)
+    return lambda: one.add_(1)
 
 
 def _reads(groups: dict) -> dict:
@@ -142,7 +167,7 @@ def linear(args) -> dict:
                 **_reads({" tied": [_dense(t) for t in (q, v)], " untied": [_dense(t) for t in (q, k, v)]}),
                 "copy tied": lambda: [q.clone(), v.clone()],
                 "copy untied": lambda: [q.clone(), k.clone(), v.clone()],
-                "launch": torch.zeros(1, device=args.device).zero_,
+                "launch": _empty_launch(args.device),
             }
             if not args.dry_run:
                 torch._dynamo.reset()
@@ -194,37 +219,33 @@ def pure(args) -> dict:
 
 def _with_sdpa(kind, run):
     def forced():
-        with sdpa_kernel(kind) if kind else nullcontext():
+        with sdpa_kernel(kind):
             return run()
 
     return forced
 
 
-def tune(args) -> dict:
-    """Other tiles of Pure, for configs.py: seconds at N = 4096, 8 images."""
-    from infsa_kernels.triton import configs
-
-    q, k, v = _heads("pure", 33 if args.dry_run else 4096, 1 if args.dry_run else 8, args.device, args.dry_run)
-    dout, ours, found = torch.randn_like(v), _ours("pure"), {}
-    tiles = {
-        "fwd": [(128, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3), (64, 128, 4, 2), (256, 64, 8, 2)],
-        "bwd_queries": [(128, 64, 8, 2), (64, 64, 4, 2), (128, 128, 8, 2), (64, 128, 4, 2)],
-        "bwd_keys": [(64, 64, 4, 2), (64, 128, 8, 2), (128, 128, 8, 2), (32, 64, 4, 3)],
-        "bwd_tied": [(64, 64, 4, 2), (128, 64, 8, 2), (128, 128, 8, 2), (64, 32, 4, 3)],
-    }
-    shipped = configs.PURE
-    with infsa_kernels.backend("triton"):
-        for kernel, candidates in tiles.items():
-            for tile in candidates[:1] if args.dry_run else candidates:
-                chosen = {largest: configs.Pure(*tile) for largest in (64, 128, 256)}
-                configs.PURE = {key: kernels | {kernel: chosen} for key, kernels in shipped.items()}
-                try:
-                    other = q if kernel == "bwd_tied" else k
-                    run = (lambda: [ours(q, k, v)]) if kernel == "fwd" else _backward(ours, q, other, v, dout)
-                    found[f"{kernel} {tile}"] = measure({f"{kernel} {tile}": run}, args.device)[f"{kernel} {tile}"]
-                finally:
-                    configs.PURE = shipped
-    return {"seconds": found}
+def beside_the_floor(parts: dict) -> list[dict]:
+    """Every time of ours with its distance to the least that the machine allows, and with what was predicted."""
+    ceilings, found = parts.get("ceilings", {}), []
+    if not {"launch", "read", "copy", "gemm"} <= ceilings.keys():
+        return found
+    for op, (H, d) in HEADS.items():
+        for row in parts.get(op, {}).get("rows", []):
+            seconds = row.get("seconds", row)
+            for name in ("tied", "untied", "bwd tied", "bwd untied"):
+                if seconds.get(name):
+                    direction = "bwd" if name.startswith("bwd") else "fwd"
+                    sizes = op, direction, not name.endswith("untied"), row["B"], H, row["N"], d, 2, ceilings
+                    found.append(
+                        {
+                            "what": f"{op} {name} N={row['N']} x{row['B']}",
+                            "seconds": seconds[name],
+                            "floor": roofline.floor(*sizes) / seconds[name],
+                            "predicted": roofline.predict(*sizes),
+                        }
+                    )
+    return found
 
 
 def at_most(target: float, what: str, value: float | None, over: float | None) -> dict:
@@ -284,32 +305,3 @@ def compare(parts: dict) -> list[dict]:
             squared.get((331776, 1), {}).get("untied"),
         ),
     ]
-
-
-def draw(goals: list[dict], path) -> None:
-    """Every goal as a bar: how far the measurement is from the target, 1 = reached."""
-    measured = [g for g in goals if g["value"]]
-    if not measured:
-        return
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    def share(goal):
-        sign, target = goal["target"].split()
-        return goal["value"] / float(target) if sign == ">=" else float(target) / goal["value"]
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        figure, axes = plt.subplots(figsize=(9, 0.3 * len(measured) + 1), layout="constrained")
-        axes.barh(
-            [g["goal"] for g in measured],
-            [share(g) for g in measured],
-            color=["#2a7" if g["reached"] else "#c63" for g in measured],
-        )
-        axes.axvline(1, color="black", linewidth=1)
-        axes.invert_yaxis()
-        axes.set_xlabel("share of the target (1 = reached)")
-        figure.savefig(path, dpi=120)
-        plt.close(figure)

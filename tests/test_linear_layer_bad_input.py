@@ -133,10 +133,9 @@ def test_raw(op, direction):
 
 def said_alike(op, direction, exception, words, arguments):
     messages = set()
-    for backend in backends_of("cpu"):
-        function = getattr(torch.ops.infsa, f"{op}_{direction}{SUFFIXES[backend]}", None)
-        if backend in infsa_kernels.ops.linear_layer.BACKENDS:
-            messages.add(refused(exception, words, function, *arguments.values()))
+    for backend in backends_of("cpu", "linear_layer"):
+        function = getattr(torch.ops.infsa, f"{op}_{direction}{SUFFIXES[backend]}")
+        messages.add(refused(exception, words, function, *arguments.values()))
     if "is on" not in words:
         with FakeTensorMode() as mode:
             faked = [mode.from_tensor(t) if isinstance(t, torch.Tensor) else t for t in arguments.values()]

@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 from calls import OPS, Call, check, output_gradient, raw_op
+from interpreter import needs_interpreter
 from layouts import LAYOUTS
 
 import infsa_kernels
@@ -24,6 +25,7 @@ by_tie = pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+@needs_interpreter
 @pytest.mark.skipif(IN_INTERPRETER, reason="this is that process")
 def test_in_the_interpreter():
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__]
@@ -175,7 +177,7 @@ def test_empty_sizes_and_repeated_runs(op, triton):
 @interpreted
 def test_refusals_name_the_reason():
     def reason(dtype, d):
-        return infsa_kernels.explain_backend(torch.device("cpu"), dtype, (1, 1, 8, d))["triton"]
+        return infsa_kernels.explain_backend("linear", torch.device("cpu"), dtype, (1, 1, 8, d))["triton"]
 
     assert reason(torch.bfloat16, 64) is None
     assert "float64" in reason(torch.float64, 64)

@@ -6,10 +6,6 @@ Triton's own specialisation of the arguments, instead of starting.
 
 import argparse
 import contextlib
-import re
-import subprocess
-import tempfile
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,55 +13,34 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
+from triton_sass import CODE, RESOURCES, measure
 
 from infsa_kernels.triton import configs, linear, pure, pure_backward
 
 TABLE = Path(__file__).parent / "data" / "triton_resources.txt"
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
-
-# Per multiprocessor: bytes of shared memory and threads.
-LIMITS = {
-    "sm_80": (164 << 10, 2048),
-    "sm_90": (228 << 10, 2048),
-    "sm_100": (228 << 10, 2048),
-    "sm_120": (100 << 10, 1536),
-}
-COLUMNS = [
-    "arch",
-    "kernel",
-    "case",
-    "tile",
-    "regs",
-    "spill",
-    "shared",
-    "per_SM",
-    "matrix",
-    "async",
-    "load",
-    "loop",
-    "barriers",
-]
+COLUMNS = ["arch", "kernel", "case", "tile", *RESOURCES, *CODE]
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One call of an operator, forward and backward, as the launchers see it."""
+    """One call of an operator, forward and backward, as the launchers see it; tf32 is float32 at "high" precision."""
 
     op: str
-    N: int
+    dtype: str
     d: int
-    dtype: torch.dtype
-    tied: bool
+    N: int
+    tied: bool = False
     masked: bool = False
 
     def __str__(self) -> str:
-        dtype = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[self.dtype]
-        return f"{dtype}/d{self.d}/N{self.N}" + ("/tied" if self.tied else "") + ("/masked" if self.masked else "")
+        return f"{self.dtype}/d{self.d}/N{self.N}" + ("/tied" if self.tied else "") + ("/masked" if self.masked else "")
 
     def run(self) -> None:
-        def token_major(dtype=self.dtype):
-            return torch.empty(1, self.N, 1024 // self.d, self.d, dtype=dtype, device="meta").transpose(1, 2)
+        def token_major():
+            t = torch.empty(1, self.N, 1024 // self.d, self.d, dtype=DTYPES[self.dtype], device="meta")
+            return t.transpose(1, 2)
 
         q, v = token_major(), token_major()
         k = None if self.tied else token_major()
@@ -81,27 +56,40 @@ class Case:
 
 
 def cases() -> list[Case]:
-    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
-    found = [Case("linear", N, 16, bf16, tied) for N in (197, 4096) for tied in (True, False)]
-    found += [Case("linear", 4096, 64, dtype, False, masked=True) for dtype in (fp16, fp32)]
+    """Every configuration, in the variant of it that needs the most registers before the others."""
+    found = [Case("linear", "bf16", 16, N, tied) for N in (197, 4096) for tied in (False, True)]
+    found += [Case("linear", dtype, 64, 4096, masked=True) for dtype in ("fp16", "fp32")]
     for d in (64, 128, 256):
-        for tied in (True, False):
-            found += [Case("pure", 4096, d, bf16, tied), Case("pure", 4000, d, fp16, tied, masked=True)]
-            found += [Case("pure", 4000, d, fp32, tied)]
-    return [*found, Case("pure", 197, 64, fp16, True), Case("pure", 197, 64, fp16, False)]
+        for tied in (False, True):
+            found += [Case("pure", "fp16", d, 4000, tied, masked) for masked in (False, True)]
+            found += [Case("pure", "bf16", d, 4096, tied)]
+        found += [Case("pure", dtype, d, 4000) for dtype in ("fp32", "tf32")]
+    return found
 
 
-def rows(arch: str, chosen: list[Case]) -> list[dict]:
-    """One row per kernel and case; a kernel that a case shares with the one before is not repeated."""
-    compiled = []
+def rows(arch: str, once: bool = False) -> list[dict[str, str]]:
+    """One row per kernel and case; what compiles alike is not repeated.
+
+    ``once``: one row per kernel, tile, head dimension and width of the dtype, and only the kernels with a budget for their
+    code disassembled.
+    """
+    modules = linear, pure, pure_backward
+    kernels = {f for m in modules for f in vars(m).values() if hasattr(f, "device_caches")}
+    arch_of, launch, precision = configs.arch_of, linear.launch, torch.get_float32_matmul_precision()
+    table, seen, case = {}, set(), None
 
     def record(kernel, programs, device, *args, **options):
-        # What compiles alike runs alike: the interpreter and a GPU pass the very same arguments.
-        compiled.append((kernel, kernel.warmup(*args, grid=(programs,), enable_fp_fusion=True, **options), options))
+        row = {"arch": arch, "kernel": kernel.fn.__name__.removesuffix("_kernel"), "case": str(case)}
+        row["tile"] = _tile(options)
+        key = row["kernel"], row["tile"], case.d, DTYPES[case.dtype].itemsize == 4 and case.dtype
+        if once and key in seen:
+            return
+        seen.add(key)
+        compiled = kernel.warmup(*args, grid=(programs,), enable_fp_fusion=True, **options)
+        if compiled.hash not in table:
+            disassemble = not once or row["kernel"].startswith(("linear", "pure_fwd"))
+            table[compiled.hash] = row | measure(arch, compiled, disassemble)
 
-    modules = linear, pure, pure_backward
-    saved = configs.arch_of, linear.launch
-    kernels = {f for m in modules for f in vars(m).values() if hasattr(f, "device_caches")}
     driver.set_active(_Driver(arch))
     configs.arch_of = lambda device: arch
     try:
@@ -109,23 +97,15 @@ def rows(arch: str, chosen: list[Case]) -> list[dict]:
             m.launch = record
         for kernel in kernels:
             kernel.device_caches.clear()
-        table = {}
-        for case in chosen:
-            compiled.clear()
+        for case in cases():
+            torch.set_float32_matmul_precision("high" if case.dtype == "tf32" else "highest")
             case.run()
-            for kernel, result, options in compiled:
-                row = {
-                    "arch": arch,
-                    "kernel": kernel.fn.__name__.removesuffix("_kernel"),
-                    "case": str(case),
-                    "tile": _tile(options),
-                }
-                table.setdefault((row["kernel"], result.hash), row | _measure(arch, result))
         return list(table.values())
     finally:
-        configs.arch_of = saved[0]
+        torch.set_float32_matmul_precision(precision)
+        configs.arch_of = arch_of
         for m in modules:
-            m.launch = saved[1]
+            m.launch = launch
         for kernel in kernels:
             kernel.device_caches.clear()
         with contextlib.suppress(RuntimeError):  # without a GPU there is no driver to go back to
@@ -153,95 +133,16 @@ def _tile(options: dict) -> str:
     return "x".join(str(options[n]) for n in names) + f"/w{options['num_warps']}" + described
 
 
-def _measure(arch: str, result) -> dict:
-    shared, warps = result.metadata.shared, result.metadata.num_warps
-    if "amdgcn" in result.asm:
-        text = result.asm["amdgcn"]
-        regs, spill = (int(re.search(rf"\.{name}:\s+(\d+)", text)[1]) for name in ("vgpr_count", "vgpr_spill_count"))
-        matrix = len(re.findall(r"v_mfma_", text))
-        widest = "128" if "dwordx4" in text else "narrow"
-        per_SM = min(4 * min(8, 512 // (-(-regs // 8) * 8)) // warps, (64 << 10) // max(1, shared))
-        return _row(regs, spill, shared, per_SM, f"MFMA:{matrix}" if matrix else "-", "-", widest, "-", "-")
-
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(result.asm["cubin"])
-        cubin.flush()
-        usage = _tool("cuobjdump", "--dump-resource-usage", cubin.name)
-        code = _instructions(_tool("nvdisasm", "-c", cubin.name))
-    regs, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
-    names = Counter(op.split(".")[0] for op, _, _ in code)
-    kinds = [n for n in ("HGMMA", "UTCHMMA", "HMMA") if names[n]]
-    matrix = ",".join(f"{n}:{names[n]}" for n in kinds) or "-"
-    hopper = [line for op, line, _ in code if op.startswith("HGMMA")]
-    # A group of asynchronous products ends in one that signals; ptxas in distress makes every product its own group.
-    asynchronous = "-" if not hopper else f"{sum('gsb0' in line for line in hopper)}/{len(hopper)}"
-    loads = [op for op, _, _ in code if op.startswith(("LDG", "UTMALDG"))]
-    widths = Counter(
-        "tma" if op.startswith("UTMA") else (re.search(r"\.(64|128)\b", op) or ["", "32"])[1] for op in loads
-    )
-    widest = "tma" if widths["tma"] else max(widths, key=lambda w: int(w), default="-")
-    loop = _main_loop(code)
-    limit, threads = LIMITS[arch]
-    per_SM = min(65536 // (-(-regs // 8) * 8 * 32 * warps), limit // (shared + 1024), threads // (32 * warps))
-    barriers = sum(op.startswith("BAR") for op, _, _ in loop)
-    return _row(regs, stack, shared, per_SM, matrix, asynchronous, widest, len(loop) or "-", barriers if loop else "-")
-
-
-def _row(*values) -> dict:
-    return dict(zip(COLUMNS[4:], map(str, values)))
-
-
-def _tool(name: str, *arguments: str) -> str:
-    return subprocess.run([TOOLS / name, *arguments], capture_output=True, text=True, check=True).stdout
-
-
-def _instructions(sass: str) -> list[tuple[str, str, str | None]]:
-    """(operation, line, label before it)."""
-    found, label = [], None
-    for line in sass.splitlines():
-        if at := re.match(r"(\.L_x_\d+):", line):
-            label = at[1]
-        elif at := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)", line):
-            found.append((at[1], line, label))
-            label = None
-    return found
-
-
-def _main_loop(code: list) -> list:
-    """The shortest loop with the most matrix instructions, or with the most global loads where there are none."""
-    # Behind the final EXIT lie the retries of waits, whose jumps back enclose no loop of ours.
-    end = next((i for i, (op, line, _) in enumerate(code) if op == "EXIT" and "@" not in line), len(code))
-    code = code[:end]
-    starts = {label: i for i, (_, _, label) in enumerate(code) if label}
-    loops = []
-    for i, (op, line, _) in enumerate(code):
-        to = re.search(r"\.L_x_\d+", line) if op.startswith("BRA") else None
-        if to and starts.get(to[0], i) < i:
-            loops.append(code[starts[to[0]] : i + 1])
-
-    def weight(loop):
-        products = sum("MMA" in op and not op.startswith("HFMA") for op, _, _ in loop)
-        arithmetic = sum(op.startswith(("FFMA", "FMUL")) for op, _, _ in loop)
-        return products, 0 if products else arithmetic, -len(loop)
-
-    loops = [loop for loop in loops if any(op.startswith(("LDG", "UTMALDG")) or "MMA" in op for op, _, _ in loop)]
-    return max(loops, key=weight, default=[])
-
-
-def text(found: list[dict]) -> str:
-    widths = [max(len(c), *(len(row[c]) for row in found)) for c in COLUMNS]
+def text(found: list[dict[str, str]]) -> str:
+    widths = [max(len(c), *(len(row.get(c, "?")) for row in found)) for c in COLUMNS]
     lines = [
         "  ".join(value.ljust(w) for value, w in zip(row, widths)).rstrip()
-        for row in ([*COLUMNS], *([r[c] for c in COLUMNS] for r in found))
+        for row in (COLUMNS, *([r.get(c, "?") for c in COLUMNS] for r in found))
     ]
-    return (
-        f"# triton {triton.__version__}; async: groups of Hopper products / products; loop: instructions of the main loop\n"
-        + "\n".join(lines)
-        + "\n"
-    )
+    return f"# Triton {triton.__version__}; the columns are explained in triton_sass.py\n" + "\n".join(lines) + "\n"
 
 
-def read() -> tuple[str, list[dict]]:
+def read() -> tuple[str, list[dict[str, str]]]:
     """The Triton version and the rows of the committed table."""
     head, _, *lines = TABLE.read_text().splitlines()
     return head.split()[2].rstrip(";"), [dict(zip(COLUMNS, line.split())) for line in lines]
@@ -249,9 +150,10 @@ def read() -> tuple[str, list[dict]]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--arch", action="append", choices=ARCHITECTURES)
+    parser.add_argument("--arch", action="append", choices=ARCHITECTURES, help="print this one's rows, write nothing")
+    parser.add_argument("--once", action="store_true", help="with --arch: each kernel and tile once")
     args = parser.parse_args()
-    fresh = [row for arch in args.arch or ARCHITECTURES for row in rows(arch, cases())]
+    fresh = [row for arch in args.arch or ARCHITECTURES for row in rows(arch, args.once)]
     if args.arch:
         print(text(fresh), end="")
     else:

@@ -80,7 +80,7 @@ class Operator(RawOps):
             q, v = q.unsqueeze(1), v.unsqueeze(1)
             k = q if tied else k.unsqueeze(1)
         rho, head_rho = self._split_rho(rho, q, unbatched)
-        name = choose_backend(q.device, q.dtype, q.shape, backend or backend_of_backward())
+        name = choose_backend(self.name, q.device, q.dtype, q.shape, backend or backend_of_backward())
         forward = self.forwards[SUFFIXES[name]]
         k = None if tied else k
         with _public.without_autograd_if_unused(q, k, v, head_rho):

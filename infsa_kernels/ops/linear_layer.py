@@ -18,9 +18,6 @@ from ._library import SUFFIXES, backend_of_backward, choose_backend
 
 OP = "infsa::linear_layer"
 
-# The backends that have both raw operators.
-BACKENDS = ("cpu", "eager")
-
 
 def pooled_linear_infsa(
     x: Tensor,
@@ -81,7 +78,7 @@ def pooled_linear_infsa(
 
 
 def _call(
-    x, q_weight, v_weight, out_weight, num_heads, *, q_bias=None, k_weight=None, k_bias=None, v_bias=None, out_bias=None,
+    x, q_weight, v_weight, out_weight, num_heads, q_bias=None, k_weight=None, k_bias=None, v_bias=None, out_bias=None,
     rho=None, eps=1e-6, norm_weight=None, norm_bias=None, norm_eps=None, padding_mask=None, backend="",
 ):  # fmt: skip
     _dtensor.register_waiting()
@@ -91,7 +88,8 @@ def _call(
          "norm_bias": norm_bias}, rho, norm_eps, padding_mask,
     )  # fmt: skip
     d, acc = q_weight.shape[0] // num_heads, _check.acc_dtype(x)
-    suffix = SUFFIXES[_choose(x, num_heads, d, backend or backend_of_backward())]
+    forced = backend or backend_of_backward()
+    suffix = SUFFIXES[choose_backend("linear_layer", x.device, x.dtype, (x.shape[0], num_heads, x.shape[1], d), forced)]
     tensors = x, q_weight, k_weight, v_weight, out_weight, q_bias, k_bias, v_bias, out_bias, norm_weight, norm_bias
     rho_tensor = rho if isinstance(rho, Tensor) else None
 
@@ -133,15 +131,6 @@ def _call(
         z = z if rho is None else rho * z
         out_bias = None if out_bias is None else out_bias.to(acc)
         return torch.nn.functional.linear(z.flatten(1), out_weight.to(acc), out_bias).to(x.dtype)
-
-
-def _choose(x: Tensor, heads: int, head_dim: int, forced: str) -> str:
-    name = choose_backend(x.device, x.dtype, (x.shape[0], heads, x.shape[1], head_dim), forced)
-    if name not in BACKENDS:
-        raise RuntimeError(
-            f"infsa_kernels: backend {name!r} cannot run this call: {OP} has kernels for {BACKENDS} only"
-        )
-    return name
 
 
 def _check_arguments(x, num_heads, weights, vectors, rho, norm_eps, padding_mask):
@@ -199,20 +188,17 @@ def _check_arguments(x, num_heads, weights, vectors, rho, norm_eps, padding_mask
 
 def _cast(cast, args, kwargs):
     """Tokens and matrices take autocast's dtype; float32 vectors stay, since they are used in float32."""
-    matrices, rest = args[:4], args[4:]
-    kwargs = {
-        name: cast(t)
-        if name == "k_weight"
-        or (isinstance(t, Tensor) and name.endswith(("bias", "norm_weight")) and t.dtype != torch.float32)
-        else t
-        for name, t in kwargs.items()
-        if t is not None
-    }
-    return (*(cast(t) for t in matrices), *rest), kwargs
+    given = dict(zip((a.name for a in tensor_rho._schema.arguments), args)) | kwargs
+
+    def concerned(name, t):
+        matrix = name in ("x", "q_weight", "k_weight", "v_weight", "out_weight")
+        return matrix or (name.endswith(("bias", "norm_weight")) and t.dtype != torch.float32)
+
+    return (), {n: cast(t) if isinstance(t, Tensor) and concerned(n, t) else t for n, t in given.items()}
 
 
 _ARGUMENTS = (
-    "Tensor x, Tensor q_weight, Tensor v_weight, Tensor out_weight, int num_heads, *, Tensor? q_bias=None, "
+    "Tensor x, Tensor q_weight, Tensor v_weight, Tensor out_weight, int num_heads, Tensor? q_bias=None, "
     "Tensor? k_weight=None, Tensor? k_bias=None, Tensor? v_bias=None, Tensor? out_bias=None, {}, float eps=1e-6, "
     "Tensor? norm_weight=None, Tensor? norm_bias=None, float? norm_eps=None, Tensor? padding_mask=None, str backend=''"
 )

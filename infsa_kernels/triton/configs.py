@@ -68,12 +68,10 @@ class Pure:
     block_n: int  # rows of k and v
     num_warps: int
     num_stages: int
-    maxnreg: int | None = None
 
     def options(self) -> dict:
         options = {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "PRECISION": "ieee" if ieee() else "tf32"}
-        options |= {"num_warps": self.num_warps, "num_stages": self.num_stages}
-        return options | ({"maxnreg": self.maxnreg} if self.maxnreg else {})
+        return options | {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
 def ieee() -> bool:
@@ -93,10 +91,11 @@ DESCRIBED = ("sm_90", "sm_100")
 SERIAL = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 9)
 
 # (architecture, how it reads) -> kernel -> largest of d and dv -> tile. Rows own 64-row tiles where two programs of 128 threads
-# then share a multiprocessor: one's products hide the other's arithmetic.
+# then share a multiprocessor: one's products hide the other's arithmetic. On sm_90 a third stage of the forward tile costs
+# float16 3 registers too many for the second program.
 PURE: dict[tuple[str, str], dict[str, dict[int, Pure]]] = {
     ("sm_90", "descriptors"): {
-        "fwd": {64: Pure(128, 64, 4 if SERIAL else 8, 3), 128: Pure(128, 64, 8, 2), 256: Pure(128, 32, 8, 2)},
+        "fwd": {64: Pure(128, 64, 4 if SERIAL else 8, 2), 128: Pure(128, 64, 8, 2), 256: Pure(128, 32, 8, 2)},
         "bwd_queries": {64: Pure(128, 64, 8, 2), 128: Pure(128, 64, 8, 2), 256: Pure(64, 32, 8, 2)},
         "bwd_keys": {64: Pure(64, 64, 4, 2), 128: Pure(64, 64, 8, 2), 256: Pure(32, 64, 8, 2)},
         "bwd_tied": {64: Pure(64, 64, 4, 2), 128: Pure(64, 32, 8, 2), 256: Pure(32, 32, 8, 1)},
@@ -128,29 +127,49 @@ PURE: dict[tuple[str, str], dict[str, dict[int, Pure]]] = {
     ("gfx942", "pointers"): {
         "fwd": {64: Pure(128, 64, 8, 3), 128: Pure(64, 64, 4, 2), 256: Pure(64, 32, 8, 2)},
         "bwd_queries": {64: Pure(128, 64, 8, 2), 128: Pure(64, 32, 8, 2), 256: Pure(32, 16, 4, 1)},
-        "bwd_keys": {64: Pure(64, 64, 4, 2), 128: Pure(64, 32, 8, 1), 256: Pure(32, 16, 8, 1)},
+        "bwd_keys": {64: Pure(64, 64, 4, 2), 128: Pure(64, 32, 4, 1), 256: Pure(32, 16, 8, 1)},
         "bwd_tied": {64: Pure(64, 64, 4, 2), 128: Pure(64, 16, 8, 2), 256: Pure(32, 16, 8, 1)},
     },
 }
 PURE["sm_100", "pointers"] = PURE["sm_90", "pointers"]
 
 # IEEE float32 products run without tensor cores, and Triton holds whole operand rows of them in registers: small tiles.
-FLOAT32 = {
+IEEE = {
     "fwd": {64: Pure(32, 32, 8, 1), 256: Pure(16, 16, 8, 1)},
     "bwd_queries": {64: Pure(32, 32, 8, 1), 128: Pure(32, 16, 8, 1), 256: Pure(16, 16, 8, 1)},
     "bwd_keys": {64: Pure(32, 32, 8, 1), 256: Pure(16, 16, 8, 1)},
 }
 
 
+def _tf32(pointers: dict[str, dict[int, Pure]]) -> dict[str, dict[int, Pure]]:
+    """TF32 takes the 16-bit tile of twice the head dimension, which has as many bytes."""
+    return {kernel: {64: pointers[kernel][128], 128: pointers[kernel][256], 256: IEEE[kernel][256]} for kernel in IEEE}
+
+
+PURE |= {(arch, "ieee"): IEEE for arch in PROGRAMS}
+PURE |= {(arch, "tf32"): _tf32(PURE[arch, "pointers"]) for arch in PROGRAMS}
+for _arch in ("sm_80", "sm_120"):
+    PURE[_arch, "tf32"]["bwd_queries"][64] = PURE[_arch, "tf32"]["bwd_keys"][64] = Pure(64, 32, 4, 2)
+PURE["sm_120", "tf32"]["bwd_queries"][128] = Pure(32, 32, 8, 2)
+# Four wavefronts may use twice the registers of eight, and tiles of 16 rows of 256 need them.
+for _precision, _kernel in (
+    ("ieee", "bwd_queries"),
+    ("ieee", "bwd_keys"),
+    ("tf32", "bwd_queries"),
+    ("tf32", "bwd_keys"),
+):
+    _tiles = PURE["gfx942", _precision]
+    PURE["gfx942", _precision] = _tiles | {_kernel: _tiles[_kernel] | {256: Pure(16, 16, 4, 1)}}
+
+
 def pure(q: Tensor, v: Tensor, kernel: str, described: bool) -> Pure:
     """The tile of the smallest head dimension that holds d and dv."""
-    size = max(q.shape[3], v.shape[3])
-    if size > max(FLOAT32[kernel if kernel in FLOAT32 else "fwd"]):
+    if v.shape[3] > 256:
         raise ValueError(
             f"infsa::pure: v has head dimension {v.shape[3]}, the Triton kernels take up to 256; use the eager backend"
         )
-    tiles = PURE[arch_of(q.device), "descriptors" if described else "pointers"][kernel]
+    reads = "descriptors" if described else "pointers"
     if q.element_size() == 4:
-        # TF32 takes the tile of twice the head dimension, which has as many bytes.
-        size, tiles = (size, FLOAT32[kernel]) if ieee() or size > 128 else (2 * size, tiles)
-    return next(tile for largest, tile in tiles.items() if size <= largest)
+        reads = "ieee" if ieee() else "tf32"
+    tiles = PURE[arch_of(q.device), reads][kernel]
+    return next(tile for largest, tile in tiles.items() if max(q.shape[3], v.shape[3]) <= largest)

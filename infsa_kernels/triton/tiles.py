@@ -11,7 +11,7 @@ from ._common import INTERPRETED, padded
 # Rows of the largest tile in configs.py.
 LARGEST_TILE = 256
 
-# The interpreter multiplies the raw bits of bfloat16.
+# The interpreter multiplies the raw bits of bfloat16 (Triton 3.6 to 3.9).
 UPCAST = tl.constexpr(INTERPRETED)
 
 
