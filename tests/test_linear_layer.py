@@ -12,7 +12,9 @@ from infsa_kernels import pooled_linear_infsa, reference
 
 EVERY_FORM = [
     dict(tied=tied, bias=bias, norm=norm, masked=masked)
-    for tied, bias, norm, masked in itertools.product((True, False), (True, False), ("affine", "plain", ""), (False, True))
+    for tied, bias, norm, masked in itertools.product(
+        (True, False), (True, False), ("affine", "plain", ""), (False, True)
+    )
 ]
 FORMS = [
     dict(tied=True, bias=True, norm="affine", masked=True, rho="heads"),
@@ -143,7 +145,10 @@ def test_nothing_to_pool():
 
 def test_removed_tokens_count_for_nothing():
     call = layer(masked=True, tied=False)
-    poisoned = {**call, "x": call["x"].detach().masked_fill(call["padding_mask"][..., None], torch.nan).requires_grad_()}
+    poisoned = {
+        **call,
+        "x": call["x"].detach().masked_fill(call["padding_mask"][..., None], torch.nan).requires_grad_(),
+    }
     dout = output_gradient(call)
     wanted, actual = results(pooled_linear_infsa, call, dout), results(pooled_linear_infsa, poisoned, dout)
     for name, t in wanted.items():

@@ -1,6 +1,5 @@
 """What torch asks of the pooled layer: schemas, fakes, derivatives of every order, transforms, compilation, modes."""
 
-import itertools
 import os
 import subprocess
 import sys
@@ -8,7 +7,7 @@ import sys
 import pytest
 import torch
 from calls import raw_op
-from layer_calls import D, N, layer, leaves, output_gradient, results
+from layer_calls import D, layer, leaves, output_gradient, results
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -28,7 +27,7 @@ def _on_every_backend(device, backend):
 
 
 def small(**form):
-    return layer(**form, shape=(2, 5, 6), heads=2, head=3, v_head=2, out=3)
+    return layer(**form, shape=(2, 4, 5), heads=2, head=2, v_head=1, out=2)
 
 
 def raw_calls(name, dtype, masked, norm_eps):
@@ -46,17 +45,16 @@ def raw_calls(name, dtype, masked, norm_eps):
 
 
 @pytest.mark.parametrize("name", RAW)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("output_mask", list(itertools.product([True, False], repeat=3)), ids=str)
-def test_opcheck_raw(name, dtype, output_mask, backend):
-    masked, norm_eps = (True, 1e-5) if output_mask[0] else (False, None)
+@pytest.mark.parametrize("dtype, masked, norm_eps", [(torch.float64, True, 1e-5), (torch.bfloat16, False, None)])
+def test_opcheck_raw(name, dtype, masked, norm_eps, backend):
+    output_mask = [masked, True, masked]
     tensors, rest, cotangents = raw_calls(name, dtype, masked, norm_eps)
     forward, backward = raw_op(f"{name}_fwd", backend).default, raw_op(f"{name}_bwd", backend).default
     outputs = forward(*tensors, *rest)
     saved = outputs if name == "central_query" else (outputs[0], outputs[2])
     leaf = [None if t is None else t.requires_grad_() for t in tensors]
     torch.library.opcheck(forward, (*leaf, *rest))
-    torch.library.opcheck(backward, (*cotangents, *tensors, *saved, *rest, list(output_mask)))
+    torch.library.opcheck(backward, (*cotangents, *tensors, *saved, *rest, output_mask))
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
@@ -127,10 +125,10 @@ def test_transforms_nest():
     assert_close(torch.func.jacrev(torch.func.grad(loss))(weight), torch.func.hessian(reference_loss)(weight))
 
 
-@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("form", FORMS[:2], ids=str)
 def test_compile(form):
     compiled = torch.compile(pooled_linear_infsa, fullgraph=True, dynamic=True)
-    for length in (16, 33, 2):
+    for length in (16, 33):
         call = layer(torch.float32, **form, shape=(2, length, D))
         dout = output_gradient(call)
         for name, t in results(pooled_linear_infsa, call, dout).items():
@@ -201,7 +199,7 @@ def test_any_number_of_threads_gives_the_same_bits(backend):
     if backend != "cpu":
         pytest.skip("torch's own products depend on it")
     call = layer(torch.float32, tied=False, shape=(1, 700, 130), heads=6, head=20)
-    dout, before = output_gradient(call), torch.get_num_threads()
+    before = torch.get_num_threads()
     try:
         found = []
         for threads in (1, 2, 5):
