@@ -46,6 +46,8 @@ $(VENV)/torch:
 	$(bin)/pip install -q $(TORCH) "setuptools>=77" ninja
 	touch $@
 
+# torchvision asks for one version of torch: the constraint makes pip look for the torchvision of the torch that is here.
 $(VENV)/built: $(VENV)/torch pyproject.toml setup.py $(csrc)
-	$(bin)/pip install -q --no-build-isolation -e ".[bench,lint,test]"
+	$(bin)/python -c "from importlib.metadata import version as v; print('torch==' + v('torch'))" > $(VENV)/constraints.txt
+	$(bin)/pip install -q --no-build-isolation -c $(VENV)/constraints.txt -e ".[bench,lint,test]"
 	touch $@

@@ -10,8 +10,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
+import torchvision_shim
 
 import infsa_kernels
+
+torchvision_shim.install()
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
