@@ -9,10 +9,14 @@ GPU_ARGS ?=
 bin := $(VENV)/bin
 csrc := $(shell find csrc -name '*.cpp' -o -name '*.h')
 
-.PHONY: bench test lint format sanitize gpu-check clean
+.PHONY: bench bench-extreme test lint format sanitize gpu-check clean
 
 bench: $(VENV)/built
 	$(bin)/python -m bench.run $(BENCH_ARGS)
+
+# A whole model on one picture of 9216 x 9216 pixels: 331,776 tokens.
+bench-extreme: $(VENV)/built
+	$(bin)/python -m bench.extreme $(BENCH_ARGS)
 
 test: $(VENV)/built
 	$(bin)/python -m pytest $(TEST_ARGS)

@@ -4,7 +4,10 @@ import copy
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.utils import parametrizations
 
 from infsa_kernels import reference
@@ -182,6 +185,17 @@ def test_refused_modules_stay_as_they_are(reason):
     if reason != "would not share":
         with pytest.raises(NotImplementedError, match=reason):
             replace_attention(attention)
+
+
+def test_sharded_parameters_are_refused():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = multihead()
+        mesh = init_device_mesh("cpu", (1,))
+        model.in_proj_weight = nn.Parameter(distribute_tensor(model.in_proj_weight.detach(), mesh, [Shard(0)]))
+        assert "convert first, then shard" in convert(model, inplace=True).refused[""]
+    finally:
+        dist.destroy_process_group()
 
 
 def test_patterns_and_types_choose():

@@ -55,7 +55,10 @@ def plan_of(
     """
     if hasattr(module, "rho_logit"):
         return "it is InfSA already"
-    if "forward" in vars(module) and not hasattr(module, "_hf_hook"):  # accelerate's hooks call the class's own
+    if any(hasattr(p, "device_mesh") for p in module.parameters()):
+        return "its parameters are sharded, and rho_logit would not be: convert first, then shard"
+    # accelerate's hooks call the forward that they found, which must then be one that looks the attention function up.
+    if "forward" in vars(module) and not (dispatches(module) and hasattr(module, "_hf_hook")):
         return "its forward was replaced on the object itself, and may compute something else"
     if isinstance(module, nn.MultiheadAttention):
         return _multihead(module, options, tied, named)
@@ -85,7 +88,7 @@ def _multihead(module: nn.MultiheadAttention, options: Options, tied: set[nn.Par
     if not isinstance(module.out_proj, nn.Linear):
         return f"its out_proj is a {type(module.out_proj).__name__}, expected an nn.Linear"
     if any(type(p) is not nn.Parameter or type(p.data) is not torch.Tensor for p in module.parameters()):
-        return "its parameters are tensors of a special kind (sharded, quantised): convert before that"
+        return "its parameters are tensors of a special kind (quantised?), which cannot be split: convert before that"
     if any(p in tied for p in (module.in_proj_weight, module.in_proj_bias)):
         return "another module has the same in_proj_weight or in_proj_bias, and would not share the split ones"
     return Plan(lambda: _infsa_of(module, options))

@@ -344,3 +344,29 @@ def infvit_softmax_24l(**kwargs) -> InfViT:
 FACTORIES = (
     infvit_linear_4l, infvit_pure_4l, infvit_softmax_4l, infvit_linear_24l, infvit_pure_24l, infvit_softmax_24l,
 )  # fmt: skip
+
+
+def register_with_timm() -> list[str]:
+    """Registers the factories with timm, for ``timm.create_model("infvit_linear_4l")``; returns their names.
+
+    timm must be installed; nothing here imports it before. There are no pretrained weights: asking for them raises.
+    """
+    from timm.models import is_model, register_model
+
+    def entry(factory):
+        def create(pretrained=False, pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None, **kwargs):
+            if pretrained:
+                raise NotImplementedError(
+                    f"{factory.__name__}: pretrained is True, expected False: no weights have been published; load a "
+                    "checkpoint of your own with checkpoint_path"
+                )
+            return factory(**kwargs)
+
+        # timm files a model under its function's name and module.
+        create.__name__, create.__doc__, create.__module__ = factory.__name__, factory.__doc__, __name__
+        return create
+
+    for factory in FACTORIES:
+        if not is_model(factory.__name__):
+            register_model(entry(factory))
+    return [factory.__name__ for factory in FACTORIES]
