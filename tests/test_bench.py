@@ -9,9 +9,9 @@ import torch
 from bench import curves, goals, machine, measure, report, rows, run
 from bench.cases import Case, plan
 from bench.image import photograph, queries_keys_values
-from bench.peers import PEERS
 from bench.sweep import Settings, Sweep
 from bench.truth import Truth, pure_rows
+from bench.ways import WAYS
 from infsa_kernels import reference
 
 CPU = torch.device("cpu")
@@ -110,7 +110,7 @@ def test_the_gate_sees_one_wrong_number(op, what):
     case = plan([op], [64], torch.float32)[0]
     inputs = case.inputs(*queries_keys_values(64), device=CPU)
     leaves = {n: t.detach().requires_grad_() for n, t in inputs.items()}
-    out = PEERS["infsa"].prepare(op)(leaves["q"], leaves["q"], leaves["v"])
+    out = WAYS["infsa"].prepare(op)(leaves["q"], leaves["q"], leaves["v"])
     dout = torch.randn_like(out)
     dq, dv = torch.autograd.grad(out, [leaves["q"], leaves["v"]], dout)
     results = {"out": out.detach(), "dq": dq, "dv": dv}
@@ -127,8 +127,8 @@ def test_the_gate_sees_one_wrong_number(op, what):
 
 def test_a_wrong_kernel_gets_no_time_and_no_speed_up(monkeypatch, capsys, tmp_path):
     small_limits(monkeypatch)
-    right = PEERS["infsa"].prepare("linear")
-    monkeypatch.setattr(PEERS["infsa"], "prepare", lambda op: lambda q, k, v: right(q, k, v) * 1.5)
+    right = WAYS["infsa"].prepare("linear")
+    monkeypatch.setattr(WAYS["infsa"], "prepare", lambda op: lambda q, k, v: right(q, k, v) * 1.5)
     arguments = ["--only", "linear", "--sizes", "32", "--peers", "eager", "--budget", "0.01", "--device", "cpu"]
     assert run.main([*arguments, "--out", str(tmp_path)]) == 1
     table = capsys.readouterr().out
@@ -144,7 +144,7 @@ def test_what_would_take_too_long_is_a_row_and_is_not_run(monkeypatch):
     ceilings = {"gemm": 1e6, "gemm_way": "torch.mm", "read_way": "torch.sum"}
     settings = Settings(CPU, torch.float32, ("eager", "sdpa"), budget=0.01, limit=1e-3)
     sweep = Sweep(settings, ceilings, lambda what: None)
-    monkeypatch.setattr(PEERS["sdpa"], "prepare", lambda op: pytest.fail("it ran"))
+    monkeypatch.setattr(WAYS["sdpa"], "prepare", lambda op: pytest.fail("it ran"))
     case = Case("pure", 1024, 16, 64)
     assert sweep.skip(case, "sdpa", "fwd") == {"status": "skipped", "reason": "would take ~4295 s"}
     monkeypatch.setattr("bench.sweep.available_memory", lambda device: 1 << 20)
