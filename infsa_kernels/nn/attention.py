@@ -7,7 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.linear import linear_infsa_scores
+from ..ops.linear_layer import pooled_linear_infsa
 from ..ops.pure import pure_infsa, pure_infsa_scores
+from ._masks import as_bool, refuse_attention_masks
 
 VARIANTS = ("linear_infsa", "pure_infsa")
 
@@ -38,7 +40,7 @@ class InfSAAttention(nn.Module):
         tied: whether keys go through the projection of the queries (the paper's symmetric operator): no ``k_proj`` then.
         rho_init: rho at the start, between 0 and 1.
         rho_trainable: whether ``rho_logit`` is a parameter, or a buffer.
-        rho_per_head: whether ``rho_logit`` has shape (H,), or ().
+        rho_per_head: whether ``rho_logit`` has shape (H,), or (1,).
         eps: added to the operators' denominators.
 
     Raises:
@@ -108,7 +110,7 @@ class InfSAAttention(nn.Module):
         self.embed_dim, self.num_heads, self.head_dim = embed_dim, num_heads, embed_dim // num_heads
         self.kdim, self.vdim = kdim, vdim
         self.dropout, self.batch_first, self.add_zero_attn = dropout, batch_first, add_zero_attn
-        self.variant, self.tied, self.rho_init, self.eps = variant, tied, rho_init, eps
+        self.variant, self.tied, self.rho_init, self.rho_per_head, self.eps = variant, tied, rho_init, rho_per_head, eps
 
         factory = {"device": device, "dtype": dtype}
         self.q_proj = nn.Linear(embed_dim, embed_dim, bias, **factory)
@@ -119,7 +121,8 @@ class InfSAAttention(nn.Module):
         for name in ("bias_k", "bias_v"):
             token = nn.Parameter(torch.empty(1, 1, embed_dim, **factory)) if add_bias_kv else None
             self.register_parameter(name, token)
-        rho_logit = torch.empty((num_heads,) if rho_per_head else (), **factory)
+        # (1,) and not (), which FSDP2 cannot shard.
+        rho_logit = torch.empty(num_heads if rho_per_head else 1, **factory)
         if rho_trainable:
             self.rho_logit = nn.Parameter(rho_logit)
         else:
@@ -144,7 +147,7 @@ class InfSAAttention(nn.Module):
 
     @property
     def rho(self) -> Tensor:
-        """The output scale, () or (H,), with its gradient."""
+        """The output scale, (1,) or (H,), with its gradient."""
         return torch.sigmoid(self.rho_logit)
 
     def forward(
@@ -159,6 +162,7 @@ class InfSAAttention(nn.Module):
         is_causal: bool = False,
         *,
         query_padding_mask: Tensor | None = None,
+        norm: nn.Module | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attends from ``query`` (N, B, D), or (B, N, D) if batch_first, or (N, D), to ``key`` and ``value``.
 
@@ -171,6 +175,8 @@ class InfSAAttention(nn.Module):
             average_attn_weights: whether weights are averaged over the heads.
             query_padding_mask: (B, N) or (N,), as ``key_padding_mask``: queries that take no part and get an output of 0.
                 Default: ``key_padding_mask`` if ``key is query``, else none.
+            norm: applied first to the one tensor that is query, key and value; an nn.LayerNorm is fused where the pooled
+                layer runs.
 
         Returns:
             The output, laid out as ``query``, and None or the weights: (B, N, M), or (B, H, N, M) if not averaged, without B
@@ -179,7 +185,7 @@ class InfSAAttention(nn.Module):
         Raises:
             NotImplementedError: attn_mask or is_causal. ValueError: wrong sizes. TypeError: a mask of integers.
         """
-        _refuse_attention_masks(attn_mask, is_causal)
+        refuse_attention_masks(attn_mask, is_causal)
         if key is None and value is not None:
             raise TypeError("InfSAAttention: key is None, expected the Tensor of keys that belong to value; give both")
         key = query if key is None else key
@@ -187,17 +193,22 @@ class InfSAAttention(nn.Module):
         batched = query.dim() == 3
         # What is one tensor must stay one: it decides which tokens a mask removes, and what has to be projected.
         key_is_query, value_is_key = key is query, value is key
+        if norm is not None and not (key_is_query and value_is_key):
+            raise ValueError(
+                "InfSAAttention: norm is a module, expected None where key or value is not query; apply it before"
+            )
         query = self._batch_first(query)
         key = query if key_is_query else self._batch_first(key)
         value = key if value_is_key else self._batch_first(value)
         self._check_sizes(query, key, value)
-        key_padding_mask = _as_bool("key_padding_mask", key_padding_mask, key, batched)
+        key_padding_mask = as_bool("key_padding_mask", key_padding_mask, key, batched)
         if query_padding_mask is None and key_is_query:
             query_padding_mask = key_padding_mask
         else:
-            query_padding_mask = _as_bool("query_padding_mask", query_padding_mask, query, batched)
+            query_padding_mask = as_bool("query_padding_mask", query_padding_mask, query, batched)
 
-        out, weights = self._attend(query, key, value, key_padding_mask, query_padding_mask, need_weights)
+        masks = key_padding_mask, query_padding_mask
+        out, weights = self._attend(query, key, value, *masks, need_weights, norm)
         out = out.expand(query.shape)
         if query_padding_mask is not None:
             out = out.masked_fill(query_padding_mask[..., None], 0)
@@ -222,13 +233,53 @@ class InfSAAttention(nn.Module):
                 "InfSAAttention.pooled: variant is 'pure_infsa', expected 'linear_infsa': pure InfSA has a row of its own "
                 "for every token; call the module"
             )
-        x = x if norm is None else norm(x)
         self._check_sizes(x, x, x)
-        padding_mask = _as_bool("padding_mask", padding_mask, x, batched=True)
-        return self._attend(x, x, x, padding_mask, padding_mask, False)[0].squeeze(1)
+        padding_mask = as_bool("padding_mask", padding_mask, x, batched=True)
+        return self._attend(x, x, x, padding_mask, padding_mask, False, norm)[0].squeeze(1)
 
-    def _attend(self, query, key, value, key_padding_mask, query_padding_mask, need_weights):
+    def _pools(self) -> bool:
+        """Whether the layer of one set of tokens is a call of pooled_linear_infsa: its projections are then only data."""
+        return (
+            self.variant == "linear_infsa"
+            and not (self.training and self.dropout > 0)
+            and self.bias_k is None
+            and self.kdim == self.vdim == self.embed_dim
+            and all(_is_only(projection, nn.Linear) for projection in (*self._input_projections(), self.out_proj))
+        )
+
+    def _pool(self, x: Tensor, norm: nn.LayerNorm | None, padding_mask: Tensor | None) -> Tensor:
+        k = None if self.tied else self.k_proj
+        return pooled_linear_infsa(
+            x,
+            self.num_heads,
+            self.q_proj.weight,
+            self.v_proj.weight,
+            self.out_proj.weight,
+            q_bias=self.q_proj.bias,
+            k_weight=None if k is None else k.weight,
+            k_bias=None if k is None else k.bias,
+            v_bias=self.v_proj.bias,
+            out_bias=self.out_proj.bias,
+            rho=self.rho,
+            eps=self.eps,
+            norm_weight=None if norm is None else norm.weight,
+            norm_bias=None if norm is None else norm.bias,
+            norm_eps=None if norm is None else norm.eps,
+            padding_mask=padding_mask,
+        )
+
+    def _attend(self, query, key, value, key_padding_mask, query_padding_mask, need_weights, norm):
         """The output (B, N, D), or (B, 1, D) if linear, and with need_weights the weights (B, H, N or 1, M)."""
+        one_set_of_tokens = key is query and value is key and query_padding_mask is key_padding_mask
+        pools = one_set_of_tokens and not need_weights and self._pools()
+        if norm is not None and not (
+            pools and _is_only(norm, nn.LayerNorm) and norm.normalized_shape == query.shape[-1:]
+        ):
+            query = key = value = norm(query)
+            norm = None
+        if pools:
+            return self._pool(query, norm, key_padding_mask).unsqueeze(1), None
+
         q = self._heads(self.q_proj(query))
         if not self.tied:
             k = self._heads(self.k_proj(key))
@@ -345,8 +396,8 @@ class InfSAAttention(nn.Module):
         if foreign and not self.rho_logit.is_meta:
             state_dict.setdefault(key, self.rho_logit.detach())
         if key in state_dict and state_dict[key].numel() == 1:
-            # One rho for the layer is the same for every head.
-            state_dict[key] = state_dict[key].reshape(()).expand(self.rho_logit.shape).clone()
+            # The authors' is (); and one rho for the layer is the same for every head.
+            state_dict[key] = state_dict[key].reshape(1).expand(self.rho_logit.shape).clone()
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
@@ -358,51 +409,12 @@ class InfSAAttention(nn.Module):
             "add_bias_kv": self.bias_k is not None,
             "add_zero_attn": self.add_zero_attn,
             "batch_first": self.batch_first,
-            "rho_per_head": self.rho_logit.dim() == 1,
+            "rho_per_head": self.rho_per_head,
         }
         return ", ".join([text, *(f"{name}={value}" for name, value in shown.items() if value)])
 
 
-def _refuse_attention_masks(attn_mask, is_causal) -> None:
-    if attn_mask is None and not is_causal:
-        return
-    what = "attn_mask is a Tensor, expected None" if attn_mask is not None else "is_causal is True, expected False"
-    raise NotImplementedError(
-        f"InfSAAttention: {what}: InfSA divides by sums over all queries (a central query, a Frobenius norm), so a mask that "
-        "differs from query to query, a causal one for instance, has no definition here; to remove tokens give "
-        "key_padding_mask"
-    )
-
-
-def _as_bool(name: str, mask: Tensor | None, tokens: Tensor, batched: bool) -> Tensor | None:
-    """A padding mask as (B, L) bool, True = ignore. ``tokens`` is (B, L, D)."""
-    if mask is None:
-        return None
-    if mask.dtype != torch.bool and not mask.is_floating_point():
-        raise TypeError(
-            f"InfSAAttention: {name} has dtype {mask.dtype}, expected torch.bool, True = ignore, or a floating dtype, "
-            "-inf = ignore; a mask of 1 = keep is given as mask == 0"
-        )
-    expected = tokens.shape[:2] if batched else tokens.shape[1:2]
-    if mask.shape != expected:
-        raise ValueError(
-            f"InfSAAttention: {name} has shape {list(mask.shape)}, expected {'(B, L)' if batched else '(L,)'} = "
-            f"{list(expected)}"
-        )
-    if mask.dtype != torch.bool:
-        _refuse_finite_bias(name, mask)
-        mask = mask == -torch.inf
-    return mask if batched else mask.unsqueeze(0)
-
-
-def _refuse_finite_bias(name: str, mask: Tensor) -> None:
-    right = ((mask == 0) | (mask == -torch.inf)).all()
-    message = (
-        f"InfSAAttention: {name} holds a value that is neither 0 nor -inf: scores have no exponential here, so nothing can "
-        "be added to them; give a bool mask, True = ignore"
-    )
-    # Reading a value would stop a GPU's stream, and split a compiled graph.
-    if torch.compiler.is_compiling() or mask.device.type != "cpu":
-        torch._assert_async(right, message)
-    elif not right:
-        raise ValueError(message)
+def _is_only(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module is of that very class, not one that adapts it, and calling it does nothing beside it."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return type(module) is kind and not any(hooks)

@@ -218,7 +218,7 @@ class Block(nn.Module):
         self.mlp = Mlp(embed_dim, int(embed_dim * mlp_ratio), **factory)
 
     def forward(self, x: Tensor, first_only: bool = False, in_place: bool = False) -> tuple[Tensor, Tensor]:
-        """The layer's tokens (B, N, D), or the first only, and what its attention added: (B, N or 1, D).
+        """The layer's tokens (B, N, D), or the first only, and what its attention added to them.
 
         in_place: write the result to ``x``, a chunk of tokens at a time.
         """
@@ -236,9 +236,7 @@ class Block(nn.Module):
     def _attend(self, x: Tensor, first_only: bool) -> Tensor:
         if isinstance(self.attn, SoftmaxAttention):
             return self.attn(self.norm1(x), queries=1 if first_only else None)
-        if self.attn.variant == "linear_infsa":
-            return self.attn.pooled(x, self.norm1).unsqueeze(1)
-        attention = self.attn(self.norm1(x))[0]
+        attention = self.attn(x, norm=self.norm1)[0]
         return attention[:, :1] if first_only else attention
 
 

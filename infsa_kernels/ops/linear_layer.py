@@ -19,7 +19,7 @@ from ._library import SUFFIXES, backend_of_backward, choose_backend
 OP = "infsa::linear_layer"
 
 # The backends that have both raw operators.
-BACKENDS = ("eager",)
+BACKENDS = ("cpu", "eager")
 
 
 def pooled_linear_infsa(
@@ -137,14 +137,9 @@ def _call(
 
 def _choose(x: Tensor, heads: int, head_dim: int, forced: str) -> str:
     name = choose_backend(x.device, x.dtype, (x.shape[0], heads, x.shape[1], head_dim), forced)
-    if name in BACKENDS:
-        return name
-    if forced:
-        raise RuntimeError(
-            f"infsa_kernels: backend {name!r} cannot run this call: {OP} has no {name} kernels, "
-            f"only {' and '.join(BACKENDS)}"
-        )
-    return "eager"
+    if name not in BACKENDS:
+        raise RuntimeError(f"infsa_kernels: backend {name!r} cannot run this call: {OP} has kernels for {BACKENDS} only")
+    return name
 
 
 def _check_arguments(x, num_heads, weights, vectors, rho, norm_eps, padding_mask):
