@@ -206,10 +206,10 @@ def nystromformer(m, q, k, v):
     F1, A, F3 = softmax_rows(scores(q, km)), softmax_rows(scores(qm, km)), softmax_rows(scores(qm, k))
     out = []
     for f1, a, f3, vh in zip(F1, A, F3, v):
-        I = np.eye(marks)
+        one = np.eye(marks)
         Z = a.T / (np.linalg.norm(a, 1) * np.linalg.norm(a, np.inf))
         for _ in range(6):
-            Z = 0.25 * Z @ (13 * I - a @ Z @ (15 * I - a @ Z @ (7 * I - a @ Z)))
+            Z = 0.25 * Z @ (13 * one - a @ Z @ (15 * one - a @ Z @ (7 * one - a @ Z)))
         out.append(f1 @ Z @ f3 @ vh)
     return np.stack(out)
 

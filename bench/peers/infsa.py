@@ -6,9 +6,13 @@ from torch import nn
 import infsa_kernels
 from infsa_kernels import reference
 
+from ..truth import pure_rows
 from .mechanism import Mechanism
 
 RHO, EPS = 0.95, 1e-6
+
+# Tokens up to which float64 scores are held whole to check against.
+MATERIALISED = 2048
 
 
 class LinearInfSA(Mechanism):
@@ -25,6 +29,10 @@ class LinearInfSA(Mechanism):
 
     def truth(self, q, k, v, rows):
         return reference.linear(q, self._keys(q, k), v, RHO, EPS).unsqueeze(2).expand(-1, -1, len(rows), -1)
+
+    def layer_flops(self, train):
+        # The query projection, and two products of N x D and D x H; in training again, and their gradients.
+        return self.tokens * self.dim * ((8 if train else 2) * self.dim + (14 if train else 4) * self.num_heads)
 
     def _keys(self, q, k):
         return k if "k" in self.PROJECTIONS else q
@@ -49,10 +57,16 @@ class LinearInfSA(Mechanism):
 class LinearInfSAUntied(LinearInfSA):
     LABEL, PROJECTIONS = "Linear-InfSA, untied", "qkv"
 
+    def layer_flops(self, train):
+        return None if train else super().layer_flops(train)
+
 
 class LinearInfSAPerToken(LinearInfSA):
     LABEL = "Linear-InfSA, per token"
     NOTE = "the authors' order: q, v and the output projected for every token; only the operator is fused"
+
+    def layer_flops(self, train):
+        return None
 
     def forward(self, x):
         return Mechanism.forward(self, x)
@@ -74,10 +88,21 @@ class PureInfSA(Mechanism):
 
     def truth(self, q, k, v, rows):
         k = k if "k" in self.PROJECTIONS else q
-        return torch.cat(
-            [reference.pure(*(t[:, h : h + 1] for t in (q, k, v)), RHO, EPS)[:, :, rows] for h in range(q.shape[1])], 1
-        )
+        heads = [tuple(t[:, h : h + 1] for t in (q, k, v)) for h in range(q.shape[1])]
+        if torch.is_grad_enabled() or self.tokens <= MATERIALISED or len(q) > 1:
+            return torch.cat([reference.pure(*head, RHO, EPS)[:, :, rows] for head in heads], 1)
+        parts = [{n: t[0, 0] for n, t in zip("qkv", head)} for head in heads]
+        found = [pure_rows(part, part["v"], rows, q.dtype, gradients=False)[1]["out"] for part in parts]
+        return torch.stack(found)[None]
+
+    def layer_flops(self, train):
+        # 6 N D^2 for the three projections and 4 N^2 D forward; backward twice and two and a half times that.
+        projections, products = 6 * self.tokens * self.dim**2, 4 * self.tokens**2 * self.dim
+        return (3 * projections + 3.5 * products) if train else projections + products
 
 
 class PureInfSAUntied(PureInfSA):
     LABEL, PROJECTIONS = "Pure InfSA, untied", "qkv"
+
+    def layer_flops(self, train):
+        return None

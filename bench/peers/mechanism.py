@@ -79,6 +79,19 @@ class Mechanism(nn.Module):
         """x + layer(norm(x))."""
         return x + self(norm(x))
 
+    def sublayer_truth(self, x: Tensor, norm: nn.LayerNorm, rows: Tensor) -> Tensor:
+        """Rows of ``sublayer`` with the core by :meth:`truth`."""
+        if not self.QUADRATIC and type(self).truth is Mechanism.truth:
+            return self.sublayer(x, norm)[:, rows]
+        y = norm(x)
+        q, k, v = self.project(y)
+        out = self.truth(q, k, v, rows)
+        return x[:, rows] + Mechanism.finish(self, y[:, rows], out, q[:, :, rows], v)
+
+    def layer_flops(self, train: bool) -> float | None:
+        """Operations that the layer needs at least; None where nobody has counted them."""
+        return None
+
     def heads(self, x: Tensor) -> Tensor:
         """(B, N, D) as (B, H, N, d), a view."""
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)

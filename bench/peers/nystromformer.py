@@ -42,9 +42,9 @@ class Nystromformer(Mechanism):
 
 
 def pseudo_inverse(A):
-    I = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
+    one = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
     Z = A.mT / (A.sum(-2).amax(-1) * A.sum(-1).amax(-1))[..., None, None]
     for _ in range(STEPS):
         AZ = A @ Z
-        Z = Z @ (13 * I - AZ @ (15 * I - AZ @ (7 * I - AZ))) / 4
+        Z = Z @ (13 * one - AZ @ (15 * one - AZ @ (7 * one - AZ))) / 4
     return Z
