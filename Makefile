@@ -31,7 +31,7 @@ sanitize: $(VENV)/built
 	for isa in avx512 avx2 portable; do \
 	  INFSA_CPU_ISA=$$isa PYTHONPATH=build/sanitize/lib ASAN_OPTIONS=detect_leaks=0 \
 	  LD_PRELOAD="$$($${CC:-cc} -print-file-name=libasan.so) $$($${CC:-cc} -print-file-name=libubsan.so)" \
-	  $(bin)/pytest tests/test_operators.py tests/test_fuzz.py -k "cpu-cpu or random_calls" -x || exit 1; \
+	  $(bin)/pytest tests/test_operators.py tests/test_fuzz.py tests/test_linear_layer.py -k "cpu-cpu or random_calls" -x || exit 1; \
 	done
 
 clean:

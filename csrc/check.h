@@ -41,8 +41,8 @@ inline void device(const char* op, const char* name, const Tensor& t, const Tens
 
 inline void floating(const char* op, const char* name, const Tensor& t) {
   const auto dtype = t.scalar_type();
-  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf || dtype == at::kDouble, op, ": ",
-                   name, " has dtype ", dtype_name(dtype),
+  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf || dtype == at::kDouble, op,
+                   ": ", name, " has dtype ", dtype_name(dtype),
                    ", expected torch.float32, torch.bfloat16, torch.float16 or torch.float64; convert it with .to()");
 }
 

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from bench import curves, goals, machine, measure, report, rows, run
+from bench import curves, goals, layer, machine, measure, report, rows, run
 from bench.cases import Case, plan
 from bench.image import photograph, queries_keys_values
 from bench.sweep import Settings, Sweep
@@ -46,6 +46,7 @@ def test_a_run_writes_rows_plots_and_a_table(results):
     table = (out / "table.txt").read_text()
     assert "Linear-InfSA" in table
     assert "Pure InfSA" in table
+    assert "Pooled layer" in table
     assert "WRONG" not in table
     assert {"commit", "torch", "device", "threads", "cores", "isa", "backend", "date"} <= found["environment"].keys()
     for candidate in ("infsa", "eager", "sdpa"):
@@ -72,6 +73,22 @@ def test_every_row_has_its_figures(results):
         assert 0 < row["p20_s"] <= row["median_s"] <= row["p80_s"]
         if row["candidate"] == "infsa":
             assert row["error"] <= row["bound"]
+
+
+def test_pooled_layer_is_gated_and_timed_beside_the_plain_path(results):
+    found = results[0]["layer"]
+    assert {(r["N"], r["direction"], r["candidate"]) for r in found} == {
+        (N, direction, name) for N in (4, 16) for direction in ("fwd", "fwd+bwd") for name in ("pooled", "plain")
+    }
+    assert all(r["status"] == "ok" and r["median_s"] > 0 for r in found)
+    assert all(r["error"] <= r["bound"] for r in found if r["candidate"] == "pooled")
+
+
+def test_a_wrong_pooled_layer_is_refused(monkeypatch):
+    monkeypatch.setattr(layer, "pooled", lambda *tensors: layer.plain(*tensors)[:, 0] * 1.001)
+    tensors = layer.inputs(32, torch.float32, CPU)
+    verdict = layer.judge(tensors, torch.ones(1, layer.D))
+    assert verdict["status"] == "wrong"
 
 
 def test_bytes_and_flops_by_hand():
@@ -187,6 +204,10 @@ def test_goals_are_reached_missed_or_not_measured():
         {
             "environment": {"device_type": "cpu"},
             "rows": [case | {"candidate": name, "median_s": t} for name, t in times.items()],
+            "layer": [
+                goals.LAYER | {"status": "ok", "direction": "fwd", "candidate": name, "median_s": t}
+                for name, t in {"pooled": 1.0, "plain": 3.0}.items()
+            ],
             "dispatch": {"public": 20e-6, "kernel": 10e-6},
         }
     )
@@ -194,6 +215,8 @@ def test_goals_are_reached_missed_or_not_measured():
     assert by_name["Linear forward: time over its own read of Q, Q, V"] == (2.0, False)
     assert by_name["Linear forward: times faster than eager"] == (25.0, True)
     assert by_name["Pure forward: times faster than SDPA"] == (None, None)
+    assert by_name["Pooled layer forward: times faster than the plain path"] == (3.0, True)
+    assert by_name["Pooled layer forward + backward: times faster than the plain path"] == (None, None)
     assert by_name["Dispatch of a tiny forward: us beyond its C++ operator"] == (pytest.approx(10), True)
 
 

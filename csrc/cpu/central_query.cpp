@@ -43,9 +43,7 @@ struct Weight {
     if (bias && C) std::memcpy(this->bias.data_ptr(), bias->contiguous().data_ptr(), C * call.acc_bytes);
   }
 
-  QueryArgs args() const {
-    return {H, d, panels.data_ptr(), columns.data_ptr(), bias.data_ptr(), nullptr, nullptr};
-  }
+  QueryArgs args() const { return {H, d, panels.data_ptr(), columns.data_ptr(), bias.data_ptr(), nullptr, nullptr}; }
 };
 
 std::tuple<Tensor, Tensor> central_query_fwd(const Tensor& x, const Tensor& weight_, const OptTensor& bias,
@@ -135,7 +133,9 @@ std::tuple<Tensor, Tensor, Tensor> central_query_bwd(const Tensor& dcentral_quer
                             energy_sum.contiguous(), eps);
   const LayerKernels& kernels = call.kernels;
   const int64_t width = round_up(D, kernels.panel), channels = round_up(C, kernels.tile);
-  const Tensor weight_sums = want_weight ? at::zeros({C, width}, sums_options) : Tensor();
+  // Rows that need neither padding nor rounding are summed in place.
+  const bool in_place = want_weight && dweight.scalar_type() == call.acc && dweight.is_contiguous() && width == D;
+  const Tensor weight_sums = in_place ? dweight.zero_() : at::zeros({want_weight ? C : 0, width}, sums_options);
   std::vector<double> bias_sums(want_bias ? C : 0);
 
   const std::vector<Part> blocks = call.parts(0, B);
@@ -178,12 +178,11 @@ std::tuple<Tensor, Tensor, Tensor> central_query_bwd(const Tensor& dcentral_quer
       });
     }
     if (want_bias) {
-      run_tasks(tile_tasks, double(filled) * C, 0, [&](int64_t task, void*) {
-        kernels.bias_gradient(wave, filled, C, tiles_of(task), bias_sums.data());
-      });
+      run_tasks(tile_tasks, double(filled) * C, 0,
+                [&](int64_t task, void*) { kernels.bias_gradient(wave, filled, C, tiles_of(task), bias_sums.data()); });
     }
   }
-  for (int64_t h = 0; h < H && want_weight; ++h) {
+  for (int64_t h = 0; h < H && want_weight && !in_place; ++h) {
     const Tensor head = dweight.select(0, h);
     kernels.store({head.data_ptr(), head.stride(0), head.stride(1), nullptr}, {0, d}, D,
                   static_cast<char*>(weight_sums.data_ptr()) + h * d * width * call.acc_bytes, width);

@@ -49,7 +49,8 @@ struct LayerKernels {
   int64_t (*block)(int64_t D);
   // Packs the panels of `range`, `panel` rows each, and these rows as columns unless null. The source has the call's
   // dtype, or for pack_sums the accumulation type.
-  using Pack = void (*)(const Tokens& from, int64_t rows, int64_t columns, Range range, void* panels, void* packed_columns);
+  using Pack = void (*)(const Tokens& from, int64_t rows, int64_t columns, Range range, void* panels,
+                        void* packed_columns);
   Pack pack, pack_sums;
 
   int64_t (*query_scratch)(int64_t D, int64_t C, bool backward);
@@ -57,7 +58,8 @@ struct LayerKernels {
   void (*query_forward)(const LayerTokens&, const QueryArgs&, Range, double* sums, void* scratch);
   // One block: dx, and its part of the wave from token `at` on.
   void (*query_backward)(const LayerTokens&, const QueryArgs&, Range, const Wave&, int64_t at, void* scratch);
-  // dW (C, round_up(D, panel)) += dq^T x^ over the wave's first `tokens` tokens, for some tiles and one panel; dbias (C)
+  // dW (C, round_up(D, panel)) += dq^T x^ over the wave's first `tokens` tokens, for some tiles and one panel; dbias
+  // (C)
   // += their sum.
   void (*weight_gradient)(const Wave&, int64_t tokens, int64_t C, int64_t D, Range tiles, int64_t panel, void* dweight);
   void (*bias_gradient)(const Wave&, int64_t tokens, int64_t C, Range tiles, double* dbias);

@@ -14,11 +14,11 @@
 namespace infsa::cpu {
 
 // Sums of an image are made in at most about so many parts, which are then added in their order.
-constexpr int64_t kParts = 32;
+constexpr int64_t kParts = 16;
 // An image with few tokens is still cut into so many blocks, of no fewer tokens than kLeastBlock, to employ threads.
 constexpr int64_t kBlocks = 16, kLeastBlock = 24;
 // What is in work between two passes over it, or waits to be added up.
-constexpr int64_t kWaveBytes = 16 << 20;
+constexpr int64_t kWaveBytes = 8 << 20;
 
 inline int64_t round_up(int64_t n, int64_t multiple) { return ceil_div(n, multiple) * multiple; }
 
@@ -67,7 +67,7 @@ struct LayerCall {
 
   // dx: of no elements where it is not wanted.
   LayerTokens tokens(int64_t image, const Tensor& dx) const {
-    return {rows(x, image), dx.dim() == 3 ? rows(dx, image) : Tokens{}, D, block(image), norm_eps.has_value(),
+    return {rows(x, image),      dx.dim() == 3 ? rows(dx, image) : Tokens{}, D, block(image), norm_eps.has_value(),
             norm_eps.value_or(0)};
   }
 

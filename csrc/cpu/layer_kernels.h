@@ -11,8 +11,8 @@ namespace infsa::cpu::INFSA_ISA {
 
 // A block of tokens takes about this much of a core's L2.
 constexpr int64_t kTokenBytes = 400 << 10;
-// Products are summed over so many terms at a time: a panel's part stays in L1 while the rows of a block go by, and long
-// sums round as sums of short ones.
+// Products are summed over so many terms at a time: a panel's part stays in L1 while the rows of a block go by, and
+// long sums round as sums of short ones.
 constexpr int64_t kDepth = 256;
 
 template <typename A> int64_t token_block(int64_t D) {
@@ -80,8 +80,8 @@ template <typename A> void multiply(int64_t rows, int64_t depth, const A* a, int
   }
 }
 
-template <typename T> void pack(const Tokens& from, int64_t rows, int64_t columns, Range range, void* panels,
-                                void* packed_columns) {
+template <typename T>
+void pack(const Tokens& from, int64_t rows, int64_t columns, Range range, void* panels, void* packed_columns) {
   using A = Acc<T>;
   constexpr int64_t kColumns = 4 * kPanel<A>;  // at a time
   A part[kPanel<A> * kColumns];
@@ -138,8 +138,7 @@ template <typename T> struct Block {
       const A* x = rows + r * stride;
       A* g = gradient + r * stride;
       const A mean = sum_columns<A>(t.D, [&](int64_t c) INFSA_LAMBDA { return load(g + c); }) / A(t.D);
-      const A along =
-          sum_columns<A>(t.D, [&](int64_t c) INFSA_LAMBDA { return load(g + c) * load(x + c); }) / A(t.D);
+      const A along = sum_columns<A>(t.D, [&](int64_t c) INFSA_LAMBDA { return load(g + c) * load(x + c); }) / A(t.D);
       for (int64_t c = 0; c < t.D; c += kLanes<A>)
         store(g + c, (load(g + c) - mean - along * load(x + c)) * inverse[r]);
     }
@@ -209,8 +208,7 @@ void query_forward(const LayerTokens& t, const QueryArgs& q, Range range, double
         sums[C + c / q.d] += double(sum_lanes(energies));
         for (int64_t k = 0; k < q.d; k += lanes) {
           Vec<A> sum = {};
-          for (int64_t i = 0; i < count; ++i)
-            sum += s.energy[i] * head_channels(queries + i * s.stride, bias, k, q.d);
+          for (int64_t i = 0; i < count; ++i) sum += s.energy[i] * head_channels(queries + i * s.stride, bias, k, q.d);
           for (int64_t l = 0; l < least(lanes, q.d - k); ++l) sums[c + k + l] += double(sum[l]);
         }
       }
@@ -255,8 +253,8 @@ template <typename T> void query_gradients(const QueryArgs& q, int64_t count, co
   }
 }
 
-template <typename T> void query_backward(const LayerTokens& t, const QueryArgs& q, Range range, const Wave& wave,
-                                          int64_t at, void* memory) {
+template <typename T>
+void query_backward(const LayerTokens& t, const QueryArgs& q, Range range, const Wave& wave, int64_t at, void* memory) {
   using A = Acc<T>;
   const int64_t C = q.H * q.d, count = range.end - range.begin;
   Memory parts(memory);
@@ -303,8 +301,7 @@ template <typename T> void weight_gradient(const Wave& wave, int64_t tokens, int
   }
 }
 
-template <typename A>
-void bias_gradient(const Wave& wave, int64_t tokens, int64_t C, Range tiles, double* dbias) {
+template <typename A> void bias_gradient(const Wave& wave, int64_t tokens, int64_t C, Range tiles, double* dbias) {
   for (int64_t i = tiles.begin; i < tiles.end; ++i) {
     const int64_t c = i * kTileRows;
     const A* from = static_cast<const A*>(wave.query_tiles) + c * wave.tokens;
@@ -368,8 +365,8 @@ template <typename T> void score_forward(const LayerTokens& t, const ScoreArgs& 
 
 // With [keys; g] of 2 P rows, g = dpooled / R:
 //   dt = [t > 0] (x^ . g - offset)      dx^ = [dt, r] [keys; g]      dkeys = dt^T x^
-template <typename T> void score_backward(const LayerTokens& t, const ScoreArgs& a, Range range, void* dkeys,
-                                          double* dbias, void* memory) {
+template <typename T>
+void score_backward(const LayerTokens& t, const ScoreArgs& a, Range range, void* dkeys, double* dbias, void* memory) {
   using A = Acc<T>;
   Memory parts(memory);
   ScoreScratch<T> s(t, a.H, true, parts);

@@ -23,8 +23,8 @@ constexpr const char* kOp = "infsa::score_pool";
 // Images go through in groups: sums of their parts and packed matrices for all of them at once could be large.
 struct Plan {
   const LayerCall& call;
-  const int64_t H, wide, width;     // heads, padded to vectors; channels, padded to panels
-  const int64_t matrix_rows, group; // of the packed matrix of an image; images
+  const int64_t H, wide, width;      // heads, padded to vectors; channels, padded to panels
+  const int64_t matrix_rows, group;  // of the packed matrix of an image; images
   const int64_t most_parts;
 
   Plan(const LayerCall& call, int64_t H, int64_t matrices)
@@ -104,8 +104,8 @@ std::tuple<Tensor, Tensor, Tensor> score_pool_fwd(const Tensor& x, const Tensor&
                   bytes_of(panels) + slot * panels_bytes, nullptr);
       },
       [&](const Part& part, int64_t slot, void* sums, double* score_sums, void* scratch) {
-        const ScoreArgs args{H, bytes_of(panels) + slot * panels_bytes, nullptr,
-                             bias.select(0, part.image).data_ptr(), nullptr};
+        const ScoreArgs args{H, bytes_of(panels) + slot * panels_bytes, nullptr, bias.select(0, part.image).data_ptr(),
+                             nullptr};
         call.kernels.score_forward(call.tokens(part.image, {}), args, part.tokens, sums, score_sums, scratch);
       },
       [&](int64_t head, const std::vector<double>& total) {
@@ -121,7 +121,8 @@ std::tuple<Tensor, Tensor, Tensor> score_pool_fwd(const Tensor& x, const Tensor&
 }
 
 // With g = dpooled / R and offset = g . pooled - dmass eps / R^2, both of one head (R with its eps):
-//   dt_j = [t_j > 0] (x^_j . g - offset)    dx^_j = sum_h r_j g + dt_j key    dkeys = sum_j dt_j x^_j    dkey_bias = sum_j dt_j
+//   dt_j = [t_j > 0] (x^_j . g - offset)    dx^_j = sum_h r_j g + dt_j key    dkeys = sum_j dt_j x^_j    dkey_bias =
+//   sum_j dt_j
 std::tuple<Tensor, Tensor, Tensor> score_pool_bwd(const Tensor& dpooled, const Tensor& dmass, const Tensor& x,
                                                   const Tensor& keys, const OptTensor& key_bias, const Tensor& pooled,
                                                   const Tensor& score_sum, std::optional<double> norm_eps, double eps,

@@ -17,9 +17,9 @@ class Block:
         self.rows = self._keep(x.to(acc))  # (B, T, D)
         self.inverse_deviation = None
         if norm_eps is not None:
-            variance, mean = torch.var_mean(self.rows, -1, keepdim=True, correction=0)
-            self.inverse_deviation = (variance + norm_eps).rsqrt()
-            self.rows = self._keep((self.rows - mean) * self.inverse_deviation)
+            centered = self.rows - self.rows.mean(-1, keepdim=True)
+            self.inverse_deviation = (centered.square().mean(-1, keepdim=True) + norm_eps).rsqrt()
+            self.rows = self._keep(centered * self.inverse_deviation)
 
     def weights(self, t: Tensor) -> Tensor:
         """Numbers per token (B, T, .), 0 where the token is removed."""

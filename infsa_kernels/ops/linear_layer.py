@@ -138,7 +138,9 @@ def _call(
 def _choose(x: Tensor, heads: int, head_dim: int, forced: str) -> str:
     name = choose_backend(x.device, x.dtype, (x.shape[0], heads, x.shape[1], head_dim), forced)
     if name not in BACKENDS:
-        raise RuntimeError(f"infsa_kernels: backend {name!r} cannot run this call: {OP} has kernels for {BACKENDS} only")
+        raise RuntimeError(
+            f"infsa_kernels: backend {name!r} cannot run this call: {OP} has kernels for {BACKENDS} only"
+        )
     return name
 
 
@@ -174,14 +176,16 @@ def _check_arguments(x, num_heads, weights, vectors, rho, norm_eps, padding_mask
         raise ValueError(f"{OP}: k_bias is given without k_weight; keys tied to the queries have q_bias")
     _check.shape(OP, "v_weight", weights["v_weight"], (v_width, D), "(H*dv, D)")
     _check.shape(OP, "out_weight", weights["out_weight"], (out_width, v_width), "(D_out, H*dv)")
-    widths = {"q_bias": q_width, "k_bias": q_width, "v_bias": v_width, "out_bias": out_width}
+    lengths = {"q_bias": (q_width, "(H*d,)"), "k_bias": (q_width, "(H*d,)"), "v_bias": (v_width, "(H*dv,)")}
+    lengths["out_bias"] = out_width, "(D_out,)"
     for name, t in vectors.items():
         if t is None:
             continue
         if t.dtype not in (x.dtype, _check.acc_dtype(x)):
             _check.dtype(OP, name, t, x.dtype)
         _check.device(OP, name, t, x, "x")
-        _check.shape(OP, name, t, (widths.get(name, D),), "(D_out,)" if name == "out_bias" else "(width,)")
+        length, letters = lengths.get(name, (D, "(D,)"))
+        _check.shape(OP, name, t, (length,), letters)
     if norm_eps is not None:
         norm_eps_number(OP, norm_eps)
     elif vectors["norm_weight"] is not None or vectors["norm_bias"] is not None:
