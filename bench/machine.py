@@ -1,6 +1,8 @@
 """The machine: what it is, and what it can do at most, measured in the same run as everything else."""
 
 import datetime
+import functools
+import hashlib
 import os
 import platform
 import statistics
@@ -101,6 +103,12 @@ class OtherLoad:
         return busy + idle + iowait, busy, own
 
 
+@functools.cache
+def fastest_gemm(device: torch.device, dtype: torch.dtype) -> str:
+    ways = GEMM_WAYS[device.type]
+    return min(ways, key=lambda way: seconds(gemm(way, device, dtype), device, repeats=3))
+
+
 def gemm(way: str, device: torch.device, dtype: torch.dtype):
     n = GEMM_SIZE[device.type]
     a, b = torch.randn(2, n, n, device=device).to(dtype).unbind()
@@ -164,6 +172,8 @@ def _commit() -> str | None:
         return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        return git("rev-parse", "--short=12", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
+        changes = git("diff", "HEAD")
+        digest = "+changes-" + hashlib.sha1(changes.encode()).hexdigest()[:6] if changes else ""
+        return git("rev-parse", "--short=12", "HEAD") + digest
     except (OSError, subprocess.CalledProcessError):
         return None

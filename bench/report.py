@@ -1,7 +1,7 @@
 """The results as text: environment, what was left out, goals, slopes, and the table last."""
 
 from .cases import DIRECTIONS, HEADS
-from .peers import PEERS
+from .ways import WAYS
 
 # Position of the column of times.
 TIME = 3
@@ -50,7 +50,7 @@ def _left_out(rows: list[dict]) -> str:
         if r["direction"] == "bwd" or r["status"] == "ok" or (r["candidate"] != "infsa" and "would" in r["reason"]):
             continue
         status = "WRONG" if r["status"] == "wrong" else r["status"]
-        what = f"{NAMES[r['op']]} N = {r['N']}, {r['variant']}, {r['direction']}, {PEERS[r['candidate']].LABEL}"
+        what = f"{NAMES[r['op']]} N = {r['N']}, {r['variant']}, {r['direction']}, {WAYS[r['candidate']].LABEL}"
         lines.append(f"  {what}: {status}: {r['reason']}")
     return "\n".join(["Not timed:", *lines]) if lines else ""
 

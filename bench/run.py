@@ -13,8 +13,8 @@ from tqdm import tqdm
 from . import curves, goals, layer, machine, plots, report
 from .cases import HEADS, SIZES, plan
 from .image import queries_keys_values
-from .peers import PEERS
 from .sweep import PHASES, Settings, Sweep
+from .ways import WAYS
 
 SCHEMA = 1
 QUICK_SIZES = (224, 512, 1024)
@@ -91,7 +91,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     args.only = args.only or [*HEADS, LAYER]
     args.peers = (
-        args.peers if args.peers is not None else [p for p in list(PEERS)[1:] if not (args.quick and p == "compile")]
+        args.peers if args.peers is not None else [p for p in list(WAYS)[1:] if not (args.quick and p == "compile")]
     )
     args.sizes = args.sizes or list(QUICK_SIZES if args.quick else SIZES)
     args.budget = args.budget or (0.2 if args.quick else 1.0)
@@ -108,8 +108,8 @@ def _integers(text: str) -> list[int]:
 
 def _peers(text: str) -> list[str]:
     names = [part for part in text.split(",") if part]
-    if unknown := set(names) - set(PEERS):
-        raise argparse.ArgumentTypeError(f"no comparator {', '.join(sorted(unknown))}; there are {', '.join(PEERS)}")
+    if unknown := set(names) - set(WAYS):
+        raise argparse.ArgumentTypeError(f"no comparator {', '.join(sorted(unknown))}; there are {', '.join(WAYS)}")
     return [name for name in names if name != "infsa"]
 
 

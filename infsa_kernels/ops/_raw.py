@@ -144,6 +144,9 @@ class RawOps:
         wrt_at = [arguments.index(n) for n in self.wrt]
         saved_at = [self.outputs.index(n) for n in self.saved]
         leading = len(self.tensors)
+        # Of several outputs only some may have a gradient: where a saved one of the same dimensions stands.
+        saved_dims = [self.dims[n] for n in self.saved]
+        alike = [saved_dims.index(self.dims[n]) for n in self.outputs[:differentiable]] if differentiable > 1 else [0]
 
         class Forward(_Function):
             @staticmethod
@@ -160,13 +163,12 @@ class RawOps:
                 ctx.save_for_backward(*[args[i] for i in tensor_at], *[outputs[i] for i in saved_at])
                 ctx.constants = [args[i] for i in constant_at]
                 ctx.mark_non_differentiable(*outputs[differentiable:])
-                # One output has a gradient or there is nothing to do; of several, those without one get zeros.
-                ctx.set_materialize_grads(differentiable > 1)
+                ctx.set_materialize_grads(False)
 
             @staticmethod
             def backward(ctx, *douts):
                 none = [None] * (1 + len(arguments))
-                if douts[0] is None:
+                if all(dout is None for dout in douts):
                     return tuple(none)
                 args: list = [None] * len(arguments)
                 tensors = ctx.saved_tensors
@@ -176,7 +178,9 @@ class RawOps:
                     args[i] = constant
                 output_mask = [ctx.needs_input_grad[1 + i] for i in wrt_at]
                 statistics = tensors[len(tensor_at) :]
-                grads = backward_op(*douts[:differentiable], *args[:leading], *statistics, *args[leading:], output_mask)
+                # zeros_like something of that shape: a DTensor where the others are.
+                douts = [torch.zeros_like(statistics[i]) if g is None else g for i, g in zip(alike, douts)]
+                grads = backward_op(*douts, *args[:leading], *statistics, *args[leading:], output_mask)
                 for i, grad, wanted in zip(wrt_at, grads, output_mask):
                     none[1 + i] = grad if wanted else None
                 return tuple(none)
