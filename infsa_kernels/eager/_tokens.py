@@ -18,6 +18,8 @@ class Block:
         self.inverse_deviation = None
         if norm_eps is not None:
             centered = self.rows - self.rows.mean(-1, keepdim=True)
+            # A mean far above the deviation is rounded to its own digits: what that leaves is small, and taken off exactly.
+            centered -= centered.mean(-1, keepdim=True)
             self.inverse_deviation = (centered.square().mean(-1, keepdim=True) + norm_eps).rsqrt()
             self.rows = self._keep(centered * self.inverse_deviation)
 
