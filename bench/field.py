@@ -160,7 +160,7 @@ def text(rows: list[dict], level: str) -> str:
         own = chosen.get("linear_infsa", {}).get("median_s")
         what = f"{depth} layers, " if depth else ""
         lines.append(f"\n{level}, {what}{pixels} x {pixels}, N = {(pixels // 16) ** 2}, {phase}")
-        lines.append(f"{'':<34}{'way':<11}{'time':>11}{'x Linear':>10}{'MB':>9}{'params':>11}{'error':>10}")
+        lines.append(f"{'':<34}{'way':<11}{'time':>11}{'x Linear':>10}{'MB':>9}{'params':>13}{'error':>10}")
         for row in sorted(chosen.values(), key=lambda r: r.get("median_s", float("inf"))):
             if row["status"] != "ok":
                 lines.append(f"{row['label']:<34}{row['status']}: {row['reason'][:80]}")
@@ -171,7 +171,7 @@ def text(rows: list[dict], level: str) -> str:
             memory = f"{row['peak_bytes'] / 1e6:.0f}" if "peak_bytes" in row else "-"
             lines.append(
                 f"{row['label']:<34}{row['way']:<11}{row['median_s'] * 1e3:>8.2f} ms{ratio:>10}{memory:>9}"
-                f"{row['parameters']:>11,}{error:>10}"
+                f"{row['parameters']:>13,}{error:>10}"
             )
     return "\n".join(lines)
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, PercentFormatter
 
 from . import peers, style
 from .curves import SLOPE_FROM_N, fit
@@ -66,13 +66,11 @@ def points(rows: list[dict], name: str, phase: str, field: str) -> list[tuple[in
 
 def over_N(rows, field, title, formatter, slopes=False):
     """One panel per phase: lines, their names at the end, and the exponent of their growth."""
-    phases = [p for p in PHASES if any(len(points(rows, n, p, field)) for n in LINES)]
+    phases = [p for p in PHASES if any(len(points(rows, n, p, field)) > 1 for n in LINES)]
     if not phases:
         return None
-    figure = plt.figure(figsize=(7.4 * len(phases), 5.6), layout="constrained")
-    figure.get_layout_engine().set(rect=(0, 0.03, 1, 0.97), w_pad=0.12)
-    figure.suptitle(title, x=0.008, ha="left", fontsize=14, weight="bold")
-    for ax, phase in zip(figure.subplots(1, len(phases), squeeze=False)[0], phases):
+    figure, axes = _panels(len(phases), 5.6, title)
+    for ax, phase in zip(axes, phases):
         curves = {name: found for name in LINES if (found := points(rows, name, phase, field))}
         lengths = sorted({N for found in curves.values() for N, _ in found})
         pixels = {r["N"]: r["pixels"] for r in rows}
@@ -87,12 +85,26 @@ def over_N(rows, field, title, formatter, slopes=False):
         values = [v for found in curves.values() for _, v in found]
         span = max(values) / min(values)
         ax.set_ylim(min(values) / span**0.08, max(values) * span**0.12)
+        ax.yaxis.set_major_locator(LogLocator(subs=(1,) if span > 1e3 else (1, 2, 5)))
         ax.yaxis.set_major_formatter(FuncFormatter(formatter))
         ax.yaxis.set_minor_locator(NullLocator())
         ax.set_title(PHASES[phase])
         figure.canvas.draw()
         style.label_ends(ax, ends)
     return figure
+
+
+def _panels(count: int, height: float, title: str):
+    """A figure of panels beside each other, with room for its caption below, and their axes."""
+    figure = plt.figure(figsize=(7.4 * count, height), layout="constrained")
+    _leave_room(figure)
+    figure.suptitle(title, x=0.008, ha="left", fontsize=14, weight="bold")
+    return figure, figure.subplots(1, count, squeeze=False)[0]
+
+
+def _leave_room(figure) -> None:
+    below = 0.22 / figure.get_figheight()
+    figure.get_layout_engine().set(rect=(0, below, 1, 1 - below), w_pad=0.12, h_pad=0.1)
 
 
 def _slope(found) -> str:
@@ -119,17 +131,19 @@ def speed_ups(rows, title):
     if not panels:
         return None
     most = max(map(len, panels.values()))
-    figure = plt.figure(figsize=(7.4 * len(panels), 1.6 + 0.27 * most), layout="constrained")
-    figure.get_layout_engine().set(rect=(0, 0.03, 1, 0.97), w_pad=0.12)
     pixels = next(r["pixels"] for r in rows if r["N"] == N)
-    figure.suptitle(f"Time over Linear-InfSA's, {pixels}², {title}", x=0.008, ha="left", fontsize=14, weight="bold")
-    for ax, (phase, bars) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
-        names, heights = zip(*bars)
-        drawn = ax.barh([peers.label(n) for n in names], heights, color=[COLOURS.get(n, OTHERS) for n in names], height=0.72)
-        ax.bar_label(drawn, [f"{h:.2g}×" if h < 10 else f"{h:.0f}×" for h in heights], padding=3, fontsize=8.5)
-        ax.axvline(1, color=COLOURS["linear_infsa"], linewidth=1.6)
+    figure, axes = _panels(len(panels), 1.6 + 0.27 * most, f"Time over Linear-InfSA's, {pixels}², {title}")
+    for ax, (phase, bars) in zip(axes, panels.items()):
+        names, times = zip(*bars)
         ax.set_xscale("log")
-        ax.set_xlim(min(0.5, *heights) / 1.3, max(2.0, *heights) * 2)
+        # From 1, where Linear-InfSA stands: a log axis has no zero for bars to begin at.
+        drawn = ax.barh([peers.label(n) for n in names], [t - 1 for t in times], left=1, height=0.72,
+                        color=[COLOURS.get(n, OTHERS) for n in names])  # fmt: skip
+        ax.bar_label(drawn, [f"{t:.2g}×" if t < 10 else f"{t:.0f}×" for t in times], padding=3, fontsize=8.5)
+        ax.axvline(1, color=COLOURS["linear_infsa"], linewidth=1.6)
+        span = max(2.0, *times) / min(0.5, *times)
+        ax.set_xlim(min(0.5, *times) / span**0.1, max(2.0, *times) * span**0.1)
+        ax.xaxis.set_major_locator(LogLocator(subs=(1,) if span > 1e2 else (1, 2, 5)))
         ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}×"))
         ax.xaxis.set_minor_locator(NullLocator())
         ax.invert_yaxis()
@@ -146,8 +160,8 @@ def errors(rows, title):
         return None
     names = list(dict.fromkeys(r["name"] for r in sorted(found, key=lambda r: r["error"])))
     lengths = sorted({r["N"] for r in found})
-    figure, ax = plt.subplots(figsize=(9, 1.6 + 0.27 * len(names)), layout="constrained")
-    figure.get_layout_engine().set(rect=(0, 0.03, 1, 0.97))
+    figure, ax = plt.subplots(figsize=(9.6, 1.6 + 0.27 * len(names)), layout="constrained")
+    _leave_room(figure)
     for N, shade in zip(lengths, np.linspace(0.25, 1, len(lengths))):
         mine = [r for r in found if r["N"] == N]
         ax.scatter([r["error"] for r in mine], [names.index(r["name"]) for r in mine], alpha=shade, color=COLOURS["linear_infsa"],
@@ -156,7 +170,8 @@ def errors(rows, title):
     ax.set_yticks(range(len(names)), [peers.label(n) for n in names], fontsize=9)
     ax.invert_yaxis()
     ax.set_xscale("log")
-    ax.set_title(f"Largest error against float64 over the largest entry, {title}")
+    ax.set_title(f"Largest error against float64, {title}")
+    ax.set_xlabel("as a part of the largest entry")
     ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1), fontsize=9)
     return figure
 
@@ -171,7 +186,7 @@ def shares(rows):
     if not names:
         return None
     figure, ax = plt.subplots(figsize=(8.4, 4.6), layout="constrained")
-    figure.get_layout_engine().set(rect=(0, 0.03, 1, 0.97))
+    _leave_room(figure)
     lengths = sorted({N for n in names for p in PHASES for N, _ in points(rows, n, p, "share_of_limit")})
     pixels = {r["N"]: r["pixels"] for r in rows}
     style.axis_of_lengths(ax, lengths, [pixels[N] for N in lengths], label_share=0.34)
@@ -183,9 +198,9 @@ def shares(rows):
                 ax.plot(*zip(*found), color=colour, linestyle=dashes, linewidth=2.4, marker="o", markersize=5)
                 ends.append((*found[-1], f"{peers.label(name)}, {PHASES[phase]}", colour))
     ax.axhline(1, color=style.LIMIT_COLOUR, linestyle=(0, (5, 3)))
-    ax.set_ylim(0, 1.15)
+    ax.set_ylim(0, max(1.15, ax.get_ylim()[1]))
     ax.yaxis.set_major_formatter(PercentFormatter(1.0))
-    ax.set_title("Layer's least operations beside the fastest matrix product")
+    ax.set_title("Rate of the layer's least operations beside torch's fastest matrix product", fontsize=11)
     figure.canvas.draw()
     style.label_ends(ax, ends)
     return figure
@@ -197,6 +212,7 @@ def energies(rows, title):
     if not found:
         return None
     figure, ax = plt.subplots(figsize=(8.4, 5.2), layout="constrained")
+    _leave_room(figure)
     for name in dict.fromkeys(r["name"] for r in found):
         mine = [(r["joules"], 1 / r["median_s"]) for r in found if r["name"] == name]
         ax.plot(*zip(*mine), marker="o", color=COLOURS.get(name, OTHERS), label=peers.label(name))
