@@ -8,13 +8,14 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, PercentFor
 
 from . import peers, style
 from .curves import SLOPE_FROM_N, fit
-from .field import best
+from .field_rows import best, over_linear
 
 # The lines of a plot over N: the paper's nine, the floor, and the closest structural peer.
 LINES = (*peers.PAPER, "mean", "fastformer")
 COLOURS = {
     "linear_infsa": "#0f62a8", "pure_infsa": "#0a9396", "softmax": "#8a4fa3", "linformer": "#c0843d", "performer": "#b5533c",
     "soft": "#7a8b3b", "flatten": "#c2699d", "agent": "#d9822b", "mlla": "#5b7a99", "mean": "#9aa3ab", "fastformer": "#a6761d",
+    "linear_infsa_untied": "#86b3dc", "linear_infsa_per_token": "#86b3dc", "pure_infsa_untied": "#84cbc5",
 }  # fmt: skip
 OTHERS = "#b9c2cb"
 PHASES = {"fwd": "forward", "train": "forward + backward"}
@@ -34,7 +35,9 @@ def draw_all(rows: list[dict], out: Path) -> list[Path]:
             here = [r for r in mine if r.get("depth") == depth]
             figures = {
                 "latency": over_N(here, "median_s", f"Time of one call, {title}", style.seconds, slopes=True),
-                "memory": over_N(here, "peak_bytes", f"Peak memory beyond weights and inputs, {title}", style.megabytes),
+                "memory": over_N(
+                    here, "peak_bytes", f"Peak memory beyond weights and inputs, {title}", style.megabytes
+                ),
                 "speed_up": speed_ups(here, title),
             }
             if level == "model":
@@ -114,7 +117,9 @@ def _slope(found) -> str:
 
 def headline(rows: list[dict]) -> int:
     """The largest picture at which most mechanisms have a time."""
-    counts = {N: sum(r["status"] == "ok" for r in best(rows, N=N, phase="fwd").values()) for N in {r["N"] for r in rows}}
+    counts = {
+        N: sum(r["status"] == "ok" for r in best(rows, N=N, phase="fwd").values()) for N in {r["N"] for r in rows}
+    }
     return max(N for N, count in counts.items() if 2 * count >= max(counts.values()))
 
 
@@ -124,9 +129,8 @@ def speed_ups(rows, title):
     panels = {}
     for phase in PHASES:
         chosen = {n: r for n, r in best(rows, N=N, phase=phase).items() if r["status"] == "ok"}
-        own = chosen.get("linear_infsa", {}).get("median_s")
-        if own and len(chosen) > 1:
-            times = {n: r["median_s"] / (r.get("baseline_s") or own) for n, r in chosen.items() if n != "linear_infsa"}
+        times = {n: over for n, r in chosen.items() if n != "linear_infsa" and (over := over_linear(r, chosen))}
+        if times:
             panels[phase] = sorted(times.items(), key=lambda item: item[1])
     if not panels:
         return None
@@ -142,7 +146,8 @@ def speed_ups(rows, title):
         ax.bar_label(drawn, [f"{t:.2g}×" if t < 10 else f"{t:.0f}×" for t in times], padding=3, fontsize=8.5)
         ax.axvline(1, color=COLOURS["linear_infsa"], linewidth=1.6)
         span = max(2.0, *times) / min(0.5, *times)
-        ax.set_xlim(min(0.5, *times) / span**0.1, max(2.0, *times) * span**0.1)
+        ax.set_xlim(min(0.5, *times) / span**0.15, max(2.0, *times) * span**0.1)
+        ax.margins(y=0.01)
         ax.xaxis.set_major_locator(LogLocator(subs=(1,) if span > 1e2 else (1, 2, 5)))
         ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}×"))
         ax.xaxis.set_minor_locator(NullLocator())
@@ -172,6 +177,7 @@ def errors(rows, title):
     ax.set_xscale("log")
     ax.set_title(f"Largest error against float64, {title}")
     ax.set_xlabel("as a part of the largest entry")
+    ax.margins(y=0.02)
     ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1), fontsize=9)
     return figure
 
