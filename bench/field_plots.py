@@ -86,7 +86,7 @@ def over_N(rows, field, title, formatter, slopes=False):
                     zorder=4 if own else 3)  # fmt: skip
             ends.append((*found[-1], peers.label(name) + (_slope(found) if slopes else ""), COLOURS[name]))
         values = [v for found in curves.values() for _, v in found]
-        span = max(values) / min(values)
+        span = max(1.5, max(values) / min(values))
         ax.set_ylim(min(values) / span**0.08, max(values) * span**0.12)
         ax.yaxis.set_major_locator(LogLocator(subs=(1,) if span > 1e3 else (1, 2, 5)))
         ax.yaxis.set_major_formatter(FuncFormatter(formatter))
