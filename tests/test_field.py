@@ -128,6 +128,19 @@ def test_every_level_measures_and_checks(level, phase):
         assert "joules" not in found
 
 
+def test_float64_does_not_need_the_backend_under_test(monkeypatch):
+    right, math_allowed = peers.Softmax.core, {}
+
+    def core(self, q, k, v):
+        math_allowed.setdefault(q.dtype, torch.backends.cuda.math_sdp_enabled())
+        return right(self, q, k, v)
+
+    monkeypatch.setattr(peers.Softmax, "core", core)
+    base = {"level": "layer", "device": "cpu", "dtype": "fp32", "pixels": 112, "phase": "train", "name": "softmax"}
+    assert point.measure({**base, "way": "sdpa:flash"}, CPU, 1e-3, dim=64)["status"] == "ok"
+    assert math_allowed == {torch.float64: True, torch.float32: False}
+
+
 def test_a_wrong_mechanism_gets_no_time(monkeypatch):
     right = peers.MLLA.core
     monkeypatch.setattr(peers.MLLA, "truth", lambda self, q, k, v, rows: right(self, q, k, v)[:, :, rows] * 1.01)
