@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from . import peers, scaffold
 from .field_rows import FINAL, key, load, text
+from .image import PATCH, D
 from .worker import ROOT, Worker
 
 LEVELS = ("operator", "layer", "model")
@@ -35,6 +36,9 @@ SIZES = {
 QUICK_SIZES = (224, 512)
 MINUTES = {"cpu": {"operator": 2.5, "layer": 10, "model": 6}, "cuda": {"operator": 2, "layer": 4, "model": 2.5}}
 QUICK_MINUTES = 1.5
+
+# W in 4 N D (W D + N), the operations of a quadratic mechanism on N tokens: products with weights beside those with scores.
+WEIGHTS = {"operator": 0, "layer": 2, "model": 6}
 
 # Seconds that a level's last point may go on beyond its minutes.
 GRACE = 5
@@ -105,10 +109,15 @@ def too_long(point: dict, rows: list[dict], limit: float) -> str | None:
         return f"{last['status']} at {last['pixels']} pixels"
     if last["status"] != "ok":
         return None
-    growth = (point["pixels"] / last["pixels"]) ** (4 if peers.MECHANISMS[point["name"]][0].QUADRATIC else 2)
-    seconds = last["median_s"] * growth
+    seconds = last["median_s"] * _operations(point) / _operations(last)
     # A call to warm up and one that counts.
     return f"a call would take ~{seconds:.0f} s" if 2 * seconds > limit else None
+
+
+def _operations(point: dict) -> float:
+    """What a point's time grows with."""
+    N = (point["pixels"] // PATCH) ** 2
+    return N * (WEIGHTS[point["level"]] * D + N) if peers.MECHANISMS[point["name"]][0].QUADRATIC else N
 
 
 def run(args: argparse.Namespace) -> list[dict]:
@@ -135,7 +144,7 @@ def run(args: argparse.Namespace) -> list[dict]:
                     if row["status"] == "time limit" and left + GRACE < args.limit:
                         row = point | over
                 row.setdefault("label", peers.label(point["name"]))
-                row["N"] = (point["pixels"] // 16) ** 2
+                row["N"] = (point["pixels"] // PATCH) ** 2
                 row["environment"] = environment
                 file.write(json.dumps(row) + "\n")
                 file.flush()

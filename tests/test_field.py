@@ -65,13 +65,15 @@ def test_wrong_arguments_are_refused(arguments, said, capsys):
 
 
 def test_what_would_take_too_long_is_not_tried():
-    def why(smaller, name="softmax", limit=10):
-        return field.too_long(row(name, pixels=2048), [smaller], limit)
+    def why(smaller, limit=10, **fields):
+        return field.too_long(row(smaller["name"], pixels=2048, level=smaller["level"], **fields), [smaller], limit)
 
-    # Four times as many tokens: 16 times as long for a quadratic mechanism, 4 times for a linear one.
-    assert "~16 s" in why(row("softmax", median_s=1.0))
-    assert why(row("mlla", median_s=1.0), "mlla") is None
-    assert "~8 s" in why(row("mlla", median_s=2.0), "mlla")
+    # 16 times as long for four times as many tokens if quadratic, 4 times if not.
+    assert "~16 s" in why(row("softmax", level="operator", median_s=1.0))
+    assert why(row("mlla", median_s=1.0)) is None
+    assert "~8 s" in why(row("mlla", median_s=2.0))
+    # With projections, 4 N D (2 D + N): 4 x 18 / 6 from 4,096 tokens to 16,384.
+    assert "~12 s" in why(row("softmax", median_s=1.0))
     assert why(row("softmax", status="out of memory")) == "out of memory at 1024 pixels"
     assert why(row("softmax", status="unsupported")) is None
     assert why(row("softmax", phase="train", median_s=9.0)) is None  # another measurement
