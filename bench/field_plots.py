@@ -8,7 +8,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, PercentFor
 
 from . import peers, style
 from .curves import SLOPE_FROM_N, fit
-from .field_rows import best, over_linear
+from .field_rows import FINAL, best, over_linear
 
 # The lines of a plot over N: the paper's nine, the floor, and the closest structural peer.
 LINES = (*peers.PAPER, "mean", "fastformer")
@@ -74,7 +74,7 @@ def over_N(rows, field, title, formatter, slopes=False):
         return None
     figure, axes = _panels(len(phases), 5.6, title)
     for ax, phase in zip(axes, phases):
-        curves = {name: found for name in LINES if (found := points(rows, name, phase, field))}
+        curves = {name: found for name in LINES if len(found := points(rows, name, phase, field)) > 1}
         lengths = sorted({N for found in curves.values() for N, _ in found})
         pixels = {r["N"]: r["pixels"] for r in rows}
         style.axis_of_lengths(ax, lengths, [pixels[N] for N in lengths], label_share=0.3)
@@ -84,7 +84,8 @@ def over_N(rows, field, title, formatter, slopes=False):
             own = name in peers.OWN
             ax.plot(*zip(*found), color=COLOURS[name], linewidth=2.8 if own else 1.5, marker="o", markersize=6 if own else 4,
                     zorder=4 if own else 3)  # fmt: skip
-            ends.append((*found[-1], peers.label(name) + (_slope(found) if slopes else ""), COLOURS[name]))
+            text = peers.label(name) + (_slope(found) if slopes else "") + _why_it_ends(rows, name, phase, found[-1][0])
+            ends.append((*found[-1], text, COLOURS[name]))
         values = [v for found in curves.values() for _, v in found]
         span = max(1.5, max(values) / min(values))
         ax.set_ylim(min(values) / span**0.08, max(values) * span**0.12)
@@ -108,6 +109,11 @@ def _panels(count: int, height: float, title: str):
 def _leave_room(figure) -> None:
     below = 0.22 / figure.get_figheight()
     figure.get_layout_engine().set(rect=(0, below, 1, 1 - below), w_pad=0.12, h_pad=0.1)
+
+
+def _why_it_ends(rows, name, phase, last) -> str:
+    later = [best(rows, N=N, phase=phase).get(name) for N in sorted({r["N"] for r in rows}) if last < N]
+    return next((f"\n✕ {row['status']}" for row in later if row and row["status"] in FINAL), "")
 
 
 def _slope(found) -> str:
