@@ -61,7 +61,8 @@ LinearDevice linear_device(Element element, bool aligned, bool backward) {
   cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernels.grid, kThreads, kSharedFloats * 4);
   const bool clusters = attribute(cudaDevAttrComputeCapabilityMajor, device) >= 9;
   return {blocks * attribute(cudaDevAttrMultiProcessorCount, device),
-          clusters ? attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device) : 0};
+          clusters ? attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device) : 0,
+          attribute(cudaDevAttrL2CacheSize, device) / 4};
 }
 
 const char* launch_linear(const LinearArgs& args, Element element, bool aligned, bool backward, void* stream) {
