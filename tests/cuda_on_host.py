@@ -39,7 +39,19 @@ def library() -> ctypes.CDLL:
 
 
 def plan(
-    B, H, N, M, d, dv, *, bytes=2, token_major=False, keep_queries=False, resident=132, shared=HOPPER
+    B,
+    H,
+    N,
+    M,
+    d,
+    dv,
+    *,
+    bytes=2,
+    token_major=False,
+    keep_queries=False,
+    resident=132,
+    shared=HOPPER,
+    wave_bytes=10 << 20,
 ) -> dict[str, int]:
     found = (ctypes.c_int64 * len(PLAN))()
     sizes = (ctypes.c_int64 * 6)(B, H, N, M, d, dv)
