@@ -48,6 +48,7 @@ import sys, time
 start = time.perf_counter()
 import torch
 middle = time.perf_counter()
+import torch.utils.flop_counter  # torch's registry of FLOP formulas, which itself loads Triton where that is installed
 before = set(sys.modules)
 import infsa_kernels
 end = time.perf_counter()

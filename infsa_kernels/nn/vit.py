@@ -162,21 +162,24 @@ class InfViT(nn.Module):
             images = F.pad(images, (0, -width % p, 0, -height % p))
         grid = rows, columns = -(-height // p), -(-width // p)
         first = self._first_token(B)
-        chunked = not torch.is_grad_enabled() and B * rows * columns > CHUNK_TOKENS
-        step = max(1, CHUNK_TOKENS // (B * columns)) if chunked else rows
+        if torch.is_grad_enabled() or B * rows * columns <= CHUNK_TOKENS:
+            patches = self._patches(images, grid, slice(None))
+            return torch.cat([first.to(patches.dtype), patches], 1)
         x, end = None, first.shape[1]
+        step = max(1, CHUNK_TOKENS // (B * columns))
         for row in range(0, rows, step):
-            patches = self.patch_embed(images[:, :, row * p : (row + step) * p])
-            if self.pos_embed is not None:
-                patches = patches + self._positions(grid, slice(row, row + step))
-            if not chunked:
-                return torch.cat([first.to(patches.dtype), patches], 1)
+            patches = self._patches(images[:, :, row * p : (row + step) * p], grid, slice(row, row + step))
             if x is None:
                 x = patches.new_empty(B, end + rows * columns, self.embed_dim)
                 x[:, :end] = first
             x[:, end : end + patches.shape[1]] = patches
             end += patches.shape[1]
         return x
+
+    def _patches(self, images: Tensor, grid: tuple[int, int], rows: slice) -> Tensor:
+        """The tokens of some rows of patches, (B, rows * columns, D), from those rows of the images."""
+        patches = self.patch_embed(images)
+        return patches if self.pos_embed is None else patches + self._positions(grid, rows)
 
     def _first_token(self, B: int) -> Tensor:
         """The token before the patches, (B, 1, D), or (B, 0, D) if there is none."""
