@@ -44,7 +44,7 @@ WEIGHTS = {"operator": 0, "layer": 2, "model": 6}
 GRACE = 5
 
 # Seconds of one point, with its building, check and compilation.
-LIMIT = {"operator": 25, "layer": 40, "model": 60}
+LIMIT = {"operator": 25, "layer": 60, "model": 60}
 BUDGET, QUICK_BUDGET = 0.3, 0.05
 
 # The size whose compiled points come first.

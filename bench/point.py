@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from . import machine, peers, rows, scaffold
+from . import machine, peers, rows
 from .image import PATCH, D, picture, queries_keys_values, tokens
 from .measure import Observation, interleave, observe
 
@@ -53,6 +53,8 @@ class Subject:
         torch.manual_seed(0)
         grid = (pixels // PATCH,) * 2
         if level == "model":
+            from . import scaffold  # bench.versus measures revisions that have no models, too
+
             self.module = scaffold.model(name, point["depth"], pixels, dim)
             inputs = [picture(pixels)]
         else:

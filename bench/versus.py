@@ -1,7 +1,8 @@
 """`python -m bench.versus REV`: this working tree beside another revision of it, both measured by this tree's benchmark.
 
 REV is checked out into a temporary folder, with this tree's bench/ instead of its own, and its extension is built there.
-Every point is then measured by both in turn, several times; the noise of a row is the interval of its medians.
+Every point is then measured by both in turn, several times; the noise of a row is the interval of its medians. A revision too
+old for this tree's bench/ does not start, and says what it lacks.
 """
 
 import argparse

@@ -10,6 +10,7 @@ import queue
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import warnings
 from pathlib import Path
@@ -26,18 +27,21 @@ class Worker:
     def __init__(self, device: str, budget: float, root: Path = ROOT):
         self._command = [sys.executable, "-m", "bench.worker", device, str(budget)]
         self._root, self._process = root, None
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115
 
     def __enter__(self):
         try:
             self._start()
         except (queue.Empty, EOFError):
             self._end()
-            command = " ".join(["python", *self._command[1:]])
-            raise RuntimeError(f"`{command}` did not start; run it in {self._root} to see why") from None
+            self._errors.seek(0)
+            said = self._errors.read().decode(errors="replace").strip()[-1000:]
+            raise RuntimeError(f"the process that measures did not start in {self._root}:\n{said}") from None
         return self
 
     def __exit__(self, *_):
         self._end()
+        self._errors.close()
 
     def measure(self, point: dict, limit: float) -> dict:
         """The point's row; a status of "time limit" or "out of memory" where the process gave none."""
@@ -61,7 +65,7 @@ class Worker:
         environment = {**os.environ, "PYTHONPATH": str(self._root), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
         self._process = subprocess.Popen(
             self._command, cwd=self._root, env=environment, text=True, start_new_session=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
         )  # fmt: skip
         self._lines = queue.Queue()
         threading.Thread(target=self._read, args=(self._process.stdout, self._lines), daemon=True).start()
