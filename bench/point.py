@@ -12,7 +12,7 @@ import copy
 import statistics
 import time
 from contextlib import nullcontext
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 from torch import nn
@@ -56,14 +56,14 @@ class Subject:
             from . import scaffold  # bench.versus measures revisions that have no models, too
 
             self.module = scaffold.model(name, point["depth"], pixels, dim)
-            inputs = [picture(pixels)]
+            inputs = given(level, pixels)
         else:
             self.module = peers.build(name, dim, grid)
             if level == "layer":
                 self.norm = nn.LayerNorm(dim)
-                inputs = [tokens(pixels)[None, :, :dim]]
+                inputs = [t[..., :dim] for t in given(level, pixels)]
             else:
-                inputs = [self.module.heads(t[None, :, :dim]) for t in queries_keys_values(pixels)]
+                inputs = [self.module.heads(t[..., :dim]) for t in given(level, pixels)]
         self.module = self.module.to(device, self.dtype)
         if level == "layer":
             self.module.add_module("sublayer_norm", self.norm.to(device, self.dtype))
@@ -154,6 +154,14 @@ class Subject:
     def _pick(self, out, picked):
         level = self.point["level"]
         return out if level == "model" else out[:, :, picked] if level == "operator" else out[:, picked]
+
+
+@lru_cache(maxsize=1)  # points come by size, and a large picture takes seconds to project
+def given(level: str, pixels: int) -> list[torch.Tensor]:
+    """What a level starts from: a picture, x (1, N, D), or q, k, v of that shape; float32, on the CPU."""
+    if level == "model":
+        return [picture(pixels)]
+    return [t[None] for t in ([tokens(pixels)] if level == "layer" else queries_keys_values(pixels))]
 
 
 def _sublayer(module, x):
