@@ -40,8 +40,9 @@ MODELS_UP_TO = 256  # tokens
 
 ENERGY_SECONDS = 2.0
 
-# A call above this time is measured once.
+# A call above the first time is measured once, above the second without another before it.
 LONG_SECONDS = 1.0
+FIRST_COUNTS_SECONDS = 10.0
 
 
 class Subject:
@@ -205,11 +206,11 @@ def _measure(point, device, budget, dim) -> dict:
         if not verdict.pop("right", True):
             return facts | verdict | {"status": "wrong", "reason": "further from float64 than allowed"}
         actions = {"own": subject.action(function)}
-        seen = {"own": _first(actions["own"], device, warm_up=device.type == "cuda" or way == "compile")}
+        seen = {"own": first(actions["own"], device, warm_up=device.type == "cuda" or way == "compile")}
         if point["level"] != "model" and (point["name"], way) != (BASELINE, "eager"):
             baseline = Subject({**point, "name": BASELINE, "way": "eager"}, device, dim)
             actions["baseline"] = baseline.action(baseline.function())
-            seen["baseline"] = _first(actions["baseline"], device, warm_up=True)
+            seen["baseline"] = first(actions["baseline"], device, warm_up=True)
         if seen["own"].seconds < LONG_SECONDS:
             interleave(actions, seen, budget, device)
         facts |= verdict | rows.times(seen["own"], "fwd") | rows.memory(seen["own"], "fwd")
@@ -227,9 +228,12 @@ def _measure(point, device, budget, dim) -> dict:
     return facts
 
 
-def _first(action, device, warm_up: bool) -> Observation:
-    """One call after another; of calls of seconds that have nothing to compile, the first counts."""
-    if warm_up or (seen := observe(action, device, warm_up=False)[0]).seconds < LONG_SECONDS:
+def first(action, device, warm_up: bool) -> Observation:
+    """One call that counts, after one that does not: fresh memory and what is compiled make the first one slow.
+
+    Without ``warm_up``, a call so long that this is a small part of it counts at once.
+    """
+    if warm_up or (seen := observe(action, device, warm_up=False)[0]).seconds < FIRST_COUNTS_SECONDS:
         return observe(action, device, warm_up)[0]
     return seen
 

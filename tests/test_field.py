@@ -8,7 +8,7 @@ import pytest
 import torch
 from field_rows_made import ENVIRONMENT, row
 
-from bench import field, field_rows, peers, point
+from bench import field, field_rows, measure, peers, point
 from bench.worker import Worker
 
 CPU = torch.device("cpu")
@@ -128,6 +128,21 @@ def test_every_level_measures_and_checks(level, phase):
         assert ("baseline_s" in found) == (level != "model" and name != "linear_infsa")
         assert found["parameters"] > 0
         assert "joules" not in found
+
+
+@pytest.mark.parametrize(
+    ("seconds", "warm_up", "calls"), [(0.1, False, [False, False]), (20.0, False, [False]), (20.0, True, [True])]
+)
+def test_a_cold_call_counts_only_if_it_is_long(monkeypatch, seconds, warm_up, calls):
+    asked = []
+
+    def observe(action, device, warm_up):
+        asked.append(warm_up)
+        return measure.Observation([[seconds]], None, 0), []
+
+    monkeypatch.setattr(point, "observe", observe)
+    point.first(None, CPU, warm_up)
+    assert asked == calls
 
 
 def test_float64_does_not_need_the_backend_under_test(monkeypatch):
