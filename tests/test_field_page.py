@@ -59,9 +59,12 @@ def all_kinds():
 
 
 def test_the_page_shows_rows_of_every_status_and_needs_no_other_file(tmp_path, capsys):
-    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(r) for r in all_kinds()))
+    elsewhere = row(environment=ENVIRONMENT | {"device": "another processor"})
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(r) for r in [elsewhere, *all_kinds()]))
     assert page.main(["--results", str(tmp_path), "--out", str(tmp_path / "page")]) == 0
+    assert "1 rows of other machines" in capsys.readouterr().err
     text = (tmp_path / "page" / "report.html").read_text()
+    assert "another processor" not in text
     for status in ("out of memory", "time limit", "wrong", "unsupported", "not reached"):
         assert f"<td>{status}</td>" in text
     assert "<b> &" not in text
