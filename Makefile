@@ -25,15 +25,15 @@ test: $(VENV)/built
 
 # The GPU extension, built, imported and taken apart on a machine that has nvcc and needs no GPU.
 test-gpu-build: $(GPU_VENV)/built
-	cd $(GPU_VENV) && bin/python -m pytest -c ../pyproject.toml ../tests/test_gpu_build.py
+	cd $(GPU_VENV) && bin/python -m pytest -c ../pyproject.toml ../tests/test_gpu_build.py ../tests/test_build.py
 
 lint: $(VENV)/built
 	$(bin)/ruff check . && $(bin)/ruff format --check .
-	$(bin)/clang-format --dry-run --Werror $(csrc)
+	$(bin)/clang-format --dry-run --Werror $(csrc) $(wildcard tests/simt/*)
 
 format: $(VENV)/built
 	$(bin)/ruff check --fix . && $(bin)/ruff format .
-	$(bin)/clang-format -i $(csrc)
+	$(bin)/clang-format -i $(csrc) $(wildcard tests/simt/*)
 
 # The CPU kernels under AddressSanitizer and UBSan, in a build of their own, driven by the tests that reach every kernel path.
 sanitize := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
