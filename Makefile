@@ -11,10 +11,25 @@ GPU_ARGS ?=
 bin := $(VENV)/bin
 csrc := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: bench bench-extreme test test-gpu-build lint format sanitize gpu-check clean
+.PHONY: bench bench-operator bench-layer bench-model bench-field bench-vs bench-extreme report test test-gpu-build lint format sanitize gpu-check clean
 
 bench: $(VENV)/built
 	$(bin)/python -m bench.run $(BENCH_ARGS)
+
+# InfSA among the mechanisms of the field, on three levels; a run goes on where the last one ended.
+bench-operator bench-layer bench-model: bench-%: $(VENV)/built
+	$(bin)/python -m bench.field $* $(BENCH_ARGS)
+
+bench-field: $(VENV)/built
+	for level in operator layer model; do $(bin)/python -m bench.field $$level $(BENCH_ARGS) || exit 1; done
+
+# All results in bench/out as PNGs and one HTML page.
+report: $(VENV)/built
+	$(bin)/python -m bench.page
+
+# This working tree beside revision REV, measured in turn.
+bench-vs: $(VENV)/built
+	$(bin)/python -m bench.versus $(REV) $(BENCH_ARGS)
 
 # A whole model on one picture of 9216 x 9216 pixels: 331,776 tokens.
 bench-extreme: $(VENV)/built

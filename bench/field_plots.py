@@ -4,17 +4,18 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, PercentFormatter
 
 from . import peers, style
 from .curves import SLOPE_FROM_N, fit
-from .field import best
+from .field_rows import FINAL, best, over_linear
 
 # The lines of a plot over N: the paper's nine, the floor, and the closest structural peer.
 LINES = (*peers.PAPER, "mean", "fastformer")
 COLOURS = {
     "linear_infsa": "#0f62a8", "pure_infsa": "#0a9396", "softmax": "#8a4fa3", "linformer": "#c0843d", "performer": "#b5533c",
     "soft": "#7a8b3b", "flatten": "#c2699d", "agent": "#d9822b", "mlla": "#5b7a99", "mean": "#9aa3ab", "fastformer": "#a6761d",
+    "linear_infsa_untied": "#86b3dc", "linear_infsa_per_token": "#86b3dc", "pure_infsa_untied": "#84cbc5",
 }  # fmt: skip
 OTHERS = "#b9c2cb"
 PHASES = {"fwd": "forward", "train": "forward + backward"}
@@ -34,7 +35,9 @@ def draw_all(rows: list[dict], out: Path) -> list[Path]:
             here = [r for r in mine if r.get("depth") == depth]
             figures = {
                 "latency": over_N(here, "median_s", f"Time of one call, {title}", style.seconds, slopes=True),
-                "memory": over_N(here, "peak_bytes", f"Peak memory beyond weights and inputs, {title}", style.megabytes),
+                "memory": over_N(
+                    here, "peak_bytes", f"Peak memory beyond weights and inputs, {title}", style.megabytes
+                ),
                 "speed_up": speed_ups(here, title),
             }
             if level == "model":
@@ -66,14 +69,12 @@ def points(rows: list[dict], name: str, phase: str, field: str) -> list[tuple[in
 
 def over_N(rows, field, title, formatter, slopes=False):
     """One panel per phase: lines, their names at the end, and the exponent of their growth."""
-    phases = [p for p in PHASES if any(len(points(rows, n, p, field)) for n in LINES)]
+    phases = [p for p in PHASES if any(len(points(rows, n, p, field)) > 1 for n in LINES)]
     if not phases:
         return None
-    figure = plt.figure(figsize=(7.4 * len(phases), 5.6), layout="constrained")
-    figure.get_layout_engine().set(rect=(0, 0.03, 1, 0.97), w_pad=0.12)
-    figure.suptitle(title, x=0.008, ha="left", fontsize=14, weight="bold")
-    for ax, phase in zip(figure.subplots(1, len(phases), squeeze=False)[0], phases):
-        curves = {name: found for name in LINES if (found := points(rows, name, phase, field))}
+    figure, axes = _panels(len(phases), 5.6, title)
+    for ax, phase in zip(axes, phases):
+        curves = {name: found for name in LINES if len(found := points(rows, name, phase, field)) > 1}
         lengths = sorted({N for found in curves.values() for N, _ in found})
         pixels = {r["N"]: r["pixels"] for r in rows}
         style.axis_of_lengths(ax, lengths, [pixels[N] for N in lengths], label_share=0.3)
@@ -83,16 +84,36 @@ def over_N(rows, field, title, formatter, slopes=False):
             own = name in peers.OWN
             ax.plot(*zip(*found), color=COLOURS[name], linewidth=2.8 if own else 1.5, marker="o", markersize=6 if own else 4,
                     zorder=4 if own else 3)  # fmt: skip
-            ends.append((*found[-1], peers.label(name) + (_slope(found) if slopes else ""), COLOURS[name]))
+            text = peers.label(name) + (_slope(found) if slopes else "") + _why_it_ends(rows, name, phase, found[-1][0])
+            ends.append((*found[-1], text, COLOURS[name]))
         values = [v for found in curves.values() for _, v in found]
-        span = max(values) / min(values)
+        span = max(1.5, max(values) / min(values))
         ax.set_ylim(min(values) / span**0.08, max(values) * span**0.12)
+        ax.yaxis.set_major_locator(LogLocator(subs=(1,) if span > 1e3 else (1, 2, 5)))
         ax.yaxis.set_major_formatter(FuncFormatter(formatter))
         ax.yaxis.set_minor_locator(NullLocator())
         ax.set_title(PHASES[phase])
         figure.canvas.draw()
         style.label_ends(ax, ends)
     return figure
+
+
+def _panels(count: int, height: float, title: str):
+    """A figure of panels beside each other, with room for its caption below, and their axes."""
+    figure = plt.figure(figsize=(7.4 * count, height), layout="constrained")
+    _leave_room(figure)
+    figure.suptitle(title, x=0.008, ha="left", fontsize=14, weight="bold")
+    return figure, figure.subplots(1, count, squeeze=False)[0]
+
+
+def _leave_room(figure) -> None:
+    below = 0.22 / figure.get_figheight()
+    figure.get_layout_engine().set(rect=(0, below, 1, 1 - below), w_pad=0.12, h_pad=0.1)
+
+
+def _why_it_ends(rows, name, phase, last) -> str:
+    later = [best(rows, N=N, phase=phase).get(name) for N in sorted({r["N"] for r in rows}) if last < N]
+    return next((f"\n✕ {row['status']}" for row in later if row and row["status"] in FINAL), "")
 
 
 def _slope(found) -> str:
@@ -102,7 +123,9 @@ def _slope(found) -> str:
 
 def headline(rows: list[dict]) -> int:
     """The largest picture at which most mechanisms have a time."""
-    counts = {N: sum(r["status"] == "ok" for r in best(rows, N=N, phase="fwd").values()) for N in {r["N"] for r in rows}}
+    counts = {
+        N: sum(r["status"] == "ok" for r in best(rows, N=N, phase="fwd").values()) for N in {r["N"] for r in rows}
+    }
     return max(N for N, count in counts.items() if 2 * count >= max(counts.values()))
 
 
@@ -112,24 +135,26 @@ def speed_ups(rows, title):
     panels = {}
     for phase in PHASES:
         chosen = {n: r for n, r in best(rows, N=N, phase=phase).items() if r["status"] == "ok"}
-        own = chosen.get("linear_infsa", {}).get("median_s")
-        if own and len(chosen) > 1:
-            times = {n: r["median_s"] / (r.get("baseline_s") or own) for n, r in chosen.items() if n != "linear_infsa"}
+        times = {n: over for n, r in chosen.items() if n != "linear_infsa" and (over := over_linear(r, chosen))}
+        if times:
             panels[phase] = sorted(times.items(), key=lambda item: item[1])
     if not panels:
         return None
     most = max(map(len, panels.values()))
-    figure = plt.figure(figsize=(7.4 * len(panels), 1.6 + 0.27 * most), layout="constrained")
-    figure.get_layout_engine().set(rect=(0, 0.03, 1, 0.97), w_pad=0.12)
     pixels = next(r["pixels"] for r in rows if r["N"] == N)
-    figure.suptitle(f"Time over Linear-InfSA's, {pixels}², {title}", x=0.008, ha="left", fontsize=14, weight="bold")
-    for ax, (phase, bars) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
-        names, heights = zip(*bars)
-        drawn = ax.barh([peers.label(n) for n in names], heights, color=[COLOURS.get(n, OTHERS) for n in names], height=0.72)
-        ax.bar_label(drawn, [f"{h:.2g}×" if h < 10 else f"{h:.0f}×" for h in heights], padding=3, fontsize=8.5)
-        ax.axvline(1, color=COLOURS["linear_infsa"], linewidth=1.6)
+    figure, axes = _panels(len(panels), 1.6 + 0.27 * most, f"Time over Linear-InfSA's, {pixels}², {title}")
+    for ax, (phase, bars) in zip(axes, panels.items()):
+        names, times = zip(*bars)
         ax.set_xscale("log")
-        ax.set_xlim(min(0.5, *heights) / 1.3, max(2.0, *heights) * 2)
+        # From 1, where Linear-InfSA stands: a log axis has no zero for bars to begin at.
+        drawn = ax.barh([peers.label(n) for n in names], [t - 1 for t in times], left=1, height=0.72,
+                        color=[COLOURS.get(n, OTHERS) for n in names])  # fmt: skip
+        ax.bar_label(drawn, [f"{t:.2g}×" if t < 10 else f"{t:.0f}×" for t in times], padding=3, fontsize=8.5)
+        ax.axvline(1, color=COLOURS["linear_infsa"], linewidth=1.6)
+        span = max(2.0, *times) / min(0.5, *times)
+        ax.set_xlim(min(0.5, *times) / span**0.15, max(2.0, *times) * span**0.1)
+        ax.margins(y=0.01)
+        ax.xaxis.set_major_locator(LogLocator(subs=(1,) if span > 1e2 else (1, 2, 5)))
         ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}×"))
         ax.xaxis.set_minor_locator(NullLocator())
         ax.invert_yaxis()
@@ -146,8 +171,8 @@ def errors(rows, title):
         return None
     names = list(dict.fromkeys(r["name"] for r in sorted(found, key=lambda r: r["error"])))
     lengths = sorted({r["N"] for r in found})
-    figure, ax = plt.subplots(figsize=(9, 1.6 + 0.27 * len(names)), layout="constrained")
-    figure.get_layout_engine().set(rect=(0, 0.03, 1, 0.97))
+    figure, ax = plt.subplots(figsize=(9.6, 1.6 + 0.27 * len(names)), layout="constrained")
+    _leave_room(figure)
     for N, shade in zip(lengths, np.linspace(0.25, 1, len(lengths))):
         mine = [r for r in found if r["N"] == N]
         ax.scatter([r["error"] for r in mine], [names.index(r["name"]) for r in mine], alpha=shade, color=COLOURS["linear_infsa"],
@@ -156,7 +181,9 @@ def errors(rows, title):
     ax.set_yticks(range(len(names)), [peers.label(n) for n in names], fontsize=9)
     ax.invert_yaxis()
     ax.set_xscale("log")
-    ax.set_title(f"Largest error against float64 over the largest entry, {title}")
+    ax.set_title(f"Largest error against float64, {title}")
+    ax.set_xlabel("as a part of the largest entry")
+    ax.margins(y=0.02)
     ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1), fontsize=9)
     return figure
 
@@ -171,7 +198,7 @@ def shares(rows):
     if not names:
         return None
     figure, ax = plt.subplots(figsize=(8.4, 4.6), layout="constrained")
-    figure.get_layout_engine().set(rect=(0, 0.03, 1, 0.97))
+    _leave_room(figure)
     lengths = sorted({N for n in names for p in PHASES for N, _ in points(rows, n, p, "share_of_limit")})
     pixels = {r["N"]: r["pixels"] for r in rows}
     style.axis_of_lengths(ax, lengths, [pixels[N] for N in lengths], label_share=0.34)
@@ -183,9 +210,9 @@ def shares(rows):
                 ax.plot(*zip(*found), color=colour, linestyle=dashes, linewidth=2.4, marker="o", markersize=5)
                 ends.append((*found[-1], f"{peers.label(name)}, {PHASES[phase]}", colour))
     ax.axhline(1, color=style.LIMIT_COLOUR, linestyle=(0, (5, 3)))
-    ax.set_ylim(0, 1.15)
+    ax.set_ylim(0, max(1.15, ax.get_ylim()[1]))
     ax.yaxis.set_major_formatter(PercentFormatter(1.0))
-    ax.set_title("Layer's least operations beside the fastest matrix product")
+    ax.set_title("Rate of the layer's least operations beside torch's fastest matrix product", fontsize=11)
     figure.canvas.draw()
     style.label_ends(ax, ends)
     return figure
@@ -197,6 +224,7 @@ def energies(rows, title):
     if not found:
         return None
     figure, ax = plt.subplots(figsize=(8.4, 5.2), layout="constrained")
+    _leave_room(figure)
     for name in dict.fromkeys(r["name"] for r in found):
         mine = [(r["joules"], 1 / r["median_s"]) for r in found if r["name"] == name]
         ax.plot(*zip(*mine), marker="o", color=COLOURS.get(name, OTHERS), label=peers.label(name))

@@ -69,6 +69,10 @@ def accuracy(verdict: Verdict | None, truth: Truth) -> dict:
 def failure(error: Exception) -> dict:
     """Status and reason for a call that raised."""
     text = (str(error).strip().splitlines() or [""])[0]
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
+    if (
+        isinstance(error, torch.OutOfMemoryError | MemoryError)
+        or "can't allocate memory" in text
+        or "bad_alloc" in text
+    ):
         return {"status": "out of memory", "reason": text[:200]}
     return {"status": "unsupported", "reason": f"{type(error).__name__}: {text}"[:200]}

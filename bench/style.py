@@ -79,6 +79,8 @@ def _label_column(ax, labels) -> None:
             if overlap > 0:
                 heights[i] -= overlap / 2
                 heights[j] += overlap / 2
+        if labels:
+            heights[0], heights[-1] = max(heights[0], 0.02), min(heights[-1], 0.98)
     for (x, _, text, colour), height in zip(labels, heights):
         weight = "bold" if colour == COLOURS["infsa"] else "normal"
         ax.text(x + 0.02, height, text, color=colour, transform=ax.transAxes, va="center", fontsize=9.5, weight=weight)

@@ -28,6 +28,12 @@ class Worker:
         self._root, self._process = root, None
 
     def __enter__(self):
+        try:
+            self._start()
+        except (queue.Empty, EOFError):
+            self._end()
+            command = " ".join(["python", *self._command[1:]])
+            raise RuntimeError(f"`{command}` did not start; run it in {self._root} to see why") from None
         return self
 
     def __exit__(self, *_):

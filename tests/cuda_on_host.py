@@ -39,11 +39,25 @@ def library() -> ctypes.CDLL:
 
 
 def plan(
-    B, H, N, M, d, dv, *, bytes=2, token_major=False, keep_queries=False, resident=132, shared=HOPPER
+    B,
+    H,
+    N,
+    M,
+    d,
+    dv,
+    *,
+    bytes=2,
+    token_major=False,
+    keep_queries=False,
+    resident=132,
+    shared=HOPPER,
+    wave_bytes=10 << 20,
 ) -> dict[str, int]:
     found = (ctypes.c_int64 * len(PLAN))()
     sizes = (ctypes.c_int64 * 6)(B, H, N, M, d, dv)
-    library().plan_linear(sizes, bytes, token_major, keep_queries, resident, ctypes.c_int64(shared), found)
+    library().plan_linear(
+        sizes, bytes, token_major, keep_queries, resident, ctypes.c_int64(shared), ctypes.c_int64(wave_bytes), found
+    )
     return dict(zip(PLAN, found))
 
 
@@ -53,6 +67,7 @@ class Emulated:
 
     resident: int = 4
     shared: int = HOPPER
+    wave_bytes: int = 10 << 20
     unaligned: bool = False  # element by element even where 16 bytes at a time could be read
     clusters: set = None  # what ran, as it runs: True for a cluster, False for a grid
 
@@ -111,7 +126,8 @@ class Emulated:
             strides += of_t + [0] * (4 - len(of_t))
         ran = library().run_linear(
             (ctypes.c_int64 * 6)(*sizes), ELEMENTS[dtype], tied, backward, ctypes.c_double(eps), ctypes.c_double(rho),
-            pointers, (ctypes.c_int64 * len(strides))(*strides), self.resident, ctypes.c_int64(self.shared), self.unaligned,
+            pointers, (ctypes.c_int64 * len(strides))(*strides), self.resident, ctypes.c_int64(self.shared),
+            ctypes.c_int64(self.wave_bytes), self.unaligned,
             ctypes.c_uint64(random.getrandbits(64)),
         )  # fmt: skip
         assert ran >= 0, "some threads wait for others that never come"

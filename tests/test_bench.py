@@ -177,6 +177,7 @@ def test_failures_become_rows():
         rows.failure(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"))["status"]
         == "out of memory"
     )
+    assert rows.failure(RuntimeError("std::bad_alloc"))["status"] == "out of memory"
     assert rows.failure(NotImplementedError("no\nway")) == {
         "status": "unsupported",
         "reason": "NotImplementedError: no",

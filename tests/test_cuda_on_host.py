@@ -112,9 +112,17 @@ def test_nan_and_extremes(gpu):
 
 @pytest.mark.parametrize("resident", [1, 2, 3, 7])
 def test_waves_of_a_grid(resident):
-    """More units than blocks, so that partial sums of several waves are on their way at once."""
+    """More units than blocks."""
     for tied in (False, True):
         check(Emulated(resident, AMPERE), make(B=3, H=3, N=40, M=40, tied=tied))
+
+
+@pytest.mark.parametrize("resident", [3, 4])
+def test_waves_of_several_blocks_each(resident):
+    """A unit at a time on all blocks: partial sums of several waves are on their way at once, and some blocks are slow."""
+    gpu = Emulated(resident, AMPERE, wave_bytes=1)
+    for tied in (False, True):
+        check(gpu, make(H=7, N=1500, M=1600, d=8, dv=16, tied=tied), draws=2)
 
 
 def test_both_ways_run():

@@ -60,6 +60,9 @@ PAPER = ("linear_infsa", "pure_infsa", "softmax", "linformer", "performer", "sof
 # Which rows are not peers but the operators themselves.
 OWN = tuple(name for name, (cls, _) in MECHANISMS.items() if cls.SOURCE == "2603.00175")
 
+# The same mechanism otherwise: with its convolutions, untied, or as its authors' layer.
+VARIANTS = tuple(n for n in MECHANISMS if "+" in n or n.endswith(("_untied", "_per_token")))
+
 
 def label(name: str) -> str:
     cls, local = MECHANISMS[name]

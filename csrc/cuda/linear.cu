@@ -72,7 +72,8 @@ LinearDevice linear_device(Element element, bool aligned, bool backward) {
     forget_error();
     shared = 0;
   }
-  return {std::max(blocks, 1) * attribute(cudaDevAttrMultiProcessorCount, device), shared};
+  return {std::max(blocks, 1) * attribute(cudaDevAttrMultiProcessorCount, device), shared,
+          attribute(cudaDevAttrL2CacheSize, device) / 4};
 }
 
 const char* launch_linear(const LinearArgs& args, Element element, bool aligned, bool backward, void* stream) {

@@ -14,8 +14,6 @@ constexpr int kLargestHeadDim = 32 * kLaneElements;
 constexpr int kThreadTokens = 4;
 // More than 8 blocks in a cluster are not portable.
 constexpr int kLargestCluster = 8;
-// Q of the head groups between two barriers: half an A100's L2 cache holds it and its successor.
-constexpr int64_t kWaveBytes = 8 << 20;
 // Waves whose partial sums are in memory at once.
 constexpr int kRing = 3;
 
@@ -45,11 +43,10 @@ constexpr int kLargestPart = 32 * kLaneElements + 32;
 constexpr int kReduceFloats = kWarps * 32 * (kLaneElements + 1);
 constexpr int kSharedFloats = kReduceFloats + 3 * kLargestPart;
 
-// Blocks that run at once, and the bytes of shared memory that a block of a cluster may have; 0 where there are no
-// clusters.
 struct LinearDevice {
-  int resident_blocks;
-  int64_t largest_shared;
+  int resident_blocks;     // that run at once
+  int64_t largest_shared;  // bytes of shared memory that a block of a cluster may have; 0 where there are no clusters
+  int64_t wave_bytes;      // of Q between two barriers: the L2 cache holds it and its successor while V passes by
 };
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -90,7 +87,7 @@ inline LinearPlan linear_plan(int64_t B, int64_t H, int64_t N, int64_t M, int64_
   } else {
     const int64_t unit_bytes = clamp(N * row_bytes, 1, INT64_MAX);
     p.wave_units =
-        clamp(kWaveBytes / unit_bytes, 1, p.units < device.resident_blocks ? p.units : device.resident_blocks);
+        clamp(device.wave_bytes / unit_bytes, 1, p.units < device.resident_blocks ? p.units : device.resident_blocks);
     p.splits = clamp(device.resident_blocks / p.wave_units, 1, most_splits);
     p.waves = ceil_div(p.units, p.wave_units);
     p.shared_bytes = kSharedFloats * 4;

@@ -33,12 +33,11 @@ Rows rows_of(void* data, const int64_t* strides) { return {data, strides[0], str
 
 }  // namespace
 
-// plan: lanes, heads, columns, slots, units, splits, query_span, key_span, wave_units, waves, blocks, cluster,
-// shared_bytes, part_size, largest shared memory of a block that it was made for
+// plan: what PLAN in tests/cuda_on_host.py names.
 extern "C" void plan_linear(const int64_t* sizes, int element_bytes, int token_major, int keep_queries,
-                            int resident_blocks, int64_t largest_shared, int64_t* plan) {
+                            int resident_blocks, int64_t largest_shared, int64_t wave_bytes, int64_t* plan) {
   const LinearPlan p = linear_plan(sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], element_bytes,
-                                   token_major, keep_queries, {resident_blocks, largest_shared});
+                                   token_major, keep_queries, {resident_blocks, largest_shared, wave_bytes});
   const int64_t values[] = {p.lanes,    p.heads,      p.columns, p.slots,  p.units,   p.splits,       p.query_span,
                             p.key_span, p.wave_units, p.waves,   p.blocks, p.cluster, p.shared_bytes, p.part_size()};
   std::copy(std::begin(values), std::end(values), plan);
@@ -48,7 +47,7 @@ extern "C" void plan_linear(const int64_t* sizes, int element_bytes, int token_m
 // error.
 extern "C" int run_linear(const int64_t* sizes, int element, int tied, int backward, double eps, double rho,
                           void** tensors, const int64_t* strides, int resident_blocks, int64_t largest_shared,
-                          int unaligned, uint64_t seed) {
+                          int64_t wave_bytes, int unaligned, uint64_t seed) {
   const auto s = [&](int i) { return strides + 4 * i; };
   LinearArgs a{};
   a.B = sizes[0], a.H = sizes[1], a.N = sizes[2], a.M = sizes[3];
@@ -69,7 +68,7 @@ extern "C" int run_linear(const int64_t* sizes, int element, int tied, int backw
 
   const Element type = static_cast<Element>(element);
   const bool aligned = !unaligned && has_aligned_rows(a, type);
-  a.plan = linear_plan(a, type, backward, {resident_blocks, largest_shared});
+  a.plan = linear_plan(a, type, backward, {resident_blocks, largest_shared, wave_bytes});
   std::vector<float> parts(2 * a.plan.parts_size(), NAN);
   a.first_parts = parts.data(), a.second_parts = parts.data() + a.plan.parts_size();
   try {

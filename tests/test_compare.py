@@ -1,0 +1,164 @@
+"""Two results side by side, and two revisions measured in turn."""
+
+import json
+import subprocess
+
+import pytest
+
+from bench import compare, versus
+
+HERE = {"device": "a processor", "threads": 1, "isa": "avx2", "commit": "abc"}
+
+
+def field(name="mlla", median=1.0, spread=0.1, samples=9, status="ok", **environment):
+    row = {
+        "level": "layer",
+        "device": "cpu",
+        "dtype": "fp32",
+        "name": name,
+        "pixels": 224,
+        "phase": "fwd",
+        "way": "eager",
+    }
+    row |= {"status": status, "environment": HERE | environment}
+    times = {"median_s": median, "p20_s": median * (1 - spread), "p80_s": median * (1 + spread), "samples": samples}
+    return row | (times if status == "ok" else {"reason": "because"})
+
+
+def change(a, b):
+    (found,) = compare.compare(compare.merge(a), compare.merge(b))
+    return found
+
+
+def test_a_change_counts_where_the_intervals_do_not_meet():
+    found = change([field(median=1.0)], [field(median=1.15)])
+    assert found["ratio"] == pytest.approx(1.15)
+    assert found["noise"] == (pytest.approx(1.15 * 0.9 / 1.1), pytest.approx(1.15 * 1.1 / 0.9))
+    assert found["change"] == ""
+    assert change([field(median=1.0)], [field(median=1.3)])["change"] == "slower"
+    assert change([field(median=1.3)], [field(median=1.0)])["change"] == "faster"
+    # One call has no interval, and so no change that could be told from noise.
+    assert change([field(median=1.0, samples=1)], [field(median=9.0, samples=1)])["change"] == ""
+
+
+def test_repetitions_are_one_row_with_the_interval_of_their_medians():
+    found = compare.merge([field(median=m) for m in (3.0, 1.0, 2.0)] + [field(status="not reached")])
+    (row,) = found.values()
+    assert (row["low_s"], row["median_s"], row["high_s"]) == (1.0, 2.0, 3.0)
+    # Rows of an older commit are no repetitions.
+    (row,) = compare.merge([field(median=9.0, commit="old"), field(median=1.0)]).values()
+    assert row["median_s"] == 1.0
+
+
+def test_a_time_that_is_lost_or_new_is_a_change():
+    assert change([field()], [field(status="wrong")]) | {"what": ""} == {
+        "what": "",
+        "a": 1.0,
+        "b": "wrong",
+        "change": "lost",
+    }
+    assert change([field(status="time limit")], [field()])["change"] == "new"
+    assert change([field(status="unsupported")], [field(status="unsupported")])["change"] == ""
+
+
+def results(path, factor, **environment):
+    times = {"status": "ok", "median_s": factor, "p20_s": 0.99 * factor, "p80_s": 1.01 * factor, "samples": 5, "N": 196}
+    rows = [
+        {"op": "pure", "candidate": c, "variant": "fp32 tied", "direction": "fwd", **times} for c in ("infsa", "sdpa")
+    ]
+    rows += [
+        {"op": "pure", "candidate": "eager", "variant": "fp32 tied", "direction": "fwd", "N": 196, "status": "skipped"}
+    ]
+    layer = [{"candidate": "pooled", "dtype": "fp32", "direction": "fwd", **times}]
+    path.write_text(json.dumps({"environment": HERE | environment, "rows": rows, "layer": layer}))
+    return path
+
+
+def test_both_formats_and_the_exit_status(tmp_path, capsys):
+    a, b = results(tmp_path / "a.json", 1.0), results(tmp_path / "b.json", 1.1, threads=2)
+    assert compare.main([str(a), str(a)]) == 0
+    text = capsys.readouterr().out
+    assert "3 rows in both: none changed beyond its noise. Only in A: 0, in B: 0." in text
+    assert "WARNING" not in text
+    assert compare.main([str(a), str(b)]) == 1
+    text = capsys.readouterr().out
+    assert "3 rows in both: 3 slower." in text
+    assert "WARNING: the machines or their settings differ" in text
+    assert "layer pooled fp32 196 fwd" in text
+    assert "1.100  [1.08, 1.12]" in text
+    assert compare.main([str(b), str(a)]) == 0
+    lines = tmp_path / "rows.jsonl"
+    lines.write_text("\n".join(json.dumps(r) for r in (field(), field("soft"), field("soft", status="not reached"))))
+    assert compare.main([str(lines), str(lines)]) == 0
+    assert "2 rows in both" in capsys.readouterr().out
+    assert compare.main([str(lines), str(a)]) == 0
+    assert "0 rows in both" in capsys.readouterr().out
+
+
+@pytest.fixture
+def repository(tmp_path):
+    """A repository of two commits, whose tree has changed since, and whose setup.py writes a file."""
+    root = tmp_path / "repository"
+
+    def git(*arguments):
+        command = ["git", "-c", "user.name=n", "-c", "user.email=e@x", *arguments]
+        return subprocess.run(command, cwd=root, check=True, capture_output=True, text=True).stdout.strip()
+
+    for folder in ("bench", "tests"):
+        (root / folder).mkdir(parents=True)
+    (root / "setup.py").write_text("open('built', 'w').write('by ' + open('kernel').read())")
+    (root / "tests" / "tolerance.py").write_text("old")
+    (root / "bench" / "gone.py").write_text("old")
+    git("init", "-q")
+    for kernel in ("first", "second"):
+        (root / "kernel").write_text(kernel)
+        git("add", "-A")
+        git("commit", "-q", "-m", kernel)
+    (root / "tests" / "tolerance.py").write_text("new")
+    (root / "bench" / "gone.py").unlink()
+    (root / "bench" / "measure.py").write_text("new")
+    return root, git
+
+
+def test_a_revision_is_checked_out_under_this_trees_harness_and_leaves_nothing(repository):
+    root, git = repository
+    with versus.checkout("HEAD~1", root) as (there, commit):
+        assert commit == git("rev-parse", "HEAD~1")
+        versus.build(there)
+        assert (there / "built").read_text() == "by first"
+        assert (there / "tests" / "tolerance.py").read_text() == (there / "bench" / "measure.py").read_text() == "new"
+        assert not (there / "bench" / "gone.py").exists()
+    assert not there.exists()
+    assert len(git("worktree", "list").splitlines()) == 1
+    (root / "setup.py").write_text("raise SystemExit('no compiler')")
+    with pytest.raises(SystemExit, match="no compiler"):
+        versus.build(root)
+    with pytest.raises(SystemExit, match="lunch"), versus.checkout("lunch", root):
+        pass
+
+
+def test_both_sides_are_measured_in_turn(monkeypatch, tmp_path):
+    calls = []
+
+    class FakeWorker:
+        environment = HERE
+
+        def __init__(self, device, budget, root):
+            self.side = root
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def measure(self, point, limit):
+            calls.append(self.side + point["name"][0])
+            ok = self.side == "b" or point["name"] != "mean"
+            return {**point, **({"status": "ok"} if ok else {"status": "unsupported", "reason": "too old"})}
+
+    monkeypatch.setattr(versus, "Worker", FakeWorker)
+    args = versus.parse(["HEAD", "--rounds", "3", "--device", "cpu", "--out", str(tmp_path)])
+    rows = versus.measure([{"name": "linear"}, {"name": "mean"}], {"a": "a", "b": "b"}, args)
+    assert calls == ["al", "bl", "bl", "al", "al", "bl", "am", "bm", "bm", "bm"]
+    assert [len(rows[side]) for side in "ab"] == [4, 6]
