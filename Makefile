@@ -2,14 +2,16 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
+GPU_VENV ?= .venv-gpu
+GPU_TORCH ?= torch==2.14.1
 BENCH_ARGS ?=
 GPU_PYTHON ?= $(PYTHON)
 GPU_ARGS ?=
 
 bin := $(VENV)/bin
-csrc := $(shell find csrc -name '*.cpp' -o -name '*.h')
+csrc := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: bench bench-operator bench-layer bench-model bench-field bench-vs bench-extreme report test lint format sanitize gpu-check clean
+.PHONY: bench bench-operator bench-layer bench-model bench-field bench-vs bench-extreme report test test-gpu-build lint format sanitize gpu-check clean
 
 bench: $(VENV)/built
 	$(bin)/python -m bench.run $(BENCH_ARGS)
@@ -36,13 +38,17 @@ bench-extreme: $(VENV)/built
 test: $(VENV)/built
 	$(bin)/python -m pytest $(TEST_ARGS)
 
+# The GPU extension, built, imported and taken apart on a machine that has nvcc and needs no GPU.
+test-gpu-build: $(GPU_VENV)/built
+	cd $(GPU_VENV) && bin/python -m pytest -c ../pyproject.toml ../tests/test_gpu_build.py ../tests/test_build.py
+
 lint: $(VENV)/built
 	$(bin)/ruff check . && $(bin)/ruff format --check .
-	$(bin)/clang-format --dry-run --Werror $(csrc)
+	$(bin)/clang-format --dry-run --Werror $(csrc) $(wildcard tests/simt/*)
 
 format: $(VENV)/built
 	$(bin)/ruff check --fix . && $(bin)/ruff format .
-	$(bin)/clang-format -i $(csrc)
+	$(bin)/clang-format -i $(csrc) $(wildcard tests/simt/*)
 
 # The CPU kernels under AddressSanitizer and UBSan, in a build of their own, driven by the tests that reach every kernel path.
 sanitize := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
@@ -61,11 +67,17 @@ gpu-check:
 	$(GPU_PYTHON) -m bench.gpu_check $(GPU_ARGS)
 
 clean:
-	rm -rf build dist *.egg-info $(VENV) infsa_kernels/_C*.so
+	rm -rf build dist *.egg-info $(VENV) $(GPU_VENV) infsa_kernels/_C*.so
 
 $(VENV)/torch:
 	$(PYTHON) -m venv $(VENV)
 	$(bin)/pip install -q $(TORCH) "setuptools>=77" ninja
+	touch $@
+
+$(GPU_VENV)/built: pyproject.toml setup.py $(csrc) $(shell find infsa_kernels -name '*.py')
+	$(PYTHON) -m venv $(GPU_VENV)
+	$(GPU_VENV)/bin/pip install -q $(GPU_TORCH) "setuptools>=77" ninja numpy pytest
+	FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST="8.0;9.0a;10.0" $(GPU_VENV)/bin/pip install -q --no-build-isolation --no-deps --force-reinstall .
 	touch $@
 
 # torchvision asks for one version of torch: the constraint makes pip look for the torchvision of the torch that is here.

@@ -21,6 +21,8 @@ import torch
 from . import gpu_goals, gpu_plots, gpu_right, machine, tune
 
 PARTS = {
+    "backends": gpu_right.backends,
+    "graph": gpu_right.graph,
     "ceilings": gpu_goals.ceilings,
     "agreement": gpu_right.agreement,
     "repeatability": gpu_right.repeatability,
@@ -78,8 +80,9 @@ def run(part, args) -> dict:
 
 def report(args) -> int:
     parts = {name: json.loads(at.read_text()) for name in PARTS if (at := args.out / f"{name}.json").exists()}
-    goals, rows = gpu_goals.compare(parts), gpu_goals.beside_the_floor(parts)
-    results = {"environment": machine.environment(args.device), "parts": parts, "goals": goals, "rows": rows}
+    goals, rows, ratios = gpu_goals.compare(parts), gpu_goals.beside_the_floor(parts), gpu_goals.ratios(parts)
+    environment = machine.environment(args.device)
+    results = {"environment": environment, "parts": parts, "goals": goals, "rows": rows, "ratios": ratios}
     (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     try:
         gpu_plots.draw_goals(goals, args.out / "goals.png")
@@ -92,13 +95,15 @@ def report(args) -> int:
             f"{row['what']:<36} {row['seconds'] * 1e6:>12.1f} us, floor {row['floor']:>5.0%}, "
             f"predicted {row['predicted'] * 1e6:>12.1f} us"
         )
+    for ratio in ratios:
+        print(f"{ratio['what']:<58} {ratio['value']:>12.3g}")
     print()
     for name in PARTS:
         part = parts.get(name, {"passed": None, "reason": "not run"})
         if "passed" in part:
             verdict = {True: "passed", False: "FAILED", None: part.get("reason")}[part["passed"]]
             print(f"{name:<14} {verdict}")
-        for key in ("reason", "wrong", "differing", "files"):
+        for key in ("reason", "wrong", "differing", "files", "nodes"):
             if part.get("passed") is False and part.get(key):
                 print(f"  {key}: {part[key]}")
     for goal in goals:

@@ -20,6 +20,12 @@ from . import machine, roofline
 
 # The paper's heads at D = 1024, as in cases.py, which needs packages that a lent machine lacks.
 HEADS = {"linear": (64, 16), "pure": (16, 64)}
+# The backends whose kernels are ours.
+OURS = ("triton", "cuda")
+PASSES = ("tied", "untied", "bwd tied", "bwd untied")
+LINEAR_SIZES = (
+    (197, 1), (197, 32), (1024, 1), (1024, 32), (4096, 1), (4096, 32), (16384, 1), (16384, 32), (65536, 1), (331776, 1),
+)  # fmt: skip
 COLD_CACHE_BYTES = 256 << 20
 SECONDS = 0.4
 FLUSHED: dict[torch.device, torch.Tensor] = {}
@@ -30,21 +36,32 @@ SDPA = {
 }
 
 
+def reasons(op: str, device: torch.device) -> dict[str, str | None]:
+    """Each of our backends, and why it cannot run an operator here; None where it can."""
+    found = infsa_kernels.explain_backend(op, device, torch.bfloat16, (1, 1, 16, 16))
+    return {name: found[name] for name in OURS}
+
+
+def backends(op: str, device: torch.device) -> list[str]:
+    """Which of our backends run an operator here."""
+    return [name for name, reason in reasons(op, device).items() if reason is None]
+
+
 @functools.cache
 def capture_stream():
     """The one stream of all captures: autograd runs a backward pass on the stream of its forward pass, which has to be it."""
     return torch.cuda.Stream()
 
 
-def capture(run):
-    """A graph of one call, and the tensors that a replay writes."""
+def capture(run, keep_graph=False):
+    """A graph of one call, and the tensors that a replay writes. ``keep_graph`` leaves it open to inspection."""
     stream = capture_stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
             run()
     torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
+    graph = torch.cuda.CUDAGraph(keep_graph=keep_graph)
     with torch.cuda.graph(graph, stream=stream):
         results = run()
     return graph, results
@@ -120,9 +137,14 @@ def _gate(what, actual, expected, bound=2e-2) -> None:
         raise AssertionError(f"{what}: error {error:.3g} of the largest entry, allowed {bound}")
 
 
-def _ours(op):
+def _ours(op, backend):
     operator = getattr(torch.ops.infsa, op)
-    return lambda q, k, v: operator(q, k, v, 1e-6, 0.95)
+
+    def run(q, k, v):
+        with infsa_kernels.backend(backend):
+            return operator(q, k, v, 1e-6, 0.95)
+
+    return run
 
 
 def ceilings(args) -> dict:
@@ -153,32 +175,38 @@ def _reads(groups: dict) -> dict:
 
 
 def linear(args) -> dict:
-    """Goals 1 to 5."""
+    """Goals 1 to 5. The times by backend stand in "backends", and the smallest of them as "tied", "bwd tied" and so on."""
     rows = []
-    for N, B in ((40, 1),) if args.dry_run else ((197, 1), (197, 32), (4096, 1), (4096, 32), (65536, 1), (331776, 1)):
+    for N, B in ((40, 1),) if args.dry_run else LINEAR_SIZES:
         q, k, v = _heads("linear", N, B, args.device, args.dry_run)
-        ours, eager = _ours("linear"), lambda q, k, v: reference.linear(q, k, v, 0.95, 1e-6)
-        with infsa_kernels.backend("triton"):
-            _gate(f"linear N={N}", ours(q, q, v), reference.linear(q.float(), q.float(), v.float(), 0.95, 1e-6))
-            candidates = {
-                "tied": lambda: [ours(q, q, v)],
-                "untied": lambda: [ours(q, k, v)],
-                "eager": lambda: [eager(q, q, v)],
-                **_reads({" tied": [_dense(t) for t in (q, v)], " untied": [_dense(t) for t in (q, k, v)]}),
-                "copy tied": lambda: [q.clone(), v.clone()],
-                "copy untied": lambda: [q.clone(), k.clone(), v.clone()],
-                "launch": _empty_launch(args.device),
-            }
-            if not args.dry_run:
-                torch._dynamo.reset()
-                compiled = torch.compile(eager, dynamic=False)
-                candidates["compiled"] = lambda: [compiled(q, q, v)]
-            candidates["bwd tied"] = _backward(ours, q, q, v, torch.randn_like(v[:, :, 0]))
-            candidates["bwd untied"] = _backward(ours, q, k, v, torch.randn_like(v[:, :, 0]))
-            found = measure(candidates, args.device)
+        eager, candidates = lambda q, k, v: reference.linear(q, k, v, 0.95, 1e-6), {}
+        names = backends("linear", args.device)
+        expected = reference.linear(q.float(), q.float(), v.float(), 0.95, 1e-6)
+        for name in names:
+            ours = _ours("linear", name)
+            _gate(f"linear {name} N={N}", ours(q, q, v), expected)
+            candidates[f"{name} tied"] = lambda ours=ours: [ours(q, q, v)]
+            candidates[f"{name} untied"] = lambda ours=ours: [ours(q, k, v)]
+            candidates[f"{name} bwd tied"] = _backward(ours, q, q, v, torch.randn_like(v[:, :, 0]))
+            candidates[f"{name} bwd untied"] = _backward(ours, q, k, v, torch.randn_like(v[:, :, 0]))
+        candidates |= {
+            "eager": lambda: [eager(q, q, v)],
+            **_reads({" tied": [_dense(t) for t in (q, v)], " untied": [_dense(t) for t in (q, k, v)]}),
+            "copy tied": lambda: [q.clone(), v.clone()],
+            "copy untied": lambda: [q.clone(), k.clone(), v.clone()],
+            "launch": _empty_launch(args.device),
+        }
+        if not args.dry_run:
+            torch._dynamo.reset()
+            compiled = torch.compile(eager, dynamic=False)
+            candidates["compiled"] = lambda: [compiled(q, q, v)]
+        found = measure(candidates, args.device)
         for kind in ("tied", "untied"):
             found[f"read {kind}"] = min(found.pop(n) for n in list(found) if n.startswith(f"read {kind}"))
-        rows.append({"N": N, "B": B, **found})
+        by_backend = {name: {kind: found.pop(f"{name} {kind}") for kind in PASSES} for name in names}
+        for kind in PASSES:
+            found[kind] = min((times[kind] for times in by_backend.values() if times[kind]), default=None)
+        rows.append({"N": N, "B": B, **found, "backends": by_backend})
     return {"rows": rows}
 
 
@@ -187,25 +215,22 @@ def pure(args) -> dict:
     rows = []
     for N, B in ((40, 1),) if args.dry_run else ((197, 32), (4096, 1), (4096, 8), (16384, 1), (65536, 1), (331776, 1)):
         q, k, v = _heads("pure", N, B, args.device, args.dry_run)
-        ours, dout = _ours("pure"), torch.randn_like(v)
+        ours, dout = _ours("pure", "triton"), torch.randn_like(v)
         forward = 4 * q.shape[0] * q.shape[1] * N * N * q.shape[3]
-        with infsa_kernels.backend("triton"):
-            if N <= 16384:
-                with infsa_kernels.backend("eager"):
-                    expected = ours(q.float(), k.float(), v.float())
-                _gate(f"pure N={N}", ours(q, k, v), expected)
-            candidates = {"tied": lambda: [ours(q, q, v)], "untied": lambda: [ours(q, k, v)]}
-            if N <= 65536:
-                candidates["bwd tied"] = _backward(ours, q, q, v, dout)
-                candidates["bwd untied"] = _backward(ours, q, k, v, dout)
-            for name, kind in SDPA.items() if N <= 65536 else ():
-                candidates[name] = _with_sdpa(kind, lambda: [F.scaled_dot_product_attention(q, k, v)])
-                try:
-                    with sdpa_kernel(kind):
-                        candidates[f"bwd {name}"] = _backward(F.scaled_dot_product_attention, q, k, v, dout)
-                except RuntimeError as error:
-                    print(f"  {name}: {str(error)[:100]}")
-            found = measure(candidates, args.device)
+        if N <= 16384:
+            _gate(f"pure N={N}", ours(q, k, v), _ours("pure", "eager")(q.float(), k.float(), v.float()))
+        candidates = {"tied": lambda: [ours(q, q, v)], "untied": lambda: [ours(q, k, v)]}
+        if N <= 65536:
+            candidates["bwd tied"] = _backward(ours, q, q, v, dout)
+            candidates["bwd untied"] = _backward(ours, q, k, v, dout)
+        for name, kind in SDPA.items() if N <= 65536 else ():
+            candidates[name] = _with_sdpa(kind, lambda: [F.scaled_dot_product_attention(q, k, v)])
+            try:
+                with sdpa_kernel(kind):
+                    candidates[f"bwd {name}"] = _backward(F.scaled_dot_product_attention, q, k, v, dout)
+            except RuntimeError as error:
+                print(f"  {name}: {str(error)[:100]}")
+        found = measure(candidates, args.device)
         rates = {n: s and forward * (2.5 if n.startswith("bwd") else 1) / s for n, s in found.items()}
         peak = None
         if args.device.type == "cuda":
@@ -233,7 +258,7 @@ def beside_the_floor(parts: dict) -> list[dict]:
     for op, (H, d) in HEADS.items():
         for row in parts.get(op, {}).get("rows", []):
             seconds = row.get("seconds", row)
-            for name in ("tied", "untied", "bwd tied", "bwd untied"):
+            for name in PASSES:
                 if seconds.get(name):
                     direction = "bwd" if name.startswith("bwd") else "fwd"
                     sizes = op, direction, not name.endswith("untied"), row["B"], H, row["N"], d, 2, ceilings
@@ -245,6 +270,23 @@ def beside_the_floor(parts: dict) -> list[dict]:
                             "predicted": roofline.predict(*sizes),
                         }
                     )
+    return found
+
+
+def ratios(parts: dict) -> list[dict]:
+    """Linear's CUDA C++ kernels beside Triton's at every size, and each backend beside an empty launch at the smallest."""
+    found = []
+    for row in parts.get("linear", {}).get("rows", []):
+        at, times = f"N={row['N']} x{row['B']}", row.get("backends", {})
+        cuda, triton = times.get("cuda", {}), times.get("triton", {})
+        for kind in PASSES:
+            if cuda.get(kind) and triton.get(kind):
+                found.append({"what": f"linear {kind}: CUDA / Triton, {at}", "value": cuda[kind] / triton[kind]})
+        if row["N"] == 197 and row.get("launch"):
+            for name, seconds in times.items():
+                if seconds["tied"]:
+                    what = f"linear tied: {name} / empty launch, {at}"
+                    found.append({"what": what, "value": seconds["tied"] / row["launch"]})
     return found
 
 

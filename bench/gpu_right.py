@@ -1,5 +1,7 @@
-"""What has to be right on a GPU: the Triton backend beside eager and the CPU, in every configuration, stream, graph and size."""
+"""What has to be right on a GPU: our backends beside eager and the CPU, in every configuration, stream, graph and size."""
 
+import ctypes
+import itertools
 import os
 import re
 import shutil
@@ -46,10 +48,58 @@ def distance(actual, expected) -> float:
     return ((actual.float() - expected.float()).abs().max() / expected.float().abs().max()).item()
 
 
+def backends(args) -> dict:
+    """That each of our backends runs what it has kernels for; on the CPU none is expected to but Triton's interpreter."""
+    found = {op: gpu_goals.reasons(op, args.device) for op in gpu_goals.HEADS}
+    needed = [("linear", "triton"), ("pure", "triton"), ("linear", "cuda")]
+    wrong = [f"{op} on {name}: {found[op][name]}" for op, name in needed if found[op][name]]
+    if args.dry_run:
+        return {"passed": None, "reason": "no GPU is asked for", "reasons": found}
+    return {"passed": not wrong, "wrong": wrong, "reasons": found}
+
+
+def graph(args) -> dict:
+    """Nodes of a captured call at N = 197: one launch each of the CUDA kernels, at most two of a forward pass of Triton's."""
+    if args.dry_run:
+        return {"passed": None, "reason": "the CPU has no graphs"}
+    nodes = {}
+    for name in gpu_goals.backends("linear", args.device):
+        q, _, v = inputs("linear", args.device)
+        leaves = [t.detach().requires_grad_() for t in (q, v)]
+
+        def forward(name=name, leaves=leaves):
+            with infsa_kernels.backend(name):
+                return [torch.ops.infsa.linear(leaves[0], leaves[0], leaves[1])]
+
+        with torch.cuda.stream(gpu_goals.capture_stream()):
+            (out,) = forward()
+        torch.cuda.synchronize()
+        dout = torch.ones_like(out)
+        nodes[f"{name} fwd"] = _nodes(forward)
+        nodes[f"{name} bwd"] = _nodes(lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True))
+    most = {"triton fwd": 2, "cuda fwd": 1, "cuda bwd": 1}
+    return {"passed": all(nodes[name] <= most.get(name, nodes[name]) for name in nodes), "nodes": nodes}
+
+
+def _nodes(run) -> int:
+    captured, _ = gpu_goals.capture(run, keep_graph=True)
+    count = ctypes.c_size_t()
+    status = ctypes.CDLL("libcuda.so.1").cuGraphGetNodes(
+        ctypes.c_void_p(captured.raw_cuda_graph()), None, ctypes.byref(count)
+    )
+    assert status == 0, f"cuGraphGetNodes gives {status}"
+    return count.value
+
+
+def ours(device) -> list[tuple[str, str]]:
+    """(operator, backend) of our kernels that run here."""
+    return [(op, name) for op in gpu_goals.HEADS for name in gpu_goals.backends(op, device)]
+
+
 def suite(args) -> dict:
-    """The shared tests on this device's Triton backend, a process for each file."""
+    """The shared tests on each of our backends on this device, a process for each file."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **({"TRITON_INTERPRET": "1"} if args.dry_run else {})}
-    chosen = "cpu-triton and linear and float32" if args.dry_run else "cuda-triton and not float64"
+    chosen = "cpu-triton and linear and float32" if args.dry_run else "(cuda-triton or cuda-cuda) and not float64"
     began, logs = time.perf_counter(), {}
     for name in ("test_tables.py",) if args.dry_run else SUITES:
         command = [
@@ -88,7 +138,7 @@ def shapes(dry: bool) -> list[tuple[str, int, int]]:
 
 
 def agreement(args) -> dict:
-    """The Triton backend beside eager on the GPU and beside the CPU's own kernels: every tile, dtype, tie and masks."""
+    """Our backends beside eager on the GPU and beside the CPU's own kernels: every tile, dtype, tie and masks."""
     worst = {}
     for op, d, N in shapes(args.dry_run):
         for dtype in ("float32", "bfloat16") if args.dry_run else BOUNDS:
@@ -97,8 +147,10 @@ def agreement(args) -> dict:
                 kind = getattr(torch, dtype.replace("tf32", "float32"))
                 q, k, v = inputs(op, args.device, N, 2, kind, tied, H=2, d=d)
                 masks = [torch.rand(2, N, device=args.device) < 0.3 if masked else None] * 2
-                with infsa_kernels.backend("triton"):
-                    ours = step(op, q, k, v, *masks)
+                results = {}
+                for name in gpu_goals.backends(op, args.device):
+                    with infsa_kernels.backend(name):
+                        results[name] = step(op, q, k, v, *masks)
                 torch.set_float32_matmul_precision("highest")
                 with infsa_kernels.backend("eager"):
                     others = {"eager": step(op, q, k, v, *masks)}
@@ -106,9 +158,9 @@ def agreement(args) -> dict:
                     cpu = [t.cpu() for t in (q, k, v)]
                     on_cpu = [None if m is None else m.cpu() for m in masks]
                     others["cpu"] = step(op, cpu[0], cpu[0] if tied else cpu[1], cpu[2], *on_cpu)
-                for other, theirs in others.items():
-                    far = max(distance(a.cpu(), b.cpu()) for a, b in zip(ours, theirs))
-                    name = f"{op} d={d} {dtype} {other}"
+                for (backend, mine), (other, theirs) in itertools.product(results.items(), others.items()):
+                    far = max(distance(a.cpu(), b.cpu()) for a, b in zip(mine, theirs))
+                    name = f"{op} d={d} {dtype} {backend} / {other}"
                     worst[name] = max(worst.get(name, 0.0), far / BOUNDS[dtype], key=lambda x: (x != x, x))
     return {"passed": all(share <= 1 for share in worst.values()), "share_of_bound": worst}
 
@@ -116,11 +168,12 @@ def agreement(args) -> dict:
 def repeatability(args) -> dict:
     """Bitwise the same over many runs, on another stream, from NaN-filled memory, and replayed from a CUDA graph."""
     differing = []
-    for op in gpu_goals.HEADS:
+    for op, backend in ours(args.device):
         for tied in (True, False):
-            for N in (33,) if args.dry_run else (197, 4096):
+            # 65536 tokens are more than a cluster holds.
+            for N in (33,) if args.dry_run else (197, 4096, *([65536] if backend == "cuda" else [])):
                 q, k, v = inputs(op, args.device, N, tied=tied, H=2 if args.dry_run else None)
-                with infsa_kernels.backend("triton"):
+                with infsa_kernels.backend(backend):
                     first = step(op, q, k, v)
                     checks = {f"run {i}": lambda: step(op, q, k, v) for i in range(2 if args.dry_run else RUNS)}
                     checks["poisoned memory"] = lambda: _poisoned(lambda: step(op, q, k, v), args.device)
@@ -129,7 +182,7 @@ def repeatability(args) -> dict:
                         checks["graph"] = lambda: _replayed(lambda: step(op, q, k, v))
                     for name, run in checks.items():
                         if not all(torch.equal(a, b) for a, b in zip(first, run())):
-                            differing.append(f"{op} N={N} {'tied' if tied else 'untied'}: {name}")
+                            differing.append(f"{op} {backend} N={N} {'tied' if tied else 'untied'}: {name}")
     return {"passed": not differing, "differing": differing}
 
 
@@ -165,34 +218,38 @@ def large(args) -> dict:
         if not all(distance(a, b) < BOUNDS["bfloat16"] for a, b in zip(ours, theirs)):
             wrong.append(what)
 
-    for op, (_, d) in gpu_goals.HEADS.items():
+    for op, backend in ours(args.device):
+        d = gpu_goals.HEADS[op][1]
         N, stride = (40, 1 << 10) if args.dry_run else (600, 1 << 22)  # 600 * 2^22 > 2^31
         store = torch.empty(N * stride, dtype=torch.bfloat16, device=args.device)
         q, v = (store.as_strided((1, 2, N, d), (0, d, stride, 1), offset) for offset in (0, stride // 2))
         for t in (q, v):
             t.copy_(torch.randn(t.shape, device=args.device))
         alone = q.contiguous()
-        with infsa_kernels.backend("triton"):
-            compare(f"{op}: huge strides", step(op, q, q, v), step(op, alone, alone, v.contiguous()))
+        with infsa_kernels.backend(backend):
+            compare(f"{op} {backend}: huge strides", step(op, q, q, v), step(op, alone, alone, v.contiguous()))
         del store, q, v
         B, N = (5, 7) if args.dry_run else (70_000, 33)
         q, _, v = inputs(op, args.device, N, B, H=2 if args.dry_run else None)
         first_and_last = torch.tensor([0, B // 2, B - 1], device=args.device)
         few = q[first_and_last]
-        with infsa_kernels.backend("triton"):
+        with infsa_kernels.backend(backend):
             # dout is a function of the element's place in the output, so only the forward passes are of equal inputs.
             compare(
-                f"{op}: {B} images", [step(op, q, q, v)[0][first_and_last]], [step(op, few, few, v[first_and_last])[0]]
+                f"{op} {backend}: {B} images",
+                [step(op, q, q, v)[0][first_and_last]],
+                [step(op, few, few, v[first_and_last])[0]],
             )
         del q, v
     N = 100 if args.dry_run else (1 << 21) + 5
     q, _, v = inputs("linear", args.device, N, H=2 if args.dry_run else None)
-    with infsa_kernels.backend("triton"):
-        ours = step("linear", q, q, v)
     with infsa_kernels.backend("eager"):
         expected = [step("linear", q[:, h], q[:, h], v[:, h]) for h in (0, q.shape[1] - 1)]
-    for h, theirs in zip((0, q.shape[1] - 1), expected):
-        compare(f"linear: {N} tokens, head {h}", [ours[0][:, h]], theirs[:1])
+    for backend in gpu_goals.backends("linear", args.device):
+        with infsa_kernels.backend(backend):
+            (out, *_) = step("linear", q, q, v)
+        for h, theirs in zip((0, q.shape[1] - 1), expected):
+            compare(f"linear {backend}: {N} tokens, head {h}", [out[:, h]], theirs[:1])
     return {"passed": not wrong, "wrong": wrong}
 
 
@@ -202,18 +259,18 @@ def devices(args) -> dict:
         return {"passed": None, "reason": "there is one GPU only"}
     other = torch.device("cpu") if args.dry_run else torch.device("cuda", torch.cuda.device_count() - 1)
     wrong = []
-    for op in gpu_goals.HEADS:
+    for op, backend in ours(other):
         q, k, v = inputs(op, other, 33, tied=False, H=2)
-        with infsa_kernels.backend("triton"):
-            ours = step(op, q, k, v)
+        with infsa_kernels.backend(backend):
+            results = step(op, q, k, v)
         with infsa_kernels.backend("eager"):
-            far = max(distance(a, b) for a, b in zip(ours, step(op, q, k, v)))
-        wrong += [] if far < BOUNDS["bfloat16"] and ours[0].device == other else [op]
+            far = max(distance(a, b) for a, b in zip(results, step(op, q, k, v)))
+        wrong += [] if far < BOUNDS["bfloat16"] and results[0].device == other else [f"{op} {backend}"]
     return {"passed": not wrong, "wrong": wrong}
 
 
 def sanitizer(args) -> dict:
-    """compute-sanitizer's memcheck and racecheck over every kernel at small shapes."""
+    """compute-sanitizer's memcheck, racecheck and synccheck over every kernel at small shapes."""
     tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if args.dry_run:
         touch(args.device, (33,))
@@ -222,7 +279,7 @@ def sanitizer(args) -> dict:
     found = {}
     # Without torch's cache of freed blocks every access beyond a tensor is one beyond an allocation.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    for check in ("memcheck", "racecheck"):
+    for check in ("memcheck", "racecheck", "synccheck"):
         command = [tool, "--tool", check, "--error-exitcode", "9", sys.executable, "-m", "bench.gpu_check", "--touch"]
         run = subprocess.run(command, env=environment, cwd=machine.ROOT, capture_output=True, text=True, timeout=150)
         (args.out / f"{check}.log").write_text(run.stdout + run.stderr)
@@ -233,12 +290,13 @@ def sanitizer(args) -> dict:
 
 def touch(device: torch.device, lengths: tuple[int, ...] = (33, 700)) -> None:
     """Every kernel once, at small odd sizes: what the sanitizer watches."""
-    for op in gpu_goals.HEADS:
+    for op, backend in ours(device):
+        # The last is more than a cluster holds: one grid.
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             for tied in (True, False):
-                for N in lengths:
+                for N in (*lengths, *([30_001] if backend == "cuda" else [])):
                     q, k, v = inputs(op, device, N, dtype=dtype, tied=tied, H=2)
-                    with infsa_kernels.backend("triton"):
+                    with infsa_kernels.backend(backend):
                         step(op, q, k, v)
     if device.type == "cuda":
         torch.cuda.synchronize()

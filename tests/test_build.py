@@ -12,6 +12,7 @@ import infsa_kernels
 
 ROOT = Path(__file__).parent.parent
 without_cuda = pytest.mark.skipif(torch.version.cuda is not None, reason="this torch is a CUDA build")
+beside_cuda = pytest.mark.skipif(torch.version.cuda is None, reason="this torch is not a CUDA build")
 
 
 def setup(*arguments, **environment):
@@ -37,6 +38,23 @@ def test_cuda_is_never_left_out_silently():
     assert outcome.returncode == 1
     (line,) = [line for line in outcome.stderr.splitlines() if "infsa_kernels" in line]
     assert "FORCE_CUDA=1 asks for CUDA kernels" in line and "is not a CUDA build" in line
+
+
+@beside_cuda
+def test_cuda_wheels_name_their_cuda():
+    major, minor = torch.__version__.split(".")[:2]
+    version = setup("--version", FORCE_CUDA="1").stdout.split()[-1]
+    assert version == f"{infsa_kernels.__version__}+torch{major}.{minor}.cu{torch.version.cuda.replace('.', '')}"
+
+
+@beside_cuda
+def test_no_toolkit_where_cuda_home_points(tmp_path):
+    outcome = setup("--version", FORCE_CUDA="1", CUDA_HOME=str(tmp_path))
+    assert outcome.returncode == 1
+    (line,) = [line for line in outcome.stderr.splitlines() if "infsa_kernels" in line]
+    assert f"there is no CUDA toolkit at {tmp_path}; install that of CUDA {torch.version.cuda}" in line
+    # Nobody asked for CUDA kernels: a build without them.
+    assert setup("--version", CUDA_HOME=str(tmp_path)).stdout.split()[-1].endswith(".cpu")
 
 
 def test_unknown_value():

@@ -96,6 +96,14 @@ def test_goals_from_synthetic_times():
     # Q, V read and dQ, dV written, and Q read again: 5 units, of which a clone of Q and V moves 4.
     assert by_name["5 Linear backward tied / copy of its bytes, N=65536"]["value"] == 1.0
     assert by_name["6 Pure forward / GEMM rate, N=16384 x1"]["value"] is None
+    by_backend = {"triton": {"tied": 4.0, "untied": None}, "cuda": {"tied": 2.0, "untied": 3.0}}
+    small = {"N": 197, "B": 32, "launch": 1.0, "backends": by_backend}
+    ratios = {r["what"]: r["value"] for r in gpu_goals.ratios({"linear": {"rows": [small, row]}})}
+    assert ratios == {
+        "linear tied: CUDA / Triton, N=197 x32": 0.5,
+        "linear tied: triton / empty launch, N=197 x32": 4.0,
+        "linear tied: cuda / empty launch, N=197 x32": 2.0,
+    }
     found = gpu_goals.beside_the_floor(parts)
     assert [r["what"] for r in found] == [f"linear {n} N=65536 x1" for n in ("tied", "untied", "bwd tied")]
     assert 0 < found[0]["floor"] < 1

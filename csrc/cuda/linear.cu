@@ -1,6 +1,8 @@
 // Launches of Linear-InfSA's kernels (linear_kernels.cuh): forward and backward are one launch each.
 #include <cuda_runtime.h>
 
+#include <algorithm>
+
 // The kernels are written in its primitives.
 #include "simt.cuh"
 //
@@ -52,16 +54,25 @@ int attribute(cudaDeviceAttr name, int device) {
   return value;
 }
 
+// An error that is reported or dealt with: whoever asks the runtime next would take it for its own.
+void forget_error() { cudaGetLastError(); }
+
 }  // namespace
 
 LinearDevice linear_device(Element element, bool aligned, bool backward) {
   int device = 0, blocks = 0;
   cudaGetDevice(&device);
   const Kernels kernels = kernels_of(element, aligned, backward);
-  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernels.grid, kThreads, kSharedFloats * 4);
-  const bool clusters = attribute(cudaDevAttrComputeCapabilityMajor, device) >= 9;
-  return {blocks * attribute(cudaDevAttrMultiProcessorCount, device),
-          clusters ? attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device) : 0,
+  // Where it fails, as on a GPU that the kernels were not compiled for, the launch will say why.
+  if (cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernels.grid, kThreads, kSharedFloats * 4)) forget_error();
+  const bool has_clusters = attribute(cudaDevAttrComputeCapabilityMajor, device) >= 9;
+  int shared = has_clusters ? attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device) : 0;
+  // Once, for the largest plan: set at every launch, it would be another thread's as often as one's own.
+  if (shared > 0 && cudaFuncSetAttribute(kernels.cluster, cudaFuncAttributeMaxDynamicSharedMemorySize, shared)) {
+    forget_error();
+    shared = 0;
+  }
+  return {std::max(blocks, 1) * attribute(cudaDevAttrMultiProcessorCount, device), shared,
           attribute(cudaDevAttrL2CacheSize, device) / 4};
 }
 
@@ -69,10 +80,6 @@ const char* launch_linear(const LinearArgs& args, Element element, bool aligned,
   const LinearPlan& plan = args.plan;
   const Kernels kernels = kernels_of(element, aligned, backward);
   const Kernel kernel = plan.cluster ? kernels.cluster : kernels.grid;
-  if (cudaError_t error =
-          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes)) {
-    return cudaGetErrorString(error);
-  }
   cudaLaunchAttribute attribute{};
   if (plan.cluster) {
     attribute.id = cudaLaunchAttributeClusterDimension;
@@ -88,7 +95,9 @@ const char* launch_linear(const LinearArgs& args, Element element, bool aligned,
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = &attribute, config.numAttrs = 1;
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, args);
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  if (error == cudaSuccess) return nullptr;
+  forget_error();
+  return cudaGetErrorString(error);
 }
 
 }  // namespace infsa::cuda

@@ -74,7 +74,7 @@ def _has_kernels(op: str, suffix: str, key: str) -> bool:
     return all(has(f"infsa::{raw}_{way}{suffix}", key) for raw in RAW[op] for way in ("fwd", "bwd"))
 
 
-# One lane of a warp holds at most two vectors of 16 bytes: csrc/cuda/linear_plan.h.
+# A row lies in one warp, 8 elements a lane: csrc/cuda/linear_plan.h.
 LARGEST_CUDA_HEAD_DIM = 256
 
 

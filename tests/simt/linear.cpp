@@ -34,23 +34,26 @@ Rows rows_of(void* data, const int64_t* strides) { return {data, strides[0], str
 }  // namespace
 
 // plan: what PLAN in tests/cuda_on_host.py names.
-extern "C" void plan_linear(const int64_t* sizes, int element_bytes, int token_major, int keep_queries, int resident_blocks,
-                            int64_t largest_shared, int64_t wave_bytes, int64_t* plan) {
-  const LinearPlan p = linear_plan(sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], element_bytes, token_major,
-                                   keep_queries, {resident_blocks, largest_shared, wave_bytes});
-  const int64_t values[] = {p.lanes, p.heads,      p.columns, p.slots,  p.units,   p.splits,       p.query_span,
+extern "C" void plan_linear(const int64_t* sizes, int element_bytes, int token_major, int keep_queries,
+                            int resident_blocks, int64_t largest_shared, int64_t wave_bytes, int64_t* plan) {
+  const LinearPlan p = linear_plan(sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], element_bytes,
+                                   token_major, keep_queries, {resident_blocks, largest_shared, wave_bytes});
+  const int64_t values[] = {p.lanes,    p.heads,      p.columns, p.slots,  p.units,   p.splits,       p.query_span,
                             p.key_span, p.wave_units, p.waves,   p.blocks, p.cluster, p.shared_bytes, p.part_size()};
   std::copy(std::begin(values), std::end(values), plan);
 }
 
-// Tensors in the order of LinearArgs, strides of four dimensions each; returns 1 for a cluster, 0 for a grid, -1 for an error.
-extern "C" int run_linear(const int64_t* sizes, int element, int tied, int backward, double eps, double rho, void** tensors,
-                          const int64_t* strides, int resident_blocks, int64_t largest_shared, int64_t wave_bytes, int unaligned, uint64_t seed) {
+// Tensors in the order of LinearArgs, strides of four dimensions each; returns 1 for a cluster, 0 for a grid, -1 for an
+// error.
+extern "C" int run_linear(const int64_t* sizes, int element, int tied, int backward, double eps, double rho,
+                          void** tensors, const int64_t* strides, int resident_blocks, int64_t largest_shared,
+                          int64_t wave_bytes, int unaligned, uint64_t seed) {
   const auto s = [&](int i) { return strides + 4 * i; };
   LinearArgs a{};
   a.B = sizes[0], a.H = sizes[1], a.N = sizes[2], a.M = sizes[3];
   a.d = static_cast<int>(sizes[4]), a.dv = static_cast<int>(sizes[5]);
-  a.scale = a.d ? 1 / std::sqrt(static_cast<float>(a.d)) : 1, a.eps = static_cast<float>(eps), a.rho = static_cast<float>(rho);
+  a.scale = a.d ? 1 / std::sqrt(static_cast<float>(a.d)) : 1, a.eps = static_cast<float>(eps),
+  a.rho = static_cast<float>(rho);
   a.tied = tied;
   a.q = rows_of(tensors[0], s(0)), a.k = rows_of(tensors[1], s(1)), a.v = rows_of(tensors[2], s(2));
   a.query_mask = {static_cast<const bool*>(tensors[3]), s(3)[0], s(3)[1]};

@@ -1,8 +1,9 @@
-// The primitives of csrc/cuda/simt.cuh on the host: every CUDA thread is a fiber, and fibers run in an order drawn at random.
+// The primitives of csrc/cuda/simt.cuh on the host: every CUDA thread is a fiber, and fibers run in an order drawn at
+// random.
 //
-// A fiber gives way only where CUDA threads wait for each other; some warps run often and some seldom, so that what is only by
-// luck in time is too late somewhere. Shared memory is NaN before a block writes it and after the block has left. If no fiber can
-// go on, as after a barrier that not every thread reaches, the run ends with an error.
+// A fiber gives way only where CUDA threads wait for each other; some warps run often and some seldom, so that what is
+// only by luck in time is too late somewhere. Shared memory is NaN before a block writes it and after the block has
+// left. If no fiber can go on, as after a barrier that not every thread reaches, the run ends with an error.
 #pragma once
 
 #include <ucontext.h>
