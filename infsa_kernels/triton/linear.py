@@ -250,7 +250,7 @@ def linear_bwd_keys_kernel(
             rows = rows_at(b, heads, tokens, start, stop, H, key_mask, key_mask_strides)
             exists = rows_at(b, heads, tokens, start, stop, H, None, key_mask_strides)
             dk_at, dv_at = offsets(dk_strides, b, heads, tokens, D), offsets(dv_strides, b, heads, tokens, DV)
-            dscores_at = offsets((H * M, M, 1, 0), b, heads, tokens, 1)
+            dscores_at = offsets((tl.cast(H, tl.int64) * M, M, 1, 0), b, heads, tokens, 1)
             tokens += BT
             b_k = k_ahead.to(tl.float32)
             k_ahead = load_tokens(k, k_strides, b, heads, tokens, start, stop, H, key_mask, key_mask_strides, d, D)
@@ -302,7 +302,7 @@ def linear_bwd_queries_kernel(
         exists = rows_at(b, heads, tokens, start, stop, H, None, query_mask_strides)
         if TIED:
             key_rows = rows_at(b, heads, tokens, start, stop, H, key_mask, key_mask_strides)
-            dr = tl.load(dscores + offsets((H * N, N, 1, 0), b, heads, tokens, 1), mask=key_rows, other=0.0)
+            dr = tl.load(dscores + offsets((tl.cast(H, tl.int64) * N, N, 1, 0), b, heads, tokens, 1), mask=key_rows, other=0.0)
         dq_at = offsets(dq_strides, b, heads, tokens, D)
         tokens -= BT
         b_q = ahead.to(tl.float32)
