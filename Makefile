@@ -9,10 +9,14 @@ GPU_ARGS ?=
 bin := $(VENV)/bin
 csrc := $(shell find csrc -name '*.cpp' -o -name '*.h')
 
-.PHONY: bench test lint format sanitize gpu-check clean
+.PHONY: bench bench-extreme test lint format sanitize gpu-check clean
 
 bench: $(VENV)/built
 	$(bin)/python -m bench.run $(BENCH_ARGS)
+
+# A whole model on one picture of 9216 x 9216 pixels: 331,776 tokens.
+bench-extreme: $(VENV)/built
+	$(bin)/python -m bench.extreme $(BENCH_ARGS)
 
 test: $(VENV)/built
 	$(bin)/python -m pytest $(TEST_ARGS)
@@ -33,7 +37,7 @@ sanitize: $(VENV)/built
 	for isa in avx512 avx2 portable; do \
 	  INFSA_CPU_ISA=$$isa PYTHONPATH=build/sanitize/lib ASAN_OPTIONS=detect_leaks=0 \
 	  LD_PRELOAD="$$($${CC:-cc} -print-file-name=libasan.so) $$($${CC:-cc} -print-file-name=libubsan.so)" \
-	  $(bin)/pytest tests/test_operators.py tests/test_fuzz.py -k "cpu-cpu or random_calls" -x || exit 1; \
+	  $(bin)/pytest tests/test_operators.py tests/test_fuzz.py tests/test_linear_layer.py -k "cpu-cpu or random_calls" -x || exit 1; \
 	done
 
 # On a machine with a GPU, in its own Python (torch with CUDA, triton, numpy, pytest, matplotlib, ninja) and without a network.
@@ -49,6 +53,8 @@ $(VENV)/torch:
 	$(bin)/pip install -q $(TORCH) "setuptools>=77" ninja
 	touch $@
 
+# torchvision asks for one version of torch: the constraint makes pip look for the torchvision of the torch that is here.
 $(VENV)/built: $(VENV)/torch pyproject.toml setup.py $(csrc)
-	$(bin)/pip install -q --no-build-isolation -e ".[bench,lint,test]"
+	$(bin)/python -c "from importlib.metadata import version as v; print('torch==' + v('torch'))" > $(VENV)/constraints.txt
+	$(bin)/pip install -q --no-build-isolation -c $(VENV)/constraints.txt -e ".[bench,lint,test]"
 	touch $@

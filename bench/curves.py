@@ -3,7 +3,7 @@
 import numpy as np
 
 from .cases import DIRECTIONS, HEADS
-from .peers import PEERS
+from .ways import WAYS
 
 # Below this length a call is launch and dispatch more than work.
 SLOPE_FROM_N = 1024
@@ -14,7 +14,7 @@ def slopes(rows: list[dict]) -> list[dict]:
     found = []
     for op in HEADS:
         for direction in DIRECTIONS:
-            for name in PEERS:
+            for name in WAYS:
                 points = curve(rows, op, direction, name)
                 points = [p for p in points if p[0] >= SLOPE_FROM_N] or points
                 if len(points) >= 2:

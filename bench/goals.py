@@ -2,6 +2,7 @@
 
 LINEAR = {"op": "linear", "N": 65536, "dtype": "fp32", "layout": "bnhd", "tied": True}
 PURE = {"op": "pure", "N": 4096, "dtype": "fp32", "layout": "bnhd", "tied": True}
+LAYER = {"N": 4096, "dtype": "fp32"}
 UNTIED = {"tied": False}
 HEADS_FIRST = {"layout": "bhnd"}
 
@@ -47,6 +48,13 @@ def compare(results: dict) -> list[dict]:
     peak, result = (look_up(rows, long, "fwd", "infsa", field) for field in ("peak_bytes", "result_bytes"))
     scratch = None if peak is None else max(0, peak - result) / 1e6
     found.append(_at_most(64, "Pure forward at N = 65536: MB beyond inputs and result", scratch, 1))
+
+    for direction, target in (("fwd", 2), ("fwd+bwd", 1.6)):
+        passes = {"fwd": "forward", "fwd+bwd": "forward + backward"}[direction]
+        plain, pooled = (look_up(results["layer"], LAYER, direction, name) for name in ("plain", "pooled"))
+        found.append(_at_least(target, f"Pooled layer {passes}: times faster than the plain path", plain, pooled))
+        plain, pooled = (look_up(results["layer"], LAYER, direction, c, "peak_bytes") for c in ("plain", "pooled"))
+        found.append(_at_most(0.5, f"Pooled layer {passes}: peak memory over the plain path's", pooled, plain))
 
     overhead = (dispatch["public"] - dispatch["kernel"]) * 1e6 if "kernel" in dispatch else None
     found.append(_at_most(15, "Dispatch of a tiny forward: us beyond its C++ operator", overhead, 1))

@@ -34,9 +34,21 @@ def patches(pixels: int) -> Tensor:
 def queries_keys_values(pixels: int) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v of one random, untrained attention layer over the patches, each (N, D), float32."""
     generator = torch.Generator().manual_seed(0)
+    x = tokens(pixels, generator)
+    return _project(x, generator), _project(x, generator), _project(x, generator)
 
-    def project(x: Tensor) -> Tensor:
-        return x @ (torch.randn(x.shape[1], D, generator=generator) / x.shape[1] ** 0.5)
 
-    tokens = torch.nn.functional.layer_norm(project(patches(pixels)), (D,))
-    return project(tokens), project(tokens), project(tokens)
+def tokens(pixels: int, generator: torch.Generator | None = None) -> Tensor:
+    """The normalised tokens that q, k and v are projected from: (N, D), float32."""
+    generator = generator or torch.Generator().manual_seed(0)
+    return torch.nn.functional.layer_norm(_project(patches(pixels), generator), (D,))
+
+
+def picture(pixels: int) -> Tensor:
+    """The photograph as a model takes it: (1, 3, pixels, pixels), each channel normalised."""
+    x = torch.from_numpy(photograph(pixels)).permute(2, 0, 1)[None]
+    return (x - x.mean((2, 3), keepdim=True)) / x.std((2, 3), keepdim=True)
+
+
+def _project(x: Tensor, generator: torch.Generator) -> Tensor:
+    return x @ (torch.randn(x.shape[1], D, generator=generator) / x.shape[1] ** 0.5)

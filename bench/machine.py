@@ -1,6 +1,8 @@
 """The machine: what it is, and what it can do at most, measured in the same run as everything else."""
 
 import datetime
+import functools
+import hashlib
 import os
 import platform
 import statistics
@@ -50,7 +52,7 @@ def environment(device: torch.device) -> dict:
         "torch": torch.__version__,
         "infsa_kernels": infsa_kernels.__version__,
         "commit": _commit(),
-        "backend": choose_backend(device, torch.float32, (1, 16, 4096, 64)),
+        "backend": choose_backend("linear", device, torch.float32, (1, 16, 4096, 64)),
         "isa": _isa(),
         "timer": "CUDA events, L2 cold, eager launches" if device.type == "cuda" else "wall clock, calls in turn",
     }
@@ -101,6 +103,12 @@ class OtherLoad:
         return busy + idle + iowait, busy, own
 
 
+@functools.cache
+def fastest_gemm(device: torch.device, dtype: torch.dtype) -> str:
+    ways = GEMM_WAYS[device.type]
+    return min(ways, key=lambda way: seconds(gemm(way, device, dtype), device, repeats=3))
+
+
 def gemm(way: str, device: torch.device, dtype: torch.dtype):
     n = GEMM_SIZE[device.type]
     a, b = torch.randn(2, n, n, device=device).to(dtype).unbind()
@@ -119,7 +127,7 @@ def read(way: str, tensors: list[Tensor]) -> list[Tensor]:
 def dispatch(device: torch.device) -> dict:
     """Seconds of a tiny forward call: the public operator, and the plain C++ operator that it calls."""
     q, v = torch.randn(2, 1, 1, 4, 16, device=device).unbind()
-    compiled = SUFFIXES[choose_backend(device, q.dtype, q.shape)] == ""
+    compiled = SUFFIXES[choose_backend("linear", device, q.dtype, q.shape)] == ""
 
     def per_call(function, calls=200):
         return seconds(lambda: [function() for _ in range(calls)], device, repeats=15) / calls
@@ -164,6 +172,8 @@ def _commit() -> str | None:
         return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        return git("rev-parse", "--short=12", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
+        changes = git("diff", "HEAD")
+        digest = "+changes-" + hashlib.sha1(changes.encode()).hexdigest()[:6] if changes else ""
+        return git("rev-parse", "--short=12", "HEAD") + digest
     except (OSError, subprocess.CalledProcessError):
         return None

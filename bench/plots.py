@@ -10,8 +10,8 @@ from . import style
 from .cases import HEADS
 from .curves import curve
 from .image import PATCH, photograph
-from .peers import PEERS
 from .report import NAMES
+from .ways import WAYS
 
 PASSES = {"fwd": "forward", "bwd": "backward"}
 STEP = {"fwd": "forward", "fwd+bwd": "forward + backward"}
@@ -51,7 +51,7 @@ def latency(results: dict):
 
 def _latency_panel(ax, results, op, direction):
     rows = results["rows"]
-    curves = {name: curve(rows, op, direction, name) for name in PEERS}
+    curves = {name: curve(rows, op, direction, name) for name in WAYS}
     limit = [(r["N"], r["share_of_limit"] * r["median_s"]) for r in _own(rows, op, direction)]
     _curves(ax, rows, op, direction, curves, extra=(LIMITS[op, direction], sorted(limit)), slopes=results["slopes"])
     ax.yaxis.set_major_formatter(FuncFormatter(style.seconds))
@@ -61,7 +61,7 @@ def memory(results: dict):
     figure, grid = _grid(results, STEP, "Peak memory beyond the inputs")
     for op, direction, ax in grid:
         rows = results["rows"]
-        curves = {name: curve(rows, op, direction, name, "peak_bytes") for name in PEERS}
+        curves = {name: curve(rows, op, direction, name, "peak_bytes") for name in WAYS}
         curves = {name: [(N, max(b, LEAST_BYTES)) for N, b in points] for name, points in curves.items()}
         results_only = [(r["N"], max(r.get("result_bytes", 0), LEAST_BYTES)) for r in _own(rows, op, direction)]
         _curves(ax, rows, op, direction, curves, extra=("the results alone", sorted(results_only)))
@@ -74,7 +74,7 @@ def accuracy(results: dict):
     figure, grid = _grid(results, STEP, "Largest error against float64, as a part of the largest entry")
     for op, direction, ax in grid:
         rows = results["rows"]
-        curves = {name: curve(rows, op, direction, name, "error") for name in PEERS if PEERS[name].SAME_FUNCTION}
+        curves = {name: curve(rows, op, direction, name, "error") for name in WAYS if WAYS[name].SAME_FUNCTION}
         _curves(ax, rows, op, direction, curves, extra=("allowed", curve(rows, op, direction, "infsa", "bound")))
         what = "result" if direction == "fwd" else "result and gradients"
         ax.set_title(f"{NAMES[op]}, {what}")
@@ -86,7 +86,7 @@ def speed_up(results: dict):
     for op, direction, ax in grid:
         rows = results["rows"]
         own = dict(curve(rows, op, direction, "infsa"))
-        names = [name for name in PEERS if name != "infsa" and curve(rows, op, direction, name)]
+        names = [name for name in WAYS if name != "infsa" and curve(rows, op, direction, name)]
         lengths = sorted(own)
         highest = 1.0
         for i, name in enumerate(names):

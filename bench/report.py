@@ -1,7 +1,7 @@
 """The results as text: environment, what was left out, goals, slopes, and the table last."""
 
 from .cases import DIRECTIONS, HEADS
-from .peers import PEERS
+from .ways import WAYS
 
 # Position of the column of times.
 TIME = 3
@@ -20,6 +20,7 @@ HEADERS = (
 def text(results: dict) -> str:
     parts = [_environment(results), _left_out(results["rows"]), _slopes(results["slopes"]), _goals(results["goals"])]
     parts += [_operator(results["rows"], op) for op in HEADS if any(r["op"] == op for r in results["rows"])]
+    parts.append(_layer(results["layer"]))
     return "\n\n".join(part for part in parts if part)
 
 
@@ -49,7 +50,7 @@ def _left_out(rows: list[dict]) -> str:
         if r["direction"] == "bwd" or r["status"] == "ok" or (r["candidate"] != "infsa" and "would" in r["reason"]):
             continue
         status = "WRONG" if r["status"] == "wrong" else r["status"]
-        what = f"{NAMES[r['op']]} N = {r['N']}, {r['variant']}, {r['direction']}, {PEERS[r['candidate']].LABEL}"
+        what = f"{NAMES[r['op']]} N = {r['N']}, {r['variant']}, {r['direction']}, {WAYS[r['candidate']].LABEL}"
         lines.append(f"  {what}: {status}: {r['reason']}")
     return "\n".join(["Not timed:", *lines]) if lines else ""
 
@@ -92,6 +93,28 @@ def _operator(rows: list[dict], op: str) -> str:
     for variant in dict.fromkeys(r["variant"] for r in sorted(own, key=lambda r: not r["sweep"])):
         lines.append(variant)
         lines += [_line(cells[id(r)], widths) for r in own if r["variant"] == variant]
+    return "\n".join(lines)
+
+
+def _layer(rows: list[dict]) -> str:
+    if not rows:
+        return ""
+    heads = ("N", "pass", "pooled", "plain", "x plain", "extra MB", "plain", "error", "allowed")
+    widths = (6, 7, 9, 9, 7, 8, 7, 8, 8)
+    lines = [
+        "Pooled layer: D = 1024, 64 heads, K = Q, LayerNorm and biases, batch 1",
+        "plain: LayerNorm, nn.Linear, the fused operator, nn.Linear",
+        _line(heads, widths),
+    ]
+    for r in (r for r in rows if r["candidate"] == "pooled"):
+        same = ("N", "direction")
+        p = next(p for p in rows if p["candidate"] == "plain" and all(p[f] == r[f] for f in same))
+        times = [durations(row["median_s"], row["p20_s"], row["p80_s"])[0] for row in (r, p)]
+        peaks = [f"{row['peak_bytes'] / 1e6:.1f}" if "peak_bytes" in row else "-" for row in (r, p)]
+        wrong = f"  WRONG: {r['worst']}" if r["status"] == "wrong" else ""
+        speed_up = f"{p['median_s'] / r['median_s']:.2f}"
+        cells = (str(r["N"]), r["direction"], *times, speed_up, *peaks, f"{r['error']:.1e}", f"{r['bound']:.1e}")
+        lines.append(_line(cells, widths) + wrong)
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""`python -m bench.run`: measures both operators on a photograph, and writes table, JSON and plots."""
+"""`python -m bench.run`: measures both operators and the pooled layer on a photograph, and writes table, JSON and plots."""
 
 import argparse
 import json
@@ -10,14 +10,15 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from . import curves, goals, machine, plots, report
+from . import curves, goals, layer, machine, plots, report
 from .cases import HEADS, SIZES, plan
 from .image import queries_keys_values
-from .peers import PEERS
 from .sweep import PHASES, Settings, Sweep
+from .ways import WAYS
 
 SCHEMA = 1
 QUICK_SIZES = (224, 512, 1024)
+LAYER = "layer"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -29,19 +30,19 @@ def main(arguments: list[str] | None = None) -> int:
 
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    written = plots.draw_all(results, args.out)
+    written = plots.draw_all(results, args.out) if results["rows"] else []
     text = report.text(results)
     (args.out / "table.txt").write_text(text + "\n")
     print(f"\nWritten to {args.out}: results.json, table.txt, {', '.join(path.name for path in written)}\n")
     print(text)
-    return int(any(row["status"] == "wrong" for row in results["rows"]))
+    return int(any(row["status"] == "wrong" for row in results["rows"] + results["layer"]))
 
 
 def measure(settings: Settings, ops: list[str], sizes: list[int]) -> dict:
     """Everything that the report shows, as plain data."""
     warnings.filterwarnings("ignore", module="torch._inductor|torch._dynamo")
     began, other_load = time.perf_counter(), machine.OtherLoad()
-    cases = plan(ops, sizes, settings.dtype)
+    cases = plan([op for op in ops if op in HEADS], sizes, settings.dtype)
     found, flat, pixels = [], None, None
     with tqdm(total=len(cases) * len(PHASES) + 1, unit="step", dynamic_ncols=True) as bar:
 
@@ -57,6 +58,7 @@ def measure(settings: Settings, ops: list[str], sizes: list[int]) -> dict:
             if case.pixels != pixels:
                 pixels, flat = case.pixels, queries_keys_values(case.pixels)
             found += sweep.run(case, flat)
+        of_layer = layer.measure(settings, sizes, bar.set_description) if LAYER in ops else []
         bar.update()
     results = {
         "schema": SCHEMA,
@@ -64,6 +66,7 @@ def measure(settings: Settings, ops: list[str], sizes: list[int]) -> dict:
         "ceilings": ceilings,
         "dispatch": dispatch,
         "rows": found,
+        "layer": of_layer,
     }
     results["slopes"] = curves.slopes(found)
     results["goals"] = goals.compare(results)
@@ -75,7 +78,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.run", description=__doc__)
     parser.add_argument("--out", type=Path, default=machine.ROOT / "bench" / "out", help="folder for results and plots")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: cuda if there is one)")
-    parser.add_argument("--only", choices=sorted(HEADS), action="append", help="one operator (default: both)")
+    parser.add_argument("--only", choices=[*HEADS, LAYER], action="append", help="one of them (default: all)")
     parser.add_argument("--sizes", type=_integers, help="side lengths of the picture in pixels, e.g. 224,1024")
     parser.add_argument(
         "--peers", type=_peers, help="comparators, e.g. eager,sdpa (default: all; quick: all but compile)"
@@ -86,9 +89,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    args.only = args.only or list(HEADS)
+    args.only = args.only or [*HEADS, LAYER]
     args.peers = (
-        args.peers if args.peers is not None else [p for p in list(PEERS)[1:] if not (args.quick and p == "compile")]
+        args.peers if args.peers is not None else [p for p in list(WAYS)[1:] if not (args.quick and p == "compile")]
     )
     args.sizes = args.sizes or list(QUICK_SIZES if args.quick else SIZES)
     args.budget = args.budget or (0.2 if args.quick else 1.0)
@@ -105,8 +108,8 @@ def _integers(text: str) -> list[int]:
 
 def _peers(text: str) -> list[str]:
     names = [part for part in text.split(",") if part]
-    if unknown := set(names) - set(PEERS):
-        raise argparse.ArgumentTypeError(f"no comparator {', '.join(sorted(unknown))}; there are {', '.join(PEERS)}")
+    if unknown := set(names) - set(WAYS):
+        raise argparse.ArgumentTypeError(f"no comparator {', '.join(sorted(unknown))}; there are {', '.join(WAYS)}")
     return [name for name in names if name != "infsa"]
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from .peers import PEERS
+from .ways import WAYS
 
 COLOURS = {"infsa": "#0f62a8", "eager": "#9a8c7c", "compile": "#d9822b", "sdpa": "#8a4fa3"}
 LIMIT_COLOUR = "#2f8f5b"
@@ -43,7 +43,7 @@ NEIGHBOURS = 0.25
 
 
 def label(name: str) -> str:
-    return PEERS[name].LABEL if name in PEERS else name
+    return WAYS[name].LABEL if name in WAYS else name
 
 
 def line(ax: Axes, points: list[tuple[int, float]], name: str) -> None:

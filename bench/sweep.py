@@ -10,8 +10,8 @@ from torch import Tensor
 from . import machine, rows
 from .cases import Case
 from .measure import Action, Observation, available_memory, interleave, observe
-from .peers import PEERS
 from .truth import Truth
+from .ways import WAYS
 
 # A training step is timed in two laps: it gives the rows of the backward pass and of the whole step.
 PHASES = {"fwd": ("fwd",), "train": ("bwd", "fwd+bwd")}
@@ -45,16 +45,16 @@ class Sweep:
 
     def foresee(self, case: Case, name: str, phase: str) -> tuple[float, int]:
         """Seconds and bytes that one call will take: scaled from the last N measured, else the least that it can be."""
-        exponent = PEERS[name].EXPONENT[case.op]
+        exponent = WAYS[name].EXPONENT[case.op]
         if (key := (case.op, name, phase)) in self._history:
             N, seconds, peak = self._history[key]
-            of_memory = exponent if PEERS[name].HOLDS_SCORES else 1
+            of_memory = exponent if WAYS[name].HOLDS_SCORES else 1
             return seconds * (case.N / N) ** exponent, int(peak * (case.N / N) ** of_memory)
         if exponent == 1:
             return 0.0, 0
         scores = case.N**2 * case.H
         products = {"fwd": 4, "train": 14}[phase] * scores * case.d
-        held = 3 * scores * case.dtype.itemsize if PEERS[name].HOLDS_SCORES else 0
+        held = 3 * scores * case.dtype.itemsize if WAYS[name].HOLDS_SCORES else 0
         return products / self.ceilings["gemm"], held
 
     def skip(self, case: Case, name: str, phase: str) -> dict | None:
@@ -132,7 +132,7 @@ class CaseRun:
         return ["infsa", *(name for name in self.sweep.settings.peers if sweep or name != "compile")]
 
     def action(self, name: str, phase: str) -> Action:
-        function = PEERS[name].prepare(self.case.op)
+        function = WAYS[name].prepare(self.case.op)
         if phase == "fwd":
             q, v = self.inputs["q"], self.inputs["v"]
             k = self.inputs.get("k", q)
@@ -145,7 +145,7 @@ class CaseRun:
 
         leaves = {n: t.detach().requires_grad_() for n, t in self.inputs.items()}
         k = leaves.get("k", leaves["q"])
-        dout = self.dout if PEERS[name].SAME_FUNCTION else torch.randn_like(self.inputs["v"])
+        dout = self.dout if WAYS[name].SAME_FUNCTION else torch.randn_like(self.inputs["v"])
 
         def train(lap):
             out = function(leaves["q"], k, leaves["v"])
@@ -158,7 +158,7 @@ class CaseRun:
         """One call: what it took, and how far its result is from float64."""
         short = self.sweep.foresee(self.case, name, phase)[0] < WARM_UP_BELOW_SECONDS
         seen, results = observe(action, self.sweep.settings.device, warm_up=short or name == "compile")
-        if not PEERS[name].SAME_FUNCTION:
+        if not WAYS[name].SAME_FUNCTION:
             return seen, None
         return seen, self.truth.judge(dict(zip(["out", *("d" + n for n in self.inputs)], results)))
 
@@ -187,7 +187,7 @@ class CaseRun:
 
     def row(self, name: str, direction: str, seen: Observation, verdict) -> dict:
         row = {**self.describe(name, direction), **rows.times(seen, direction), **rows.memory(seen, direction)}
-        if not PEERS[name].SAME_FUNCTION:
+        if not WAYS[name].SAME_FUNCTION:
             return row
         if self.case.op == "pure":
             limit = self.sweep.ceilings["gemm_way"]

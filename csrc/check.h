@@ -34,9 +34,21 @@ inline void dtype(const char* op, const char* name, const Tensor& t, at::ScalarT
                    ", expected ", dtype_name(expected), "; convert it with .to(", dtype_name(expected), ")");
 }
 
-inline void device(const char* op, const char* name, const Tensor& t, const Tensor& q) {
+inline void device(const char* op, const char* name, const Tensor& t, const Tensor& q, const char* like = "q") {
   TORCH_CHECK_VALUE(t.device() == q.device(), op, ": ", name, " is on ", t.device(), ", expected ", q.device(),
-                    ", where q is; move it with .to(q.device)");
+                    ", where ", like, " is; move it with .to(", like, ".device)");
+}
+
+inline void floating(const char* op, const char* name, const Tensor& t) {
+  const auto dtype = t.scalar_type();
+  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf || dtype == at::kDouble, op,
+                   ": ", name, " has dtype ", dtype_name(dtype),
+                   ", expected torch.float32, torch.bfloat16, torch.float16 or torch.float64; convert it with .to()");
+}
+
+inline void positive_eps(const char* op, double eps) {
+  TORCH_CHECK_VALUE(std::isfinite(eps) && eps > 0, op, ": eps is ", eps,
+                    ", expected a finite number above 0; the paper's is 1e-6");
 }
 
 inline void rank(const char* op, const char* name, const Tensor& t, const char* letters) {
@@ -51,17 +63,17 @@ inline void shape(const char* op, const char* name, const Tensor& t, at::IntArra
 
 // A float32/float64 tensor that an op made and takes back, or head_rho.
 inline void statistic(const char* op, const char* name, const Tensor& t, const Tensor& q, at::IntArrayRef expected,
-                      const char* letters) {
+                      const char* letters, const char* like = "q") {
   dtype(op, name, t, acc_dtype(q));
-  device(op, name, t, q);
+  device(op, name, t, q, like);
   shape(op, name, t, expected, letters);
 }
 
 inline void mask(const char* op, const char* name, const OptTensor& t, const Tensor& q, at::IntArrayRef expected,
-                 const char* letters) {
+                 const char* letters, const char* like = "q") {
   if (!t) return;
   dtype(op, name, *t, at::kBool);
-  device(op, name, *t, q);
+  device(op, name, *t, q, like);
   shape(op, name, *t, expected, letters);
 }
 
@@ -69,12 +81,9 @@ inline void mask(const char* op, const char* name, const OptTensor& t, const Ten
 inline Sizes forward_arguments(const char* op, const Tensor& q, const OptTensor& k, const Tensor& v, double eps,
                                double rho, const OptTensor& head_rho, const OptTensor& key_padding_mask,
                                const OptTensor& query_padding_mask) {
-  const auto q_dtype = q.scalar_type();
-  TORCH_CHECK_TYPE(q_dtype == at::kFloat || q_dtype == at::kBFloat16 || q_dtype == at::kHalf || q_dtype == at::kDouble,
-                   op, ": q has dtype ", dtype_name(q_dtype),
-                   ", expected torch.float32, torch.bfloat16, torch.float16 or torch.float64; convert it with .to()");
-  if (k) dtype(op, "k", *k, q_dtype);
-  dtype(op, "v", v, q_dtype);
+  floating(op, "q", q);
+  if (k) dtype(op, "k", *k, q.scalar_type());
+  dtype(op, "v", v, q.scalar_type());
   if (k) device(op, "k", *k, q);
   device(op, "v", v, q);
 
@@ -85,8 +94,7 @@ inline Sizes forward_arguments(const char* op, const Tensor& q, const OptTensor&
   if (k) shape(op, "k", *k, {s.B, s.H, s.M, s.d}, "(B, H, M, d)");
   shape(op, "v", v, {s.B, s.H, s.M, s.dv}, "(B, H, M, dv)");
 
-  TORCH_CHECK_VALUE(std::isfinite(eps) && eps > 0, op, ": eps is ", eps,
-                    ", expected a finite number above 0; the paper's is 1e-6");
+  positive_eps(op, eps);
   TORCH_CHECK_VALUE(std::isfinite(rho), op, ": rho is ", rho, ", expected a finite number; the paper's is 0.95");
   if (head_rho) statistic(op, "head_rho", *head_rho, q, {s.B, s.H}, "(B, H)");
   mask(op, "key_padding_mask", key_padding_mask, q, {s.B, s.M}, "(B, M)");

@@ -5,13 +5,16 @@
 
 #include "cpu/isa.h"
 
+// setup.py defines INFSA_CUDA_ARCH_LIST, as 8.0,9.0a, where it compiles csrc/cuda.
+#define INFSA_STRING(...) #__VA_ARGS__
+#define INFSA_STRING_OF(...) INFSA_STRING(__VA_ARGS__)
 #ifndef INFSA_CUDA_ARCH_LIST
-#define INFSA_CUDA_ARCH_LIST ""
+#define INFSA_CUDA_ARCH_LIST
 #endif
 
 PYBIND11_MODULE(_C, m) {
   m.attr("torch_version") = TORCH_VERSION;
   m.attr("compiler") = __VERSION__;
   m.attr("cpu_isa") = infsa::cpu::isa_name();
-  m.attr("cuda_arch_list") = INFSA_CUDA_ARCH_LIST;
+  m.attr("cuda_arch_list") = INFSA_STRING_OF(INFSA_CUDA_ARCH_LIST);
 }

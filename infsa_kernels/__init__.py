@@ -3,6 +3,7 @@
 from .ops._library import backend, choose_backend, explain_backend
 from .ops.attention import infsa_attention
 from .ops.linear import linear_infsa, linear_infsa_scores
+from .ops.linear_layer import pooled_linear_infsa
 from .ops.pure import pure_infsa, pure_infsa_scores
 
 __version__ = "0.1.0"
@@ -14,6 +15,7 @@ __all__ = [
     "infsa_attention",
     "linear_infsa",
     "linear_infsa_scores",
+    "pooled_linear_infsa",
     "pure_infsa",
     "pure_infsa_scores",
 ]

@@ -5,7 +5,7 @@ import platform
 import torch
 
 from . import __version__
-from .ops._library import explain_backend
+from .ops._library import RAW, SUFFIXES, explain_backend
 
 
 def describe() -> str:
@@ -19,8 +19,7 @@ def describe() -> str:
     ]
     for device in _devices():
         lines += ["", f"{device}  {_device_name(device)}"]
-        for name, reason in explain_backend(device, torch.float32, (1, 1, 1, 64)).items():
-            lines.append(f"  {name:<7} {'runs' if reason is None else 'does not run: ' + reason}")
+        lines += _backends(device)
     return "\n".join(lines)
 
 
@@ -37,7 +36,19 @@ def _extension() -> str:
         from . import _C
     except ImportError as error:
         return f"none ({error})"
-    return f"built for torch {_C.torch_version} with compiler {_C.compiler}, CPU kernels for {_C.cpu_isa}"
+    cuda = f"CUDA kernels for {_C.cuda_arch_list}" if _C.cuda_arch_list else "no CUDA kernels"
+    return f"built for torch {_C.torch_version} with compiler {_C.compiler}, CPU kernels for {_C.cpu_isa}, {cuda}"
+
+
+def _backends(device: torch.device) -> list[str]:
+    """A line for every backend and reason, with the operators that it concerns."""
+    reasons = {op: explain_backend(op, device, torch.float32, (1, 1, 1, 64)) for op in RAW}
+    lines = []
+    for name in SUFFIXES:
+        for reason in dict.fromkeys(reasons[op][name] for op in RAW):
+            ops = ", ".join(op for op in RAW if reasons[op][name] == reason)
+            lines.append(f"  {name:<7} {ops}: {'runs' if reason is None else 'does not run: ' + reason}")
+    return lines
 
 
 def _devices() -> list[torch.device]:

@@ -10,7 +10,7 @@ These functions materialise whatever the equations name (Pure: the N x M matrix)
 import torch
 from torch import Tensor
 
-__all__ = ["linear", "linear_scores", "pure", "pure_scores"]
+__all__ = ["central_query", "linear", "linear_layer", "linear_scores", "pure", "pure_scores", "score_pool"]
 
 
 def linear_scores(
@@ -96,3 +96,84 @@ def _remove(x: Tensor, mask: Tensor | None) -> Tensor:
 
 def _per_head(rho: float | Tensor, scores: Tensor, trailing: int) -> float | Tensor:
     return rho.to(scores.dtype)[(..., *[None] * trailing)] if isinstance(rho, Tensor) else rho
+
+
+def linear_layer(
+    x: Tensor,
+    num_heads: int,
+    q_weight: Tensor,
+    v_weight: Tensor,
+    out_weight: Tensor,
+    *,
+    q_bias: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    k_bias: Tensor | None = None,
+    v_bias: Tensor | None = None,
+    out_bias: Tensor | None = None,
+    rho: float | Tensor = 1.0,
+    eps: float = 1e-6,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_eps: float | None = None,
+    padding_mask: Tensor | None = None,
+) -> Tensor:
+    """Linear-InfSA self-attention as a layer, for x (B, N, D): LayerNorm, projections, :func:`linear`, output projection.
+
+    Returns the row (B, D_out) that every token gets. ``k_weight`` None: keys are the queries. ``norm_eps`` None: no
+    LayerNorm. A token that ``padding_mask`` (B, N) ignores is neither query nor key.
+    """
+    x = x if padding_mask is None else x.masked_fill(padding_mask[..., None], 0)
+    if norm_eps is not None:
+        x = torch.nn.functional.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, norm_eps)
+
+    def heads(weight, bias):
+        return torch.nn.functional.linear(x, weight, bias).unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+    q, v = heads(q_weight, q_bias), heads(v_weight, v_bias)
+    k = q if k_weight is None else heads(k_weight, k_bias)
+    z = linear(q, k, v, rho, eps, padding_mask, padding_mask)
+    return torch.nn.functional.linear(z.flatten(1), out_weight, out_bias)
+
+
+def central_query(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    norm_eps: float | None = None,
+    eps: float = 1e-6,
+    padding_mask: Tensor | None = None,
+) -> Tensor:
+    """qbar of the queries W_h x_i + b_h: (B, H, d), for x (B, N, D), weight (H, d, D), bias (H, d). Paper eqs 16-18."""
+    x = _normalise(x, norm_eps, padding_mask)
+    q = torch.einsum("bnc,hdc->bhnd", x, weight)
+    u = _remove((q if bias is None else q + bias[:, None]), padding_mask) * _scale(q)
+    energy = torch.linalg.vector_norm(u, dim=-1)
+    return torch.einsum("bhn,bhnd->bhd", energy / (energy.sum(-1, keepdim=True) + eps), u)
+
+
+def score_pool(
+    x: Tensor,
+    keys: Tensor,
+    key_bias: Tensor | None = None,
+    norm_eps: float | None = None,
+    eps: float = 1e-6,
+    padding_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The tokens x (B, N, D) pooled by r = ReLU(x . keys + key_bias): sum r x / (sum r + eps), (B, H, D), and the sum of
+    these weights, (B, H). keys (B, H, D), key_bias (B, H)."""
+    x = _normalise(x, norm_eps, padding_mask)
+    scores = torch.einsum("bnc,bhc->bhn", x, keys)
+    scores = torch.relu(scores if key_bias is None else scores + key_bias[..., None])
+    if padding_mask is not None:
+        scores = scores.masked_fill(padding_mask[:, None], 0)
+    weights = scores / (scores.sum(-1, keepdim=True) + eps)
+    return torch.einsum("bhn,bnc->bhc", weights, x), weights.sum(-1)
+
+
+def _normalise(x: Tensor, norm_eps: float | None, padding_mask: Tensor | None) -> Tensor:
+    """x to mean 0 and variance 1 per token, without an affine part, if norm_eps is given; ignored tokens 0."""
+    x = x if padding_mask is None else x.masked_fill(padding_mask[..., None], 0)
+    if norm_eps is None:
+        return x
+    x = (x - x.mean(-1, keepdim=True)) * (x.var(-1, correction=0, keepdim=True) + norm_eps).rsqrt()
+    return x if padding_mask is None else x.masked_fill(padding_mask[..., None], 0)

@@ -14,7 +14,7 @@ from infsa_kernels.ops._library import SUFFIXES
 
 CPU = torch.device("cpu")
 SHAPE = (2, 3, 5, 8)
-REASONS = infsa_kernels.explain_backend(CPU, torch.float32, SHAPE)
+REASONS = infsa_kernels.explain_backend("linear", CPU, torch.float32, SHAPE)
 USABLE = [name for name, reason in REASONS.items() if reason is None]
 
 
@@ -32,7 +32,7 @@ def backends_of(function, *args):
 
 
 def test_automatic_choice_is_the_fastest_that_runs(call):
-    assert backends_of(call.run) == [infsa_kernels.choose_backend(CPU, torch.float32, SHAPE)] == USABLE[:1]
+    assert backends_of(call.run) == [infsa_kernels.choose_backend(call.op, CPU, torch.float32, SHAPE)] == USABLE[:1]
 
 
 @pytest.mark.parametrize("name", SUFFIXES)
@@ -114,7 +114,7 @@ def test_unknown_names(call):
     with pytest.raises(ValueError, match="got 'gpu', expected one of 'cpu', 'cuda', 'triton', 'eager'"):
         infsa_kernels.backend("gpu")
     with pytest.raises(ValueError, match="no backend 'gpu'"):
-        infsa_kernels.choose_backend(CPU, torch.float32, SHAPE, "gpu")
+        infsa_kernels.choose_backend(call.op, CPU, torch.float32, SHAPE, "gpu")
     with pytest.raises(ValueError, match="no backend 'gpu'"):
         getattr(torch.ops.infsa, call.op)(call.q, call.k, call.v, backend="gpu")
 
@@ -125,8 +125,8 @@ def test_explanation_names_every_backend_and_reason():
     assert REASONS["eager"] is None
     assert REASONS["cuda"]
     for device in (CPU, torch.device("cuda", 0), torch.device("meta")):
-        reasons = infsa_kernels.explain_backend(device, torch.float32, SHAPE)
-        chosen = infsa_kernels.choose_backend(device, torch.float32, SHAPE)
+        reasons = infsa_kernels.explain_backend("linear", device, torch.float32, SHAPE)
+        chosen = infsa_kernels.choose_backend("linear", device, torch.float32, SHAPE)
         assert reasons[chosen] is None
         assert all(reason is None or len(reason) > 10 for reason in reasons.values())
 

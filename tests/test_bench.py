@@ -6,12 +6,12 @@ import math
 import pytest
 import torch
 
-from bench import curves, goals, machine, measure, report, rows, run
+from bench import curves, goals, layer, machine, measure, report, rows, run
 from bench.cases import Case, plan
 from bench.image import photograph, queries_keys_values
-from bench.peers import PEERS
 from bench.sweep import Settings, Sweep
 from bench.truth import Truth, pure_rows
+from bench.ways import WAYS
 from infsa_kernels import reference
 
 CPU = torch.device("cpu")
@@ -46,6 +46,7 @@ def test_a_run_writes_rows_plots_and_a_table(results):
     table = (out / "table.txt").read_text()
     assert "Linear-InfSA" in table
     assert "Pure InfSA" in table
+    assert "Pooled layer" in table
     assert "WRONG" not in table
     assert {"commit", "torch", "device", "threads", "cores", "isa", "backend", "date"} <= found["environment"].keys()
     for candidate in ("infsa", "eager", "sdpa"):
@@ -72,6 +73,22 @@ def test_every_row_has_its_figures(results):
         assert 0 < row["p20_s"] <= row["median_s"] <= row["p80_s"]
         if row["candidate"] == "infsa":
             assert row["error"] <= row["bound"]
+
+
+def test_pooled_layer_is_gated_and_timed_beside_the_plain_path(results):
+    found = results[0]["layer"]
+    assert {(r["N"], r["direction"], r["candidate"]) for r in found} == {
+        (N, direction, name) for N in (4, 16) for direction in ("fwd", "fwd+bwd") for name in ("pooled", "plain")
+    }
+    assert all(r["status"] == "ok" and r["median_s"] > 0 for r in found)
+    assert all(r["error"] <= r["bound"] for r in found if r["candidate"] == "pooled")
+
+
+def test_a_wrong_pooled_layer_is_refused(monkeypatch):
+    monkeypatch.setattr(layer, "pooled", lambda *tensors: layer.plain(*tensors)[:, 0] * 1.001)
+    tensors = layer.inputs(32, torch.float32, CPU)
+    verdict = layer.judge(tensors, torch.ones(1, layer.D))
+    assert verdict["status"] == "wrong"
 
 
 def test_bytes_and_flops_by_hand():
@@ -110,7 +127,7 @@ def test_the_gate_sees_one_wrong_number(op, what):
     case = plan([op], [64], torch.float32)[0]
     inputs = case.inputs(*queries_keys_values(64), device=CPU)
     leaves = {n: t.detach().requires_grad_() for n, t in inputs.items()}
-    out = PEERS["infsa"].prepare(op)(leaves["q"], leaves["q"], leaves["v"])
+    out = WAYS["infsa"].prepare(op)(leaves["q"], leaves["q"], leaves["v"])
     dout = torch.randn_like(out)
     dq, dv = torch.autograd.grad(out, [leaves["q"], leaves["v"]], dout)
     results = {"out": out.detach(), "dq": dq, "dv": dv}
@@ -127,8 +144,8 @@ def test_the_gate_sees_one_wrong_number(op, what):
 
 def test_a_wrong_kernel_gets_no_time_and_no_speed_up(monkeypatch, capsys, tmp_path):
     small_limits(monkeypatch)
-    right = PEERS["infsa"].prepare("linear")
-    monkeypatch.setattr(PEERS["infsa"], "prepare", lambda op: lambda q, k, v: right(q, k, v) * 1.5)
+    right = WAYS["infsa"].prepare("linear")
+    monkeypatch.setattr(WAYS["infsa"], "prepare", lambda op: lambda q, k, v: right(q, k, v) * 1.5)
     arguments = ["--only", "linear", "--sizes", "32", "--peers", "eager", "--budget", "0.01", "--device", "cpu"]
     assert run.main([*arguments, "--out", str(tmp_path)]) == 1
     table = capsys.readouterr().out
@@ -144,7 +161,7 @@ def test_what_would_take_too_long_is_a_row_and_is_not_run(monkeypatch):
     ceilings = {"gemm": 1e6, "gemm_way": "torch.mm", "read_way": "torch.sum"}
     settings = Settings(CPU, torch.float32, ("eager", "sdpa"), budget=0.01, limit=1e-3)
     sweep = Sweep(settings, ceilings, lambda what: None)
-    monkeypatch.setattr(PEERS["sdpa"], "prepare", lambda op: pytest.fail("it ran"))
+    monkeypatch.setattr(WAYS["sdpa"], "prepare", lambda op: pytest.fail("it ran"))
     case = Case("pure", 1024, 16, 64)
     assert sweep.skip(case, "sdpa", "fwd") == {"status": "skipped", "reason": "would take ~4295 s"}
     monkeypatch.setattr("bench.sweep.available_memory", lambda device: 1 << 20)
@@ -187,6 +204,10 @@ def test_goals_are_reached_missed_or_not_measured():
         {
             "environment": {"device_type": "cpu"},
             "rows": [case | {"candidate": name, "median_s": t} for name, t in times.items()],
+            "layer": [
+                goals.LAYER | {"status": "ok", "direction": "fwd", "candidate": name, "median_s": t}
+                for name, t in {"pooled": 1.0, "plain": 3.0}.items()
+            ],
             "dispatch": {"public": 20e-6, "kernel": 10e-6},
         }
     )
@@ -194,6 +215,8 @@ def test_goals_are_reached_missed_or_not_measured():
     assert by_name["Linear forward: time over its own read of Q, Q, V"] == (2.0, False)
     assert by_name["Linear forward: times faster than eager"] == (25.0, True)
     assert by_name["Pure forward: times faster than SDPA"] == (None, None)
+    assert by_name["Pooled layer forward: times faster than the plain path"] == (3.0, True)
+    assert by_name["Pooled layer forward + backward: times faster than the plain path"] == (None, None)
     assert by_name["Dispatch of a tiny forward: us beyond its C++ operator"] == (pytest.approx(10), True)
 
 

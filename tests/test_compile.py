@@ -82,7 +82,9 @@ def raw_calls(function, *args):
 def test_backend_choice_inside_and_around(op, device):
     call = make(op, 9, device)
     usable = [
-        n for n, why in infsa_kernels.explain_backend(call.q.device, call.q.dtype, call.q.shape).items() if not why
+        n
+        for n, why in infsa_kernels.explain_backend(call.op, call.q.device, call.q.dtype, call.q.shape).items()
+        if not why
     ]
     raw = {name: f"{op}_fwd{infsa_kernels.ops._library.SUFFIXES[name]}" for name in usable}
 

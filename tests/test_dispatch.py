@@ -31,7 +31,7 @@ def tiny():
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_overhead_over_the_raw_operator(op, requires_grad, tiny):
     q, k, v = (t.detach().requires_grad_(requires_grad) for t in tiny)
-    forward = raw_op(f"{op}_fwd", infsa_kernels.choose_backend(q.device, q.dtype, q.shape)).default
+    forward = raw_op(f"{op}_fwd", infsa_kernels.choose_backend(op, q.device, q.dtype, q.shape)).default
     arguments = q, k, v, 1e-6, 0.95, None, None, None
     public = getattr(infsa_kernels, f"{op}_infsa")
 

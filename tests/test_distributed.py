@@ -113,6 +113,28 @@ def two_mesh_dimensions_and_uneven_shards(mesh):
         assert_close(actual.full_tensor(), getattr(torch.ops.infsa, op)(*tensors.values()))
 
 
+def pooled_layer_is_sharded(mesh):
+    """A batch in shards with weights on every process; and heads of the queries in shards, as tensor parallelism has them."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    torch.manual_seed(0)
+    sizes = {"x": (B, N, D), "q_weight": (H * 3, D), "v_weight": (H * 2, D), "out_weight": (5, H * 2)}
+    tensors = {name: torch.randn(size, dtype=torch.float64) for name, size in sizes.items()}
+    placements = [{"x": Shard(0)}, {"q_weight": Shard(0)}, {"x": Shard(1)}]
+
+    def step(tensors):
+        leaves = {name: t.requires_grad_() for name, t in tensors.items()}
+        out = infsa_kernels.pooled_linear_infsa(**leaves, num_heads=H, norm_eps=1e-5)
+        out.square().sum().backward()
+        return [out, *(t.grad for t in leaves.values())]
+
+    expected = step({name: t.clone() for name, t in tensors.items()})
+    for where in placements:
+        placed = {n: distribute_tensor(t.clone(), mesh, [where.get(n, Replicate())]) for n, t in tensors.items()}
+        for actual, truth in zip(step(placed), expected):
+            assert_close(actual.full_tensor(), truth)
+
+
 def work(rank, store, checks):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=WORLD)
@@ -127,9 +149,10 @@ def work(rank, store, checks):
     "checks",
     [
         [placements_are_equivalent, sharded_work_stays_where_it_is, two_mesh_dimensions_and_uneven_shards],
+        [pooled_layer_is_sharded],
         [raw_operators_are_sharded],  # in processes that have called no public operator before
     ],
-    ids=["public", "raw"],
+    ids=["public", "layer", "raw"],
 )
 def test_two_processes(checks, tmp_path, monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")

@@ -52,8 +52,10 @@ before = set(sys.modules)
 import infsa_kernels
 end = time.perf_counter()
 assert end - middle < (middle - start) / 2, (middle - start, end - middle)
+import infsa_kernels.nn
 new = set(sys.modules) - before
-heavy = ("triton", "numpy", "matplotlib", "torch._dynamo", "torch._inductor", "torch.distributed.tensor", "sympy")
+heavy = ("triton", "numpy", "matplotlib", "torch._dynamo", "torch._inductor", "torch.distributed.tensor", "sympy",
+         "timm", "torchvision", "transformers")
 assert not [m for m in new if m.startswith(heavy)], new
 assert not torch.cuda.is_initialized()
 """

@@ -65,7 +65,7 @@ def test_opcheck_raw(op, form, dtype, layout, requires_grad, device, backend):
 @pytest.mark.parametrize(("form", "dtype"), [("head_rho", torch.float64), ("tied_masked_one_rho", torch.bfloat16)])
 def test_opcheck_second_derivative(op, form, dtype, device):
     """It is the reference's, whatever the backend."""
-    backend = infsa_kernels.choose_backend(torch.device(device), dtype, (B, H, N, D))
+    backend = infsa_kernels.choose_backend(op, torch.device(device), dtype, (B, H, N, D))
     arguments = backward_arguments(make_call(op, form, dtype, device, "gaps"), backend)
     differentiable = (*with_gradients(arguments[:4]), *arguments[4:])
     torch.library.opcheck(raw_op(f"{op}_bwd", backend).default, differentiable)

@@ -177,7 +177,7 @@ def test_empty_sizes_and_repeated_runs(op, triton):
 @interpreted
 def test_refusals_name_the_reason():
     def reason(dtype, d):
-        return infsa_kernels.explain_backend(torch.device("cpu"), dtype, (1, 1, 8, d))["triton"]
+        return infsa_kernels.explain_backend("linear", torch.device("cpu"), dtype, (1, 1, 8, d))["triton"]
 
     assert reason(torch.bfloat16, 64) is None
     assert "float64" in reason(torch.float64, 64)

@@ -1,10 +1,10 @@
-// The matrix products of Pure InfSA: one register tile, C[rows x vectors] = A (broadcast) B (rows of vectors), and the
-// packing that its operands need.
+// Matrix products: one register tile, C[rows x vectors] = A (broadcast) B (rows of vectors), and the packing that its
+// operands need.
 //
 // Included by isa_<set>.cpp only, like vec.h.
 #pragma once
 
-#include "pure.h"
+#include "tokens.h"
 #include "vec.h"
 
 namespace infsa::cpu::INFSA_ISA {
@@ -19,8 +19,6 @@ constexpr int kTileRows = 4;
 #endif
 constexpr int kTileVectors = 2;
 template <typename A> constexpr int64_t kPanel = kTileVectors * kLanes<A>;
-static_assert(kPureBlock % kTileRows == 0 && kPureBlock % kPanel<float> == 0 && kPureStride % kTileRows == 0 &&
-              kPureStride % kLanes<float> == 0);
 
 #define INFSA_LAMBDA __attribute__((always_inline))
 
@@ -97,6 +95,24 @@ template <typename T> void copy_rows(const Tokens& from, int64_t begin, int64_t 
       T some[lanes] = {};
       for (int64_t i = 0; i < least(lanes, columns - c); ++i) some[i] = row[(c + i) * from.col];
       store(to + c, load(some) * scale);
+    }
+  }
+}
+
+// The way back: rows of the accumulation type, `stride` apart, times scale, rounded, to tokens [begin, begin + rows).
+template <typename T> void store_rows(const Tokens& to, int64_t begin, int64_t rows, int64_t columns, Acc<T> scale,
+                                      const Acc<T>* from, int64_t stride) {
+  constexpr int64_t lanes = kLanes<Acc<T>>;
+  for (int64_t r = 0; r < rows; ++r, from += stride) {
+    T* row = static_cast<T*>(to.data) + (to.kept ? to.kept[begin + r] : begin + r) * to.row;
+    int64_t c = 0;
+    if (to.col == 1) {
+      for (; c + lanes <= columns; c += lanes) store(row + c, load(from + c) * scale);
+    }
+    for (; c < columns; c += lanes) {
+      T some[lanes];
+      store(some, load(from + c) * scale);
+      for (int64_t i = 0; i < least(lanes, columns - c); ++i) row[(c + i) * to.col] = some[i];
     }
   }
 }

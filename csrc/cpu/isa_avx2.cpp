@@ -9,6 +9,7 @@
 #pragma GCC target("avx2,fma,f16c")
 #endif
 
+#include "layer_kernels.h"
 #include "linear_kernels.h"
 #include "pure_kernels.h"
 

@@ -10,6 +10,7 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 #endif
 
+#include "layer_kernels.h"
 #include "linear_kernels.h"
 #include "pure_kernels.h"
 

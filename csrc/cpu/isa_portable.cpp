@@ -2,5 +2,6 @@
 #define INFSA_ISA portable
 #define INFSA_VEC_BYTES 16
 
+#include "layer_kernels.h"
 #include "linear_kernels.h"
 #include "pure_kernels.h"

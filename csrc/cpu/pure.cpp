@@ -12,7 +12,6 @@
 
 #include <algorithm>
 #include <array>
-#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <tuple>
@@ -21,6 +20,7 @@
 #include "../check.h"
 #include "alloc.h"
 #include "isa.h"
+#include "tasks.h"
 
 namespace infsa::cpu {
 namespace {
@@ -31,11 +31,6 @@ constexpr int64_t kSumsBytes = 32 << 20;
 constexpr int64_t kOwnSumsBytes = 1 << 20;
 // The cells that a round should have, for machines with many cores.
 constexpr int64_t kCells = 32;
-// With fewer multiplications than this, waking other threads costs more than they bring.
-constexpr double kSerialWork = 1 << 19;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 const PureKernels& kernels_for(at::ScalarType dtype) {
   const int row = dtype == at::kFloat ? 0 : dtype == at::kDouble ? 1 : dtype == at::kBFloat16 ? 2 : 3;
 #if defined(__x86_64__)
@@ -58,26 +53,6 @@ void set(const Tensor& t, int64_t at, double x) {
   else
     t.mutable_data_ptr<float>()[at] = static_cast<float>(x);
 }
-
-// The positions of the tokens that count, batch by batch; all of them without a mask.
-struct Kept {
-  int64_t all;
-  std::vector<std::vector<int64_t>> positions;
-
-  Kept(const OptTensor& mask, int64_t tokens) : all(tokens) {
-    if (!mask) return;
-    const Tensor ignored = mask->contiguous();
-    const bool* row = ignored.const_data_ptr<bool>();
-    for (int64_t b = 0; b < ignored.size(0); ++b, row += tokens) {
-      auto& kept = positions.emplace_back();
-      for (int64_t i = 0; i < tokens; ++i) {
-        if (!row[i]) kept.push_back(i);
-      }
-    }
-  }
-  int64_t count(int64_t b) const { return positions.empty() ? all : static_cast<int64_t>(positions[b].size()); }
-  const int64_t* of(int64_t b) const { return positions.empty() ? nullptr : positions[b].data(); }
-};
 
 bool same_mask(const OptTensor& a, const OptTensor& b) {
   if (!a || !b) return !a && !b;
@@ -150,20 +125,6 @@ Range chunk(int64_t tokens, int64_t n, int64_t i) {
   const int64_t step = ceil_div(ceil_div(tokens, n), kPureBlock) * kPureBlock;
   const auto bound = [&](int64_t at) { return at > 0 && at * step + kPureSlack >= tokens ? tokens : at * step; };
   return {bound(i), bound(i + 1)};
-}
-
-// task(t, memory) for every t; a free thread takes the next one.
-template <typename Task> void run_tasks(int64_t count, double work, int64_t bytes, const Task& task) {
-  std::atomic<int64_t> next{0};
-  const int64_t threads = work < kSerialWork ? 1 : std::min<int64_t>(count, at::get_num_threads());
-  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t thread = begin; thread < end; ++thread) {
-      const Tensor memory = at::detail::empty_cpu({bytes}, at::kByte);
-      for (int64_t t; (t = next.fetch_add(1, std::memory_order_relaxed)) < count;) {
-        task(t, static_cast<char*>(memory.data_ptr()));
-      }
-    }
-  });
 }
 
 // For every head: begin(head, chunk), then cell(head, round, query chunk, key chunk, sums, scratch) round by round,

@@ -4,18 +4,9 @@
 
 #include <stdint.h>
 
+#include "tokens.h"
+
 namespace infsa::cpu {
-
-// The tokens of one head. Strides are in elements; kept[i] is the position of the i-th token that counts; null: all do.
-struct Tokens {
-  void* data = nullptr;
-  int64_t row = 0, col = 0;
-  const int64_t* kept = nullptr;
-};
-
-struct Range {
-  int64_t begin, end;
-};
 
 // One head of one call. N and M count the tokens that are not masked.
 struct PureHead {

@@ -13,8 +13,12 @@
 #pragma once
 
 #include "gemm.h"
+#include "pure.h"
 
 namespace infsa::cpu::INFSA_ISA {
+
+static_assert(kPureBlock % kTileRows == 0 && kPureBlock % kPanel<float> == 0 && kPureStride % kTileRows == 0 &&
+              kPureStride % kLanes<float> == 0);
 
 // The working memory of one thread. Blocks hold at most kPureStride tokens, fewer when the head has fewer.
 template <typename A> struct PureScratch {
@@ -205,21 +209,9 @@ void pure_backward(const PureHead& h, const PureSums& sums, Range keys, Range qu
 // The end of both passes, once the head's scale is known.
 template <typename T> void finish(const Tokens& to, const void* sums, int64_t columns, double scale, Range range) {
   using A = Acc<T>;
-  constexpr int64_t lanes = kLanes<A>;
   const int64_t stride = row_length<A>(columns);
-  for (int64_t r = range.begin; r < range.end; ++r) {
-    const A* from = static_cast<const A*>(sums) + r * stride;
-    T* row = static_cast<T*>(to.data) + (to.kept ? to.kept[r] : r) * to.row;
-    int64_t c = 0;
-    if (to.col == 1) {
-      for (; c + lanes <= columns; c += lanes) store(row + c, load(from + c) * A(scale));
-    }
-    for (; c < columns; c += lanes) {
-      T some[lanes];
-      store(some, load(from + c) * A(scale));
-      for (int64_t i = 0; i < least(lanes, columns - c); ++i) row[(c + i) * to.col] = some[i];
-    }
-  }
+  store_rows<T>(to, range.begin, range.end - range.begin, columns, A(scale),
+                static_cast<const A*>(sums) + range.begin * stride, stride);
 }
 
 // The products are exact in float64: two float32 factors have 48 bits.

@@ -20,10 +20,50 @@ def python_types(op, q, k, v, rho, eps, key_padding_mask, query_padding_mask):
     for name, t in (("key_padding_mask", key_padding_mask), ("query_padding_mask", query_padding_mask)):
         if t is not None and not isinstance(t, Tensor):
             raise TypeError(f"{op}: {name} is a {type(t).__name__}, expected a Tensor of torch.bool or None")
+    _numbers(op, rho, eps)
+
+
+def layer_python_types(op, tensors, optional, num_heads, rho, eps, norm_eps):
+    """The same for the layer: tensors by name, those that may be None, and the numbers."""
+    for name, t in tensors.items():
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{op}: {name} is a {type(t).__name__}, expected a Tensor")
+    for name, t in optional.items():
+        if t is not None and not isinstance(t, Tensor):
+            raise TypeError(f"{op}: {name} is a {type(t).__name__}, expected a Tensor or None")
+    if not isinstance(num_heads, (int, torch.SymInt)) or isinstance(num_heads, bool):
+        raise TypeError(f"{op}: num_heads is a {type(num_heads).__name__}, expected an int")
+    _numbers(op, rho, eps)
+    if not (norm_eps is None or isinstance(norm_eps, (int, float)) or hasattr(norm_eps, "__float__")):
+        raise TypeError(f"{op}: norm_eps is a {type(norm_eps).__name__}, expected a number or None")
+
+
+def _numbers(op, rho, eps):
     if not (isinstance(rho, (int, float, Tensor)) or hasattr(rho, "__float__")):
         raise TypeError(f"{op}: rho is a {type(rho).__name__}, expected a number or a Tensor")
     if not (isinstance(eps, (int, float)) or hasattr(eps, "__float__")):
         raise TypeError(f"{op}: eps is a {type(eps).__name__}, expected a number")
+
+
+def dense(op, name, t):
+    """Whatever is no memory with strides, in the public ops: the raw ones never see it."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{op}: {name} is None, expected a Tensor")
+    if t.layout != torch.strided or t.is_quantized or t.is_nested:
+        kind = "nested tensor" if t.is_nested else "quantized tensor" if t.is_quantized else f"{t.layout} tensor"
+        raise TypeError(f"{op}: {name} is a {kind}, expected a dense strided one; densify it first")
+
+
+def rho_tensor(op, rho, q, heads, letters, like="q"):
+    """rho as a public op takes it: one value, or one per head."""
+    if not rho.is_floating_point():
+        raise TypeError(f"{op}: rho has dtype {rho.dtype}, expected a floating dtype; convert it with .to()")
+    if rho.shape not in ((), (1,), (heads,)):
+        raise ValueError(
+            f"{op}: rho has shape {list(rho.shape)}, expected [], [1] or {letters} = [{heads}]; "
+            "give one value, or one per head"
+        )
+    device(op, "rho", rho, q, like)
 
 
 def acc_dtype(q: Tensor) -> torch.dtype:
@@ -33,14 +73,10 @@ def acc_dtype(q: Tensor) -> torch.dtype:
 
 def forward_arguments(op, q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask):
     """Every argument that forward and backward have in common; k is None where it is tied to q."""
-    if q.dtype not in DTYPES:
-        raise TypeError(
-            f"{op}: q has dtype {q.dtype}, expected torch.float32, torch.bfloat16, torch.float16 or torch.float64; "
-            "convert it with .to()"
-        )
+    floating(op, "q", q)
     others = [("v", v, "(B, H, M, dv)")] if k is None else [("k", k, "(B, H, M, d)"), ("v", v, "(B, H, M, dv)")]
     for name, t, _ in others:
-        _dtype(op, name, t, q.dtype)
+        dtype(op, name, t, q.dtype)
     for name, t, _ in others:
         device(op, name, t, q)
     for name, t, letters in [("q", q, "(B, H, N, d)"), *others]:
@@ -49,59 +85,77 @@ def forward_arguments(op, q, k, v, eps, rho, head_rho, key_padding_mask, query_p
     B, H, N, d = q.shape
     M = N if k is None else k.shape[2]
     if k is not None:
-        _shape(op, "k", k, (B, H, M, d), "(B, H, M, d)")
-    _shape(op, "v", v, (B, H, M, v.shape[3]), "(B, H, M, dv)")
+        shape(op, "k", k, (B, H, M, d), "(B, H, M, d)")
+    shape(op, "v", v, (B, H, M, v.shape[3]), "(B, H, M, dv)")
 
-    if not (math.isfinite(eps) and eps > 0):
-        raise ValueError(f"{op}: eps is {eps:g}, expected a finite number above 0; the paper's is 1e-6")
-    if not math.isfinite(rho):
-        raise ValueError(f"{op}: rho is {rho:g}, expected a finite number; the paper's is 0.95")
+    positive_eps(op, eps)
+    finite_rho(op, rho)
     if head_rho is not None:
         statistic(op, "head_rho", head_rho, q, (B, H), "(B, H)")
-    _mask(op, "key_padding_mask", key_padding_mask, q, (B, M), "(B, M)")
-    _mask(op, "query_padding_mask", query_padding_mask, q, (B, N), "(B, N)")
+    mask(op, "key_padding_mask", key_padding_mask, q, (B, M), "(B, M)")
+    mask(op, "query_padding_mask", query_padding_mask, q, (B, N), "(B, N)")
+
+
+def floating(op, name, t):
+    if t.dtype not in DTYPES:
+        raise TypeError(
+            f"{op}: {name} has dtype {t.dtype}, expected torch.float32, torch.bfloat16, torch.float16 or torch.float64; "
+            "convert it with .to()"
+        )
+
+
+def positive_eps(op, eps):
+    if not (math.isfinite(eps) and eps > 0):
+        raise ValueError(f"{op}: eps is {eps:g}, expected a finite number above 0; the paper's is 1e-6")
+
+
+def finite_rho(op, rho):
+    if not math.isfinite(rho):
+        raise ValueError(f"{op}: rho is {rho:g}, expected a finite number; the paper's is 0.95")
 
 
 def like_q(op, name, t, q, expected, letters):
     """dout, and whatever else has the dtype of q."""
-    _dtype(op, name, t, q.dtype)
+    dtype(op, name, t, q.dtype)
     device(op, name, t, q)
-    _shape(op, name, t, expected, letters)
+    shape(op, name, t, expected, letters)
 
 
-def statistic(op, name, t, q, expected, letters):
+def statistic(op, name, t, q, expected, letters, like="q"):
     """A float32/float64 tensor that an op made and takes back, or head_rho."""
-    _dtype(op, name, t, acc_dtype(q))
-    device(op, name, t, q)
-    _shape(op, name, t, expected, letters)
+    dtype(op, name, t, acc_dtype(q))
+    device(op, name, t, q, like)
+    shape(op, name, t, expected, letters)
 
 
-def _mask(op, name, t, q, expected, letters):
+def mask(op, name, t, q, expected, letters, like="q"):
     if t is not None:
-        _dtype(op, name, t, torch.bool)
-        device(op, name, t, q)
-        _shape(op, name, t, expected, letters)
+        dtype(op, name, t, torch.bool)
+        device(op, name, t, q, like)
+        shape(op, name, t, expected, letters)
 
 
-def _dtype(op, name, t, expected):
+def dtype(op, name, t, expected):
     if t.dtype != expected:
         raise TypeError(f"{op}: {name} has dtype {t.dtype}, expected {expected}; convert it with .to({expected})")
 
 
-def device(op, name, t, q):
+def device(op, name, t, q, like="q"):
     if t.device != q.device:
-        raise ValueError(f"{op}: {name} is on {t.device}, expected {q.device}, where q is; move it with .to(q.device)")
+        raise ValueError(
+            f"{op}: {name} is on {t.device}, expected {q.device}, where {like} is; move it with .to({like}.device)"
+        )
 
 
 def three_dimensions(op, q, k, v):
     """q (B*H, N, d), k and v, before they are viewed with four dimensions, so that errors name the shapes given."""
     heads, _, d = q.shape
     M = k.shape[1]
-    _shape(op, "k", k, (heads, M, d), "(B*H, M, d)")
-    _shape(op, "v", v, (heads, M, v.shape[2]), "(B*H, M, dv)")
+    shape(op, "k", k, (heads, M, d), "(B*H, M, d)")
+    shape(op, "v", v, (heads, M, v.shape[2]), "(B*H, M, dv)")
 
 
-def _shape(op, name, t, expected, letters):
+def shape(op, name, t, expected, letters):
     if t.shape != expected:
         raise ValueError(
             f"{op}: {name} has shape {list(t.shape)}, expected {letters} = {list(expected)}; "

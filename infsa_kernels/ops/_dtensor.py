@@ -10,9 +10,15 @@ from dataclasses import replace
 _waiting: list = []
 
 
-def shard(*ops) -> None:
-    """Gives these raw operators their sharding rules, as soon as there can be DTensors."""
-    _waiting.extend(ops)
+def shard(op, shardings) -> None:
+    """Gives a raw operator its sharding rule, as soon as there can be DTensors.
+
+    Args:
+        shardings: ([(dimensions of the arguments, of the results)], exists). A dimension is where the sharded letter lies
+            in that tensor, -1 if nowhere: then an argument is replicated and a result is a partial sum; None stands for
+            arguments that are no tensors. exists(args) tells which results have elements.
+    """
+    _waiting.append((op, *shardings))
 
 
 def register_waiting() -> None:
@@ -22,40 +28,39 @@ def register_waiting() -> None:
         _waiting.clear()
 
 
-def _register(ops) -> None:
+def _register(rules) -> None:
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor.experimental import register_sharding
 
     infos = DTensor._op_dispatcher.sharding_propagator.op_to_schema_info
-    for op in ops:
-        register_sharding(op)(_rule(op))
+    for op, dimensions, exists in rules:
+        register_sharding(op)(_rule(dimensions, exists))
         # The cache of placements would else ignore which tensors are None and which gradients are wanted.
         infos[op] = replace(infos[op], static_argnum=0)
 
 
-def _rule(op):
-    from torch.distributed.tensor import Replicate, Shard
-
-    names = [argument.name for argument in op._schema.arguments]
+def _rule(dimensions, exists):
+    from torch.distributed.tensor import Partial, Replicate, Shard
 
     def rule(*args):
-        given = dict(zip(names, args))
-        exists = [True] * len(op._schema.returns)
-        if "output_mask" in given:
-            possible = (True, given["k"] is not None, True, given["head_rho"] is not None)
-            exists = [wanted and tensor for wanted, tensor in zip(given["output_mask"], possible)]
+        present = exists(args)
+        given = [hasattr(arg, "placements") for arg in args]
 
-        def placed(rest, of_mask):
+        def placed(of_arguments, of_results):
             inputs = [
-                (of_mask if name.endswith("_padding_mask") else rest) if hasattr(arg, "placements") else None
-                for name, arg in given.items()
+                (Shard(dim) if dim >= 0 else Replicate()) if is_tensor else None
+                for dim, is_tensor in zip(of_arguments, given)
             ]
-            return [rest if e else Replicate() for e in exists], inputs
+            outputs = [
+                Replicate() if not there else Shard(dim) if dim >= 0 else Partial()
+                for dim, there in zip(of_results, present)
+            ]
+            return outputs, inputs
 
-        return [
-            placed(Replicate(), of_mask=Replicate()),
-            placed(Shard(0), of_mask=Shard(0)),  # batch
-            placed(Shard(1), of_mask=Replicate()),  # heads
-        ]
+        replicated = (
+            [Replicate()] * len(present),
+            [Replicate() if is_tensor else None for is_tensor in given],
+        )
+        return [replicated, *(placed(*sharding) for sharding in dimensions)]
 
     return rule

@@ -19,7 +19,7 @@ library = torch.library.Library("infsa", "DEF")
 SUFFIXES = {"cpu": "", "cuda": "", "triton": "_triton", "eager": "_eager"}
 
 # Backends tried in order, by device type. A later one than the first is a fall-back, and is warned of once.
-# On GPUs it is torch operations until a kernel has been verified on one: Triton is there for the asking.
+# On GPUs it is torch operations until a kernel has been verified on one: Triton and CUDA C++ are there for the asking.
 PREFERENCE = {"cpu": ("cpu", "eager"), "cuda": ("eager",)}
 
 
@@ -47,8 +47,14 @@ _extension_error = _load_extension()
 _warned_of_fallback = False
 
 
-def why_not(backend: str, device: torch.device, dtype: torch.dtype, shape: Sequence[int]) -> str | None:
-    """Why a backend cannot run q of this device, dtype and shape (B, H, N, d); None if it can."""
+# The raw operators behind each public one.
+RAW = {"linear": ("linear",), "pure": ("pure",), "linear_layer": ("central_query", "score_pool")}
+
+
+def why_not(op: str, backend: str, device: torch.device, dtype: torch.dtype, shape: Sequence[int]) -> str | None:
+    """Why a backend cannot run `infsa::<op>` on q of this device, dtype and shape (B, H, N, d); None if it can."""
+    if op not in RAW:
+        raise ValueError(f"infsa_kernels has no operator {op!r}, expected one of {', '.join(map(repr, RAW))}")
     if backend == "eager":
         return None
     if backend == "cpu":
@@ -56,10 +62,64 @@ def why_not(backend: str, device: torch.device, dtype: torch.dtype, shape: Seque
             return f"the tensors are on {device}, not on the CPU"
         return _extension_error
     if backend == "cuda":
-        return "this version has no CUDA C++ kernels"
+        return _why_not_cuda(op, device, dtype, shape)
     if backend == "triton":
-        return _why_not_triton(device, dtype, shape)
+        return _why_not_triton(op, device, dtype, shape)
     raise ValueError(f"infsa_kernels has no backend {backend!r}, expected one of {', '.join(map(repr, SUFFIXES))}")
+
+
+@functools.cache
+def _has_kernels(op: str, suffix: str, key: str) -> bool:
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    return all(has(f"infsa::{raw}_{way}{suffix}", key) for raw in RAW[op] for way in ("fwd", "bwd"))
+
+
+# One lane of a warp holds at most two vectors of 16 bytes: csrc/cuda/linear_plan.h.
+LARGEST_CUDA_HEAD_DIM = 256
+
+
+def _why_not_cuda(op: str, device: torch.device, dtype: torch.dtype, shape: Sequence[int]) -> str | None:
+    if device.type != "cuda":
+        return f"the tensors are on {device}, not on a GPU"
+    if _extension_error:
+        return _extension_error
+    if not (compiled := _compiled_architectures()):
+        return (
+            "the extension was built without CUDA kernels; build it again beside a CUDA build of torch, with "
+            "`FORCE_CUDA=1 pip install --no-build-isolation --force-reinstall --no-deps .`"
+        )
+    if not _has_kernels(op, "", "CUDA"):
+        return f"infsa::{op} has no CUDA C++ kernels"
+    if not torch.cuda.is_available():
+        return "torch sees no GPU (torch.cuda.is_available() is False)"
+    major, minor = torch.cuda.get_device_capability(device)
+    if not any(runs_on(arch, (major, minor)) for arch in compiled):
+        return (
+            f"{device} has compute capability {major}.{minor}, and the extension was built for {', '.join(compiled)}; build "
+            f"it again with TORCH_CUDA_ARCH_LIST={major}.{minor}"
+        )
+    if dtype == torch.float64:
+        return "float64 has no CUDA C++ kernel: it is there to check gradients, for which the eager backend is exact enough"
+    if shape[3] > LARGEST_CUDA_HEAD_DIM:
+        return f"head_dim {shape[3]} is above {LARGEST_CUDA_HEAD_DIM}"
+    return None
+
+
+@functools.cache
+def _compiled_architectures() -> list[str]:
+    """As in TORCH_CUDA_ARCH_LIST: "8.0", "9.0a", "12.0+PTX"."""
+    from .. import _C
+
+    return [arch for arch in _C.cuda_arch_list.split(",") if arch]
+
+
+def runs_on(arch: str, capability: tuple[int, int]) -> bool:
+    """Whether code compiled for ``arch`` runs on a GPU of this compute capability."""
+    number, _, ptx = arch.partition("+")
+    major, minor = (int(part) for part in number.rstrip("af").split("."))
+    if number.endswith("a"):
+        return capability == (major, minor)
+    return (capability[0] == major and capability[1] >= minor) or (bool(ptx) and capability >= (major, minor))
 
 
 # The oldest Triton that the kernels are compiled and tested with. Versions 3.4 to 3.7.0 miscompile
@@ -81,7 +141,7 @@ def _why_no_triton() -> str | None:
     return None
 
 
-def _why_not_triton(device: torch.device, dtype: torch.dtype, shape: Sequence[int]) -> str | None:
+def _why_not_triton(op: str, device: torch.device, dtype: torch.dtype, shape: Sequence[int]) -> str | None:
     if device.type == "cpu":
         if os.environ.get("TRITON_INTERPRET") != "1":
             return (
@@ -99,38 +159,46 @@ def _why_not_triton(device: torch.device, dtype: torch.dtype, shape: Sequence[in
         return (
             "float64 has no Triton kernel: it is there to check gradients, for which the eager backend is exact enough"
         )
+    if not _has_kernels(op, SUFFIXES["triton"], "CUDA"):
+        return f"infsa::{op} has no Triton kernels"
     if shape[3] > LARGEST_TRITON_HEAD_DIM:
         return f"head_dim {shape[3]} is above {LARGEST_TRITON_HEAD_DIM}"
     return _why_no_triton()
 
 
-def choose_backend(device: torch.device, dtype: torch.dtype, shape: Sequence[int], forced: str = "") -> str:
-    """The backend that runs q of this device, dtype and shape (B, H, N, d).
+def choose_backend(
+    op: str, device: torch.device, dtype: torch.dtype, shape: Sequence[int], forced: str = ""
+) -> str:  # fmt: skip
+    """The backend that runs `infsa::<op>` on q of this device, dtype and shape (B, H, N, d).
 
-    ``forced`` names one, as ``with infsa_kernels.backend(...)`` does: it is that one or a RuntimeError that says why not.
+    ``op`` is "linear", "pure" or "linear_layer". ``forced`` names a backend, as ``with infsa_kernels.backend(...)`` does: it is
+    that one or a RuntimeError that says why not.
     """
     if forced:
-        if reason := why_not(forced, device, dtype, shape):
+        if reason := why_not(op, forced, device, dtype, shape):
             raise RuntimeError(f"infsa_kernels: backend {forced!r} cannot run this call: {reason}")
         return forced
     names = PREFERENCE.get(device.type, ("eager",))
     for name in names:
-        if why_not(name, device, dtype, shape) is None:
+        if why_not(op, name, device, dtype, shape) is None:
             break
     if name != names[0]:
-        _warn_of_fallback(name, names[0], why_not(names[0], device, dtype, shape))
+        _warn_of_fallback(name, names[0], why_not(op, names[0], device, dtype, shape))
     return name
 
 
 def triton_kernels(op: str, q: torch.Tensor):
     """The module of an op's Triton kernels, imported on first use: RuntimeError where they cannot run this q."""
-    choose_backend(q.device, q.dtype, q.shape, "triton")
-    return importlib.import_module(f"infsa_kernels.triton.{op.removeprefix('infsa::')}")
+    name = op.removeprefix("infsa::")
+    choose_backend(name, q.device, q.dtype, q.shape, "triton")
+    return importlib.import_module(f"infsa_kernels.triton.{name}")
 
 
-def explain_backend(device: torch.device, dtype: torch.dtype, shape: Sequence[int]) -> dict[str, str | None]:
-    """Every backend and the reason it cannot run q of this device, dtype and shape (B, H, N, d); None where it can."""
-    return {name: why_not(name, device, dtype, shape) for name in SUFFIXES}
+def explain_backend(
+    op: str, device: torch.device, dtype: torch.dtype, shape: Sequence[int]
+) -> dict[str, str | None]:  # fmt: skip
+    """Every backend and why it cannot run `infsa::<op>` on q of this device, dtype and shape (B, H, N, d); None where it can."""
+    return {name: why_not(op, name, device, dtype, shape) for name in SUFFIXES}
 
 
 def _warn_of_fallback(used: str, wanted: str, reason: str) -> None:
@@ -162,7 +230,7 @@ class backend(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func in _takes_backend and len(args) <= _BACKEND_ARGUMENT and not kwargs.get("backend"):
+        if len(args) <= _takes_backend.get(func, -1) and not kwargs.get("backend"):
             kwargs = {**kwargs, "backend": self.name}
         elif func in _RUN_BACKWARD and not torch.compiler.is_compiling() and not backend_of_backward():
             # They run with this mode off, and with them whatever is recomputed for them, as by torch.utils.checkpoint.
@@ -174,9 +242,8 @@ class backend(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-# The public operators (packets and overloads) and the position of their `backend` argument.
-_takes_backend: set = set()
-_BACKEND_ARGUMENT = 7
+# The public operators (packets and overloads), and how many positional arguments come before their `backend`.
+_takes_backend: dict = {}
 
 _RUN_BACKWARD = {torch.Tensor.backward, torch.autograd.backward, torch.autograd.grad}
 

@@ -138,7 +138,7 @@ def _triton_backward(*args):
 operator = Operator(
     "linear",
     reference=reference.linear,
-    outputs=("out", "context", "central_query", "energy_sum", "score_sum"),
+    outputs={"out": "BHv", "context": "BHv", "central_query": "BHd", "energy_sum": "BH", "score_sum": "BH"},
     saved=("context", "central_query", "energy_sum", "score_sum"),
     fake_forward=_fake_forward,
     fake_backward=_fake_backward,

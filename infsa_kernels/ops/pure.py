@@ -122,7 +122,7 @@ def _triton_backward(*args):
 operator = Operator(
     "pure",
     reference=reference.pure,
-    outputs=("out", "norm"),
+    outputs={"out": "BHNv", "norm": "BH"},
     saved=("out", "norm"),
     fake_forward=_fake_forward,
     fake_backward=_fake_backward,

@@ -1,0 +1,18 @@
+"""Mean pooling: z = mean_n v, the floor of every global pooler. The layer pools first and projects one row."""
+
+from .mechanism import Mechanism, wide
+
+
+class Mean(Mechanism):
+    LABEL, SOURCE = "Mean pooling", "-"
+    TIME, STATE = "N D", "d"
+    PROJECTIONS = "v"
+
+    def state_size(self):
+        return self.dim
+
+    def core(self, q, k, v):
+        return wide(v).mean(-2, keepdim=True).to(v.dtype).expand_as(v)
+
+    def forward(self, x):
+        return self.out_proj(self.v_proj(wide(x).mean(1, keepdim=True).to(x.dtype)))

@@ -1,0 +1,111 @@
+"""What every comparator is: a token mixer on a grid of patches, as a core on q, k, v and as a layer on tokens."""
+
+import torch
+from torch import Tensor, nn
+
+
+class Mechanism(nn.Module):
+    """``core(q, k, v)`` on (B, H, N, d), and ``forward(x)`` on (B, N, D): projections, core, local parts, projection.
+
+    A subclass says in class attributes what it is; sums over tokens, norms and exponentials are float32 or wider.
+
+    Args:
+        dim: size D of a token. num_heads: number of heads H.
+        grid: (height, width) in patches; N is their product.
+        local: whether the layer has the mechanism's convolutions, where it has any.
+    """
+
+    LABEL: str
+    SOURCE: str  # arXiv number
+    TIME: str  # growth of the core's time, in N tokens, D channels, d per head
+    STATE: str  # numbers kept per head between the pass over keys and that over queries
+    QUADRATIC = False
+    CAUSAL = False
+    HAS_LOCAL = False
+    HEADS = 16
+    NOTE = ""
+
+    PROJECTIONS = "qkv"
+    PROJECTION_BIAS = True
+    OUT_PROJECTION = True
+
+    def __init__(self, dim: int, num_heads: int, grid: tuple[int, int], local: bool = False):
+        super().__init__()
+        self.dim, self.num_heads, self.grid = dim, num_heads, grid
+        self.head_dim, self.tokens = dim // num_heads, grid[0] * grid[1]
+        self.local = local and self.HAS_LOCAL
+        for name in self.PROJECTIONS:
+            setattr(self, f"{name}_proj", nn.Linear(dim, dim, self.PROJECTION_BIAS))
+        if self.OUT_PROJECTION:
+            self.out_proj = nn.Linear(dim, dim)
+
+    @classmethod
+    def unavailable(cls, device: torch.device) -> str | None:
+        """Why it does not run on a device."""
+        return None
+
+    def state_size(self) -> int:
+        """Numbers of STATE, over all heads of one picture."""
+        raise NotImplementedError
+
+    def core(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def truth(self, q: Tensor, k: Tensor, v: Tensor, rows: Tensor) -> Tensor:
+        """Rows of the core's output, by plain torch operations in the dtype of q: what the core is checked against."""
+        return self.core(q[:, :, rows] if self.QUADRATIC else q, k, v)[:, :, slice(None) if self.QUADRATIC else rows]
+
+    def local_part(self, x: Tensor, v: Tensor) -> Tensor:
+        """(B, N, D) from the layer's tokens (B, N, D) and values (B, H, N, d)."""
+        raise NotImplementedError
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q = self.heads(self.q_proj(x)) if "q" in self.PROJECTIONS else None
+        k = self.heads(self.k_proj(x)) if "k" in self.PROJECTIONS else q
+        return q, k, self.heads(self.v_proj(x))
+
+    def finish(self, x: Tensor, out: Tensor, q: Tensor, v: Tensor) -> Tensor:
+        """From the core's output (B, H, N, d) to the layer's (B, N, D)."""
+        out = flat(out)
+        if self.local:
+            out = out + self.local_part(x, v)
+        return self.out_proj(out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.project(x)
+        return self.finish(x, self.core(q, k, v), q, v)
+
+    def sublayer(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
+        """x + layer(norm(x))."""
+        return x + self(norm(x))
+
+    def sublayer_truth(self, x: Tensor, norm: nn.LayerNorm, rows: Tensor) -> Tensor:
+        """Rows of ``sublayer`` with the core by :meth:`truth`."""
+        if not self.QUADRATIC and type(self).truth is Mechanism.truth:
+            return self.sublayer(x, norm)[:, rows]
+        y = norm(x)
+        q, k, v = self.project(y)
+        out = self.truth(q, k, v, rows)
+        return x[:, rows] + Mechanism.finish(self, y[:, rows], out, q[:, :, rows], v)
+
+    def layer_flops(self, train: bool) -> float | None:
+        """Operations that the layer needs at least; None where nobody has counted them."""
+        return None
+
+    def heads(self, x: Tensor) -> Tensor:
+        """(B, N, D) as (B, H, N, d), a view."""
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+
+def flat(x: Tensor) -> Tensor:
+    """(B, H, N, d) as (B, N, D): a view, if it came from there."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def wide(x: Tensor) -> Tensor:
+    """float32 if narrower."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def scale(q: Tensor) -> float:
+    return q.shape[-1] ** -0.5

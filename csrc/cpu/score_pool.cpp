@@ -1,0 +1,183 @@
+// The CPU backend of infsa::score_pool_fwd and infsa::score_pool_bwd: checks, memory and the division into tasks. The
+// equations are in docs/linear_layer.md, the arithmetic in layer_kernels.h.
+//
+//   r_j = ReLU(x^_j . key_h + key_bias_h),  R = sum_j r_j,  pooled = sum_j r_j x^_j / (R + eps),  mass = R / (R + eps)
+//
+// x (B,N,D), keys (B,H,D), key_bias (B,H); pooled (B,H,D), mass and score_sum = R (B,H). Both directions are one pass
+// over the tokens. Parts of an image depend on the shape alone and their sums are added in their order, in double: the
+// same bits for any number of threads.
+#include <torch/library.h>
+
+#include <array>
+#include <cmath>
+#include <tuple>
+
+#include "../check_tokens.h"
+#include "layer_call.h"
+
+namespace infsa::cpu {
+namespace {
+
+constexpr const char* kOp = "infsa::score_pool";
+
+// Images go through in groups: sums of their parts and packed matrices for all of them at once could be large.
+struct Plan {
+  const LayerCall& call;
+  const int64_t H, wide, width;      // heads, padded to vectors; channels, padded to panels
+  const int64_t matrix_rows, group;  // of the packed matrix of an image; images
+  const int64_t most_parts;
+
+  Plan(const LayerCall& call, int64_t H, int64_t matrices)
+      : call(call),
+        H(H),
+        wide(round_up(H, call.kernels.lanes)),
+        width(round_up(call.D, call.kernels.panel)),
+        matrix_rows(matrices * wide),
+        group(std::clamp<int64_t>(kWaveBytes / (call.acc_bytes * (H + matrix_rows) * (width + 1) + 1), 1,
+                                  std::max<int64_t>(call.B, 1))),
+        most_parts(ceil_div(kParts, group)) {}
+
+  int64_t sums_bytes() const { return H * width * call.acc_bytes; }
+
+  // run(image, part, sums (H, width), head sums (H), scratch) for every part of every image, then finish(image, total)
+  // with the parts' sums added up: total(h, c) and, for c = D, of the head sums.
+  template <typename Begin, typename Run, typename Finish>
+  void for_images(bool backward, const Begin& begin_image, const Run& run, const Finish& finish) const {
+    const int64_t scratch = call.kernels.score_scratch(call.D, H, backward);
+    for (int64_t begin = 0; begin < call.B; begin += group) {
+      const int64_t end = std::min(begin + group, call.B);
+      for (int64_t image = begin; image < end; ++image) begin_image(image, image - begin);
+      const std::vector<Part> parts = call.parts(begin, end, most_parts);
+      const int64_t count = parts.size();
+      const Tensor sums = buffer(count * sums_bytes());
+      std::vector<double> head_sums(count * H);
+      run_tasks(count, double(end - begin) * call.N * call.D * H, scratch, [&](int64_t part, void* memory) {
+        char* part_sums = bytes_of(sums) + part * sums_bytes();
+        std::memset(part_sums, 0, sums_bytes());
+        run(parts[part], parts[part].image - begin, part_sums, &head_sums[part * H], memory);
+      });
+      AT_DISPATCH_FLOATING_TYPES(call.acc, "score_pool", [&] {
+        const auto* sum = static_cast<const scalar_t*>(sums.data_ptr());
+        at::parallel_for(0, (end - begin) * H, 1 + (1 << 15) / (call.D + 1), [&](int64_t from, int64_t to) {
+          std::vector<double> total(call.D + 1);
+          for (int64_t head = from; head < to; ++head) {
+            const int64_t image = begin + head / H, h = head % H;
+            std::fill(total.begin(), total.end(), 0.0);
+            for (int64_t part = 0; part < count; ++part) {
+              if (parts[part].image != image) continue;
+              const scalar_t* row = sum + (part * H + h) * width;
+              for (int64_t c = 0; c < call.D; ++c) total[c] += row[c];
+              total[call.D] += head_sums[part * H + h];
+            }
+            finish(image * H + h, total);
+          }
+        });
+      });
+    }
+  }
+
+  // A vector of every image padded to `wide`, 0 where there is none.
+  Tensor padded(const OptTensor& t) const {
+    Tensor all = at::zeros({call.B, wide + kLayerSlack}, call.x.options().dtype(call.acc));
+    if (t) all.narrow(1, 0, H).copy_(*t);
+    return all;
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor> score_pool_fwd(const Tensor& x, const Tensor& keys_, const OptTensor& key_bias,
+                                                  std::optional<double> norm_eps, double eps,
+                                                  const OptTensor& padding_mask) {
+  check::score_pool_arguments(kOp, x, keys_, key_bias, norm_eps, eps, padding_mask);
+  const LayerCall call(x, norm_eps, padding_mask);
+  const int64_t H = keys_.size(1), D = call.D;
+  const Plan plan(call, H, 1);
+  const Tensor keys = keys_.contiguous(), bias = plan.padded(key_bias);
+  const Tensor pooled = at::empty({call.B, H, D}, keys.options());
+  const Tensor mass = at::empty({call.B, H}, keys.options()), score_sum = at::empty({call.B, H}, keys.options());
+  const int64_t panels_bytes = call.panels_bytes(plan.matrix_rows, D);
+  const Tensor panels = buffer(plan.group * panels_bytes);
+
+  plan.for_images(
+      false,
+      [&](int64_t image, int64_t slot) {
+        call.pack(call.kernels.pack_sums, {keys.select(0, image).data_ptr(), D, 1, nullptr}, H,
+                  bytes_of(panels) + slot * panels_bytes, nullptr);
+      },
+      [&](const Part& part, int64_t slot, void* sums, double* score_sums, void* scratch) {
+        const ScoreArgs args{H, bytes_of(panels) + slot * panels_bytes, nullptr, bias.select(0, part.image).data_ptr(),
+                             nullptr};
+        call.kernels.score_forward(call.tokens(part.image, {}), args, part.tokens, sums, score_sums, scratch);
+      },
+      [&](int64_t head, const std::vector<double>& total) {
+        AT_DISPATCH_FLOATING_TYPES(call.acc, "score_pool_fwd", [&] {
+          const double R = total[D];
+          score_sum.mutable_data_ptr<scalar_t>()[head] = static_cast<scalar_t>(R);
+          mass.mutable_data_ptr<scalar_t>()[head] = static_cast<scalar_t>(R / (R + eps));
+          for (int64_t c = 0; c < D; ++c)
+            pooled.mutable_data_ptr<scalar_t>()[head * D + c] = static_cast<scalar_t>(total[c] / (R + eps));
+        });
+      });
+  return {pooled, mass, score_sum};
+}
+
+// With g = dpooled / R and offset = g . pooled - dmass eps / R^2, both of one head (R with its eps):
+//   dt_j = [t_j > 0] (x^_j . g - offset)    dx^_j = sum_h r_j g + dt_j key    dkeys = sum_j dt_j x^_j    dkey_bias =
+//   sum_j dt_j
+std::tuple<Tensor, Tensor, Tensor> score_pool_bwd(const Tensor& dpooled, const Tensor& dmass, const Tensor& x,
+                                                  const Tensor& keys, const OptTensor& key_bias, const Tensor& pooled,
+                                                  const Tensor& score_sum, std::optional<double> norm_eps, double eps,
+                                                  const OptTensor& padding_mask, std::array<bool, 3> output_mask) {
+  check::score_pool_arguments(kOp, x, keys, key_bias, norm_eps, eps, padding_mask);
+  const LayerCall call(x, norm_eps, padding_mask);
+  const int64_t B = call.B, H = keys.size(1), D = call.D;
+  check::statistic(kOp, "dpooled", dpooled, x, {B, H, D}, "(B, H, D)", "x");
+  check::statistic(kOp, "pooled", pooled, x, {B, H, D}, "(B, H, D)", "x");
+  check::statistic(kOp, "dmass", dmass, x, {B, H}, "(B, H)", "x");
+  check::statistic(kOp, "score_sum", score_sum, x, {B, H}, "(B, H)", "x");
+  const bool want_x = output_mask[0], want_keys = output_mask[1], want_bias = output_mask[2] && key_bias;
+  const Tensor dx = call.gradient(want_x, padding_mask.has_value()), none = at::empty({0}, keys.options());
+  const Tensor dkeys = want_keys ? at::empty({B, H, D}, keys.options()) : none;
+  const Tensor dbias = want_bias ? at::empty({B, H}, keys.options()) : none;
+  if (!want_x && !want_keys && !want_bias) return {dx, dkeys, dbias};
+
+  const Plan plan(call, H, 2);
+  const Tensor R = score_sum + eps, g = dpooled / R.unsqueeze(-1);
+  const Tensor offset = plan.padded((g * pooled).sum(-1) - dmass * eps / R.square()), bias = plan.padded(key_bias);
+  const int64_t panels_bytes = call.panels_bytes(plan.matrix_rows, D);
+  const int64_t columns_bytes = want_x ? call.panels_bytes(D, plan.matrix_rows) : 0;
+  const Tensor panels = buffer(plan.group * panels_bytes), columns = buffer(plan.group * columns_bytes);
+  const Tensor matrix = at::zeros({2, plan.wide, D}, keys.options());
+
+  plan.for_images(
+      true,
+      [&](int64_t image, int64_t slot) {
+        matrix.select(0, 0).narrow(0, 0, H).copy_(keys.select(0, image));
+        matrix.select(0, 1).narrow(0, 0, H).copy_(g.select(0, image));
+        call.pack(call.kernels.pack_sums, {matrix.data_ptr(), D, 1, nullptr}, plan.matrix_rows,
+                  bytes_of(panels) + slot * panels_bytes, want_x ? bytes_of(columns) + slot * columns_bytes : nullptr);
+      },
+      [&](const Part& part, int64_t slot, void* sums, double* bias_sums, void* scratch) {
+        const ScoreArgs args{H, bytes_of(panels) + slot * panels_bytes, bytes_of(columns) + slot * columns_bytes,
+                             bias.select(0, part.image).data_ptr(), offset.select(0, part.image).data_ptr()};
+        call.kernels.score_backward(call.tokens(part.image, dx), args, part.tokens, want_keys ? sums : nullptr,
+                                    want_bias ? bias_sums : nullptr, scratch);
+      },
+      [&](int64_t head, const std::vector<double>& total) {
+        AT_DISPATCH_FLOATING_TYPES(call.acc, "score_pool_bwd", [&] {
+          for (int64_t c = 0; c < D && want_keys; ++c)
+            dkeys.mutable_data_ptr<scalar_t>()[head * D + c] = static_cast<scalar_t>(total[c]);
+          if (want_bias) dbias.mutable_data_ptr<scalar_t>()[head] = static_cast<scalar_t>(total[D]);
+        });
+      });
+  return {dx, want_keys && !keys.is_contiguous() ? at::empty_like(keys).copy_(dkeys) : dkeys,
+          want_bias && !key_bias->is_contiguous() ? at::empty_like(*key_bias).copy_(dbias) : dbias};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(infsa, CPU, m) {
+  m.impl("score_pool_fwd", TORCH_FN(score_pool_fwd));
+  m.impl("score_pool_bwd", TORCH_FN(score_pool_bwd));
+}
+
+}  // namespace infsa::cpu

@@ -1,0 +1,54 @@
+// How the block kernels' callers divide their work: tokens that count, and tasks for threads.
+#pragma once
+
+#include <ATen/EmptyTensor.h>
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <atomic>
+#include <vector>
+
+#include "../check.h"
+
+namespace infsa::cpu {
+
+// With fewer multiplications than this, waking other threads costs more than they bring.
+constexpr double kSerialWork = 1 << 19;
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The positions of the tokens that count, batch by batch; all of them without a mask.
+struct Kept {
+  int64_t all;
+  std::vector<std::vector<int64_t>> positions;
+
+  Kept(const OptTensor& mask, int64_t tokens) : all(tokens) {
+    if (!mask) return;
+    const Tensor ignored = mask->contiguous();
+    const bool* row = ignored.const_data_ptr<bool>();
+    for (int64_t b = 0; b < ignored.size(0); ++b, row += tokens) {
+      auto& kept = positions.emplace_back();
+      for (int64_t i = 0; i < tokens; ++i) {
+        if (!row[i]) kept.push_back(i);
+      }
+    }
+  }
+  int64_t count(int64_t b) const { return positions.empty() ? all : static_cast<int64_t>(positions[b].size()); }
+  const int64_t* of(int64_t b) const { return positions.empty() ? nullptr : positions[b].data(); }
+};
+
+// task(t, memory) for every t; a free thread takes the next one.
+template <typename Task> void run_tasks(int64_t count, double work, int64_t bytes, const Task& task) {
+  std::atomic<int64_t> next{0};
+  const int64_t threads = work < kSerialWork ? 1 : std::min<int64_t>(count, at::get_num_threads());
+  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t thread = begin; thread < end; ++thread) {
+      const Tensor memory = at::detail::empty_cpu({bytes}, at::kByte);
+      for (int64_t t; (t = next.fetch_add(1, std::memory_order_relaxed)) < count;) {
+        task(t, static_cast<char*>(memory.data_ptr()));
+      }
+    }
+  });
+}
+
+}  // namespace infsa::cpu

@@ -1,0 +1,420 @@
+"""`InfSAAttention`: what nn.MultiheadAttention is for softmax, for the two InfSA operators."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops.linear import linear_infsa_scores
+from ..ops.linear_layer import pooled_linear_infsa
+from ..ops.pure import pure_infsa, pure_infsa_scores
+from ._masks import as_bool, refuse_attention_masks
+
+VARIANTS = ("linear_infsa", "pure_infsa")
+
+
+class InfSAAttention(nn.Module):
+    """Multi-head Infinite Self-Attention between two sets of projections, with the interface of nn.MultiheadAttention.
+
+        out = W_o concat_h InfSA(W_q query, W_k key, W_v value)_h + b_o,     rho = sigmoid(rho_logit)
+
+    Arguments up to ``dtype`` are those of nn.MultiheadAttention, and parameters start as there. What differs:
+
+    * ``need_weights`` defaults to False: the pure variant would hold N x M weights that nobody reads.
+    * Self-attention (``key is query``): ``key_padding_mask`` removes tokens as keys and as queries, because both operators
+      sum over the queries. Their output rows are 0.
+    * ``attn_mask`` and ``is_causal`` raise NotImplementedError: the sums over all queries have no causal form here.
+    * Linear-InfSA gives one row to all queries: the output is then an expanded view, so do not write to it in place.
+
+    Args:
+        embed_dim: size D of a token; a multiple of ``num_heads``.
+        num_heads: number of heads H.
+        dropout: probability of dropping a score, in training. The pure variant then holds its N x M scores.
+        bias: whether the four projections have biases.
+        add_bias_kv: whether one learned key and value join those given.
+        add_zero_attn: whether a key and value of zeros joins. It scores 0, so only the weights show it.
+        kdim, vdim: sizes of key and value tokens (default: ``embed_dim``).
+        batch_first: whether tokens come as (B, N, D) instead of (N, B, D).
+        variant: "linear_infsa", O(N), or "pure_infsa", O(N^2).
+        tied: whether keys go through the projection of the queries (the paper's symmetric operator): no ``k_proj`` then.
+        rho_init: rho at the start, between 0 and 1.
+        rho_trainable: whether ``rho_logit`` is a parameter, or a buffer.
+        rho_per_head: whether ``rho_logit`` has shape (H,), or (1,).
+        eps: added to the operators' denominators.
+
+    Raises:
+        ValueError: an argument out of range.
+
+    Example::
+
+        >>> attention = InfSAAttention(1024, 64, batch_first=True)
+        >>> x = torch.randn(1, 4096, 1024)
+        >>> attention(x)[0].shape
+        torch.Size([1, 4096, 1024])
+    """
+
+    # nn.TransformerEncoder and its layers read these to learn whether torch's fused softmax layer may run instead: never.
+    _qkv_same_embed_dim = False
+    in_proj_weight = None
+    in_proj_bias = None
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        batch_first: bool = False,
+        device=None,
+        dtype=None,
+        *,
+        variant: str = "linear_infsa",
+        tied: bool = False,
+        rho_init: float = 0.95,
+        rho_trainable: bool = True,
+        rho_per_head: bool = False,
+        eps: float = 1e-6,
+    ):
+        super().__init__()
+        kdim = embed_dim if kdim is None else kdim
+        vdim = embed_dim if vdim is None else vdim
+        for name, size in (("embed_dim", embed_dim), ("num_heads", num_heads), ("kdim", kdim), ("vdim", vdim)):
+            if size <= 0:
+                raise ValueError(f"InfSAAttention: {name} is {size}, expected a number above 0")
+        if embed_dim % num_heads:
+            raise ValueError(
+                f"InfSAAttention: embed_dim is {embed_dim}, expected a multiple of num_heads = {num_heads}; "
+                "every head takes an equal part"
+            )
+        if variant not in VARIANTS:
+            raise ValueError(f"InfSAAttention: variant is {variant!r}, expected 'linear_infsa' or 'pure_infsa'")
+        if not 0 <= dropout <= 1:
+            raise ValueError(f"InfSAAttention: dropout is {dropout}, expected a probability between 0 and 1")
+        if not 0 < rho_init < 1:
+            raise ValueError(
+                f"InfSAAttention: rho_init is {rho_init}, expected a number between 0 and 1, both excluded"
+            )
+        if not (math.isfinite(eps) and eps > 0):
+            raise ValueError(f"InfSAAttention: eps is {eps}, expected a finite number above 0; the paper's is 1e-6")
+        if tied and kdim != embed_dim:
+            raise ValueError(
+                f"InfSAAttention: kdim is {kdim}, expected embed_dim = {embed_dim} with tied=True: "
+                "keys go through the projection of the queries; give tied=False"
+            )
+
+        self.embed_dim, self.num_heads, self.head_dim = embed_dim, num_heads, embed_dim // num_heads
+        self.kdim, self.vdim = kdim, vdim
+        self.dropout, self.batch_first, self.add_zero_attn = dropout, batch_first, add_zero_attn
+        self.variant, self.tied, self.rho_init, self.rho_per_head, self.eps = variant, tied, rho_init, rho_per_head, eps
+
+        factory = {"device": device, "dtype": dtype}
+        self.q_proj = nn.Linear(embed_dim, embed_dim, bias, **factory)
+        if not tied:
+            self.k_proj = nn.Linear(kdim, embed_dim, bias, **factory)
+        self.v_proj = nn.Linear(vdim, embed_dim, bias, **factory)
+        self.out_proj = nn.Linear(embed_dim, embed_dim, bias, **factory)
+        for name in ("bias_k", "bias_v"):
+            token = nn.Parameter(torch.empty(1, 1, embed_dim, **factory)) if add_bias_kv else None
+            self.register_parameter(name, token)
+        # (1,) and not (), which FSDP2 cannot shard.
+        rho_logit = torch.empty(num_heads if rho_per_head else 1, **factory)
+        if rho_trainable:
+            self.rho_logit = nn.Parameter(rho_logit)
+        else:
+            self.register_buffer("rho_logit", rho_logit)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """The initial values of nn.MultiheadAttention, and rho_init."""
+        # There, one matrix of three blocks is drawn if all sizes are equal: its bound is that of the blocks over sqrt(2).
+        gain = math.sqrt(0.5) if self.kdim == self.vdim == self.embed_dim else 1.0
+        for projection in self._input_projections():
+            nn.init.xavier_uniform_(projection.weight, gain)
+        self.out_proj.reset_parameters()
+        for projection in (*self._input_projections(), self.out_proj):
+            if projection.bias is not None:
+                nn.init.zeros_(projection.bias)
+        if self.bias_k is not None:
+            nn.init.xavier_normal_(self.bias_k)
+            nn.init.xavier_normal_(self.bias_v)
+        self.rho_logit.fill_(math.log(self.rho_init / (1 - self.rho_init)))
+
+    @property
+    def rho(self) -> Tensor:
+        """The output scale, (1,) or (H,), with its gradient."""
+        return torch.sigmoid(self.rho_logit)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor | None = None,
+        value: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = False,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+        *,
+        query_padding_mask: Tensor | None = None,
+        norm: nn.Module | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attends from ``query`` (N, B, D), or (B, N, D) if batch_first, or (N, D), to ``key`` and ``value``.
+
+        Args:
+            key: tokens of size kdim, laid out as ``query`` (default: ``query``).
+            value: tokens of size vdim, as many as keys (default: ``key``).
+            key_padding_mask: (B, M), or (M,) for unbatched tokens; bool, True = ignore; or floating, 0 and -inf.
+            need_weights: whether to return the weights too.
+            attn_mask, is_causal: refused.
+            average_attn_weights: whether weights are averaged over the heads.
+            query_padding_mask: (B, N) or (N,), as ``key_padding_mask``: queries that take no part and get an output of 0.
+                Default: ``key_padding_mask`` if ``key is query``, else none.
+            norm: applied first to the one tensor that is query, key and value; an nn.LayerNorm is fused where the pooled
+                layer runs.
+
+        Returns:
+            The output, laid out as ``query``, and None or the weights: (B, N, M), or (B, H, N, M) if not averaged, without B
+            for unbatched tokens. M counts the tokens of add_bias_kv and add_zero_attn.
+
+        Raises:
+            NotImplementedError: attn_mask or is_causal. ValueError: wrong sizes. TypeError: a mask of integers.
+        """
+        refuse_attention_masks(attn_mask, is_causal)
+        if key is None and value is not None:
+            raise TypeError("InfSAAttention: key is None, expected the Tensor of keys that belong to value; give both")
+        key = query if key is None else key
+        value = key if value is None else value
+        batched = query.dim() == 3
+        # What is one tensor must stay one: it decides which tokens a mask removes, and what has to be projected.
+        key_is_query, value_is_key = key is query, value is key
+        if norm is not None and not (key_is_query and value_is_key):
+            raise ValueError(
+                "InfSAAttention: norm is a module, expected None where key or value is not query; apply it before"
+            )
+        query = self._batch_first(query)
+        key = query if key_is_query else self._batch_first(key)
+        value = key if value_is_key else self._batch_first(value)
+        self._check_sizes(query, key, value)
+        key_padding_mask = as_bool("key_padding_mask", key_padding_mask, key, batched)
+        if query_padding_mask is None and key_is_query:
+            query_padding_mask = key_padding_mask
+        else:
+            query_padding_mask = as_bool("query_padding_mask", query_padding_mask, query, batched)
+
+        masks = key_padding_mask, query_padding_mask
+        out, weights = self._attend(query, key, value, *masks, need_weights, norm)
+        out = out.expand(query.shape)
+        if query_padding_mask is not None:
+            out = out.masked_fill(query_padding_mask[..., None], 0)
+        if weights is not None:
+            weights = self._finish_weights(weights, query, query_padding_mask, average_attn_weights)
+        if not batched:
+            return out.squeeze(0), None if weights is None else weights.squeeze(0)
+        return (out if self.batch_first else out.transpose(0, 1)), weights
+
+    def pooled(self, x: Tensor, norm: nn.Module | None = None, padding_mask: Tensor | None = None) -> Tensor:
+        """Linear-InfSA of ``x`` (B, N, D), whatever batch_first is, as the one row (B, D) that every token gets.
+
+        Args:
+            norm: applied to ``x`` first. An nn.LayerNorm is fused.
+            padding_mask: (B, N) bool, True = remove that token as query and as key.
+
+        Raises:
+            NotImplementedError: the pure variant, whose rows differ.
+        """
+        if self.variant != "linear_infsa":
+            raise NotImplementedError(
+                "InfSAAttention.pooled: variant is 'pure_infsa', expected 'linear_infsa': pure InfSA has a row of its own "
+                "for every token; call the module"
+            )
+        self._check_sizes(x, x, x)
+        padding_mask = as_bool("padding_mask", padding_mask, x, batched=True)
+        return self._attend(x, x, x, padding_mask, padding_mask, False, norm)[0].squeeze(1)
+
+    def _pools(self) -> bool:
+        """Whether the layer of one set of tokens is a call of pooled_linear_infsa: its projections are then only data."""
+        return (
+            self.variant == "linear_infsa"
+            and not (self.training and self.dropout > 0)
+            and self.bias_k is None
+            and self.kdim == self.vdim == self.embed_dim
+            and all(_is_only(projection, nn.Linear) for projection in (*self._input_projections(), self.out_proj))
+        )
+
+    def _pool(self, x: Tensor, norm: nn.LayerNorm | None, padding_mask: Tensor | None) -> Tensor:
+        k = None if self.tied else self.k_proj
+        return pooled_linear_infsa(
+            x,
+            self.num_heads,
+            self.q_proj.weight,
+            self.v_proj.weight,
+            self.out_proj.weight,
+            q_bias=self.q_proj.bias,
+            k_weight=None if k is None else k.weight,
+            k_bias=None if k is None else k.bias,
+            v_bias=self.v_proj.bias,
+            out_bias=self.out_proj.bias,
+            rho=self.rho,
+            eps=self.eps,
+            norm_weight=None if norm is None else norm.weight,
+            norm_bias=None if norm is None else norm.bias,
+            norm_eps=None if norm is None else norm.eps,
+            padding_mask=padding_mask,
+        )
+
+    def _attend(self, query, key, value, key_padding_mask, query_padding_mask, need_weights, norm):
+        """The output (B, N, D), or (B, 1, D) if linear, and with need_weights the weights (B, H, N or 1, M)."""
+        one_set_of_tokens = key is query and value is key and query_padding_mask is key_padding_mask
+        pools = one_set_of_tokens and not need_weights and self._pools()
+        if norm is not None and not (
+            pools and _is_only(norm, nn.LayerNorm) and norm.normalized_shape == query.shape[-1:]
+        ):
+            query = key = value = norm(query)
+            norm = None
+        if pools:
+            return self._pool(query, norm, key_padding_mask).unsqueeze(1), None
+
+        q = self._heads(self.q_proj(query))
+        if not self.tied:
+            k = self._heads(self.k_proj(key))
+        else:
+            k = q if key is query else self._heads(self.q_proj(key))
+        v = self._heads(self.v_proj(value))
+        if self.bias_k is not None:
+            k, v = (
+                torch.cat([t, self._heads(b).expand(len(t), -1, -1, -1)], 2)
+                for t, b in ((k, self.bias_k), (v, self.bias_v))
+            )
+            key_padding_mask = None if key_padding_mask is None else F.pad(key_padding_mask, (0, 1))
+
+        arguments = self.rho, self.eps, key_padding_mask, query_padding_mask
+        weights = None
+        if need_weights or (self.training and self.dropout > 0):
+            if self.variant == "linear_infsa":
+                weights = linear_infsa_scores(q, k, *arguments).mT
+            else:
+                weights = pure_infsa_scores(q, k, *arguments)
+            weights = F.dropout(weights, self.dropout, self.training)
+            if key_padding_mask is not None:
+                v = v.masked_fill(key_padding_mask[:, None, :, None], 0)
+            context = weights @ v
+        elif self.variant == "linear_infsa":
+            rho, eps, *masks = arguments
+            context = torch.ops.infsa.linear(q, k, v, eps, rho, *masks).unsqueeze(2)
+        else:
+            context = pure_infsa(q, k, v, *arguments)
+        return self.out_proj(context.transpose(1, 2).flatten(2)), weights if need_weights else None
+
+    def _finish_weights(self, weights, query, query_padding_mask, average):
+        if self.add_zero_attn:
+            weights = F.pad(weights, (0, 1))
+        weights = weights.mean(1) if average else weights
+        weights = weights.expand(*weights.shape[:-2], query.shape[1], -1)
+        if query_padding_mask is not None:
+            rows = query_padding_mask[:, :, None]
+            weights = weights.masked_fill(rows if average else rows[:, None], 0)
+        return weights
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """(B, N, D) as (B, H, N, d), a view."""
+        return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+
+    def _batch_first(self, x: Tensor) -> Tensor:
+        if x.is_nested:
+            raise NotImplementedError(
+                "InfSAAttention: got a nested tensor, expected a dense one; pad it with .to_padded_tensor(0) and give "
+                "key_padding_mask"
+            )
+        if x.dim() == 2:
+            return x.unsqueeze(0)
+        return x if self.batch_first or x.dim() != 3 else x.transpose(0, 1)
+
+    def _check_sizes(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+        for name, t, size in (("query", query, self.embed_dim), ("key", key, self.kdim), ("value", value, self.vdim)):
+            if t.dim() != 3 or t.shape[-1] != size:
+                layout = "(B, L, D)" if self.batch_first else "(L, B, D)"
+                raise ValueError(
+                    f"InfSAAttention: {name} has shape {list(t.shape)} (batch first), expected {layout} or (L, D) "
+                    f"with D = {size}"
+                )
+        if key.shape[0] != query.shape[0]:
+            raise ValueError(
+                f"InfSAAttention: key has batch size {key.shape[0]}, expected {query.shape[0]}, that of query "
+                f"(batch_first is {self.batch_first})"
+            )
+        if value.shape[:2] != key.shape[:2]:
+            raise ValueError(
+                f"InfSAAttention: value has {list(value.shape[:2])} batches and tokens, expected those of key, "
+                f"{list(key.shape[:2])}"
+            )
+
+    def _input_projections(self) -> list[nn.Linear]:
+        return [self.q_proj, self.v_proj] if self.tied else [self.q_proj, self.k_proj, self.v_proj]
+
+    def multihead_state_dict(self) -> dict[str, Tensor]:
+        """The parameters but rho_logit under the names of an nn.MultiheadAttention of the same sizes, which can load them.
+
+        A tied module's query projection counts as its key projection.
+        """
+        query, value = self.q_proj, self.v_proj
+        key = query if self.tied else self.k_proj
+        weights = [p.weight.detach() for p in (query, key, value)]
+        if self.kdim == self.vdim == self.embed_dim:
+            state = {"in_proj_weight": torch.cat(weights)}
+        else:
+            state = dict(zip(("q_proj_weight", "k_proj_weight", "v_proj_weight"), weights))
+        if query.bias is not None:
+            state["in_proj_bias"] = torch.cat([p.bias.detach() for p in (query, key, value)])
+        if self.bias_k is not None:
+            state |= {"bias_k": self.bias_k.detach(), "bias_v": self.bias_v.detach()}
+        return state | {f"out_proj.{name}": t.detach() for name, t in self.out_proj.named_parameters()}
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        """Takes the keys of nn.MultiheadAttention too, which has no rho: this module's stays.
+
+        A tied module has no place for the key projection: it is left over as ``k_proj.*``, which a strict load refuses.
+        """
+        names = ("q_proj", "k_proj", "v_proj")
+        foreign = False
+        for parameter in ("weight", "bias"):
+            fused = state_dict.pop(f"{prefix}in_proj_{parameter}", None)
+            if fused is not None:
+                foreign = True
+                state_dict |= {f"{prefix}{n}.{parameter}": t for n, t in zip(names, fused.chunk(3))}
+        for name in names:
+            weight = state_dict.pop(f"{prefix}{name}_weight", None)
+            if weight is not None:
+                foreign = True
+                state_dict[f"{prefix}{name}.weight"] = weight
+        key = prefix + "rho_logit"
+        if foreign and not self.rho_logit.is_meta:
+            state_dict.setdefault(key, self.rho_logit.detach())
+        if key in state_dict and state_dict[key].numel() == 1:
+            # The authors' is (); and one rho for the layer is the same for every head.
+            state_dict[key] = state_dict[key].reshape(1).expand(self.rho_logit.shape).clone()
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        text = f"{self.embed_dim}, {self.num_heads}, variant={self.variant!r}, tied={self.tied}"
+        shown = {
+            "dropout": self.dropout,
+            "kdim": self.kdim if self.kdim != self.embed_dim else None,
+            "vdim": self.vdim if self.vdim != self.embed_dim else None,
+            "add_bias_kv": self.bias_k is not None,
+            "add_zero_attn": self.add_zero_attn,
+            "batch_first": self.batch_first,
+            "rho_per_head": self.rho_per_head,
+        }
+        return ", ".join([text, *(f"{name}={value}" for name, value in shown.items() if value)])
+
+
+def _is_only(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module is of that very class, not one that adapts it, and calling it does nothing beside it."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return type(module) is kind and not any(hooks)

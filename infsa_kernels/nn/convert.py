@@ -1,0 +1,230 @@
+"""`convert`: the attention of an existing model becomes InfSA, with the weights that it has."""
+
+import copy
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from ._families import Options, Plan, dispatches, is_known, plan_of
+from .attention import VARIANTS
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What :func:`convert` did.
+
+    Attributes:
+        model: the converted model; the one given if ``inplace``, unless that is itself an nn.MultiheadAttention.
+        converted: the class that each converted module had, by its name in the model.
+        refused: why each other attention module was left as it was, by its name in the model.
+    """
+
+    model: nn.Module
+    converted: dict[str, str] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"converted {name or '(the model)'}: {what}" for name, what in self.converted.items()]
+        lines += [f"refused   {name or '(the model)'}: {why}" for name, why in self.refused.items()]
+        return "\n".join(lines) or "no attention found"
+
+
+def convert(
+    model: nn.Module,
+    variant: str = "linear_infsa",
+    rho_init: float = 0.95,
+    rho_trainable: bool = True,
+    copy_weights: bool = True,
+    include_patterns: str | Iterable[str] | None = None,
+    exclude_patterns: str | Iterable[str] | None = None,
+    target_types: type | Iterable[type] | None = None,
+    inplace: bool = False,
+) -> ConversionReport:
+    """Turns the attention of a model into InfSA: exactly, or not at all and with the reason.
+
+    Converts nn.MultiheadAttention (also inside nn.TransformerEncoder and torchvision's ViT), timm's Attention, and every
+    non-causal self-attention of transformers that calls its registered attention function (ViT, DINOv2, BERT, ...; also
+    Llama-style models with ``config.is_causal = False``). Each keeps its projections, dtype, device, training mode and
+    requires_grad, and gains ``rho_logit``. A module that several places share is converted once and stays shared.
+
+    Everything is planned before anything changes. Wrap in DistributedDataParallel, compile and make the optimizer
+    afterwards: rho_logit is a new parameter, and nn.MultiheadAttention's are split into one projection each.
+
+    Args:
+        model: any module.
+        variant: "linear_infsa" or "pure_infsa".
+        rho_init: rho at the start, between 0 and 1.
+        rho_trainable: whether ``rho_logit`` is a parameter, or a buffer.
+        copy_weights: whether the converted modules keep their weights, or draw new ones by ``reset_parameters()``.
+        include_patterns: regular expressions; only modules in whose name one is found are considered.
+        exclude_patterns: regular expressions; modules in whose name one is found are left alone.
+        target_types: classes; only their instances are considered. Naming a subclass of a class above says that it computes
+            the same.
+        inplace: whether ``model`` itself is changed, or a copy.
+
+    Returns:
+        A :class:`ConversionReport`: the model, what was converted, and what was refused and why.
+
+    Raises:
+        ValueError: an unknown variant, rho_init out of range, a model that is already wrapped for distributed training.
+
+    Example::
+
+        >>> report = convert(torchvision.models.vit_b_16(), variant="linear_infsa")
+        >>> print(report)
+        >>> model = report.model
+    """
+    options = _checked_options(variant, rho_init, rho_trainable, copy_weights)
+    include, exclude = _patterns("include_patterns", include_patterns), _patterns("exclude_patterns", exclude_patterns)
+    types = (target_types,) if isinstance(target_types, type) else target_types and tuple(target_types)
+    for module in model.modules():
+        if type(module).__name__ in ("DistributedDataParallel", "FullyShardedDataParallel"):
+            raise ValueError(
+                f"convert: the model contains a {type(module).__name__}, expected a plain model; convert first, then wrap, "
+                "so that rho_logit is synchronised too"
+            )
+    model = model if inplace else copy.deepcopy(model)
+
+    plans: dict[nn.Module, Plan] = {}
+    report = ConversionReport(model)
+    tied = _tied_parameters(model)
+    for module, names in _modules_by_names(model).items():
+        if include and not any(p.search(n) for p in include for n in names):
+            continue
+        if any(p.search(n) for p in exclude for n in names) or (types and not isinstance(module, types)):
+            continue
+        if is_known(module):
+            named = bool(types) and type(module) in types
+            plan = plan_of(module, options, _parents(model, names[0]), tied, named)
+        elif _looks_like_attention(module, _parents(model, names[0])):
+            plan = f"{type(module).__name__} is none of the classes that convert() knows"
+            if type(module).__module__.startswith("transformers."):
+                plan += ", and does not call the attention function registered with transformers; a newer version may"
+        else:
+            continue
+        if isinstance(plan, Plan):
+            plans[module] = plan
+            report.converted.update(dict.fromkeys(names, type(module).__name__))
+        else:
+            report.refused.update(dict.fromkeys(names, plan))
+
+    new = _apply(plans)
+    _switch_configs(model, plans, options)
+    _install(model, new)
+    return ConversionReport(new.get(model, model), report.converted, report.refused)
+
+
+def replace_attention(
+    attention: nn.Module,
+    variant: str = "linear_infsa",
+    rho_init: float = 0.95,
+    rho_trainable: bool = True,
+    copy_weights: bool = True,
+) -> nn.Module:
+    """The InfSA counterpart of one attention module, to be put in its place; arguments as :func:`convert`.
+
+    nn.MultiheadAttention gives a new module that shares its output projection; modules of timm and of transformers change
+    themselves and are returned. In an nn.TransformerEncoder use :func:`convert`, which also switches off nested tensors.
+
+    Raises:
+        NotImplementedError: this module cannot be converted; the message says why. ValueError: as :func:`convert`.
+    """
+    options = _checked_options(variant, rho_init, rho_trainable, copy_weights)
+    plan = "it is no attention that convert() knows"
+    if is_known(attention):
+        plan = plan_of(attention, options, parents=(), tied=set(), named=False)
+    if not isinstance(plan, Plan):
+        raise NotImplementedError(f"replace_attention: {type(attention).__name__} cannot be converted: {plan}")
+    new = plan.apply()
+    _switch_configs(attention, {attention: plan}, options)
+    return new
+
+
+def _checked_options(variant, rho_init, rho_trainable, copy_weights) -> Options:
+    if variant not in VARIANTS:
+        raise ValueError(f"convert: variant is {variant!r}, expected 'linear_infsa' or 'pure_infsa'")
+    if not 0 < rho_init < 1:
+        raise ValueError(f"convert: rho_init is {rho_init}, expected a number between 0 and 1, both excluded")
+    return Options(variant, rho_init, rho_trainable, copy_weights)
+
+
+def _patterns(name: str, patterns: str | Iterable[str] | None) -> list[re.Pattern]:
+    patterns = [patterns] if isinstance(patterns, str) else list(patterns or ())
+    try:
+        return [re.compile(p) for p in patterns]
+    except (re.error, TypeError) as error:
+        raise ValueError(f"convert: {name} is {patterns!r}, expected regular expressions: {error}") from error
+
+
+def _modules_by_names(model: nn.Module) -> dict[nn.Module, list[str]]:
+    found: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        found.setdefault(module, []).append(name)
+    return found
+
+
+def _parents(model: nn.Module, name: str) -> list[nn.Module]:
+    """The modules around the one of this name, outermost first."""
+    parts = name.split(".") if name else []
+    return [model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts))]
+
+
+def _tied_parameters(model: nn.Module) -> set[nn.Parameter]:
+    seen, tied = set(), set()
+    for module in model.modules():
+        own = {p for p in module._parameters.values() if p is not None}
+        tied |= seen & own
+        seen |= own
+    return tied
+
+
+def _looks_like_attention(module: nn.Module, parents: list[nn.Module]) -> bool:
+    """Whether a module is named so and neither is inside of one that is known nor contains another: then it is reported."""
+
+    def named(m):
+        return "attention" in type(m).__name__.lower()
+
+    inside = (m for m in module.modules() if m is not module)
+    return named(module) and not any(map(is_known, parents)) and not any(named(m) or is_known(m) for m in inside)
+
+
+def _apply(plans: dict[nn.Module, Plan]) -> dict[nn.Module, nn.Module]:
+    """The new module of each. Those that allocate come first, as they can fail, and change nothing before _install."""
+    order = sorted(plans, key=lambda module: not isinstance(module, nn.MultiheadAttention))
+    return {module: plans[module].apply() for module in order}
+
+
+def _switch_configs(model: nn.Module, plans: dict[nn.Module, Plan], options: Options) -> None:
+    """Names the InfSA attention function in the configs of transformers' modules.
+
+    A config whose modules are all converted is switched itself, so that the model also makes the masks of that function. Else,
+    and where the model is not here as a whole, each converted module gets a copy.
+    """
+    configs = {id(plan.config): plan.config for plan in plans.values() if plan.config is not None}
+    if not configs:
+        return
+    from .transformers import NAME_OF
+
+    for config in configs.values():
+        users = [m for m in model.modules() if dispatches(m) and m.config is config]
+        whole = any(hasattr(m, "config_class") and getattr(m, "config", None) is config for m in model.modules())
+        if whole and all(user in plans for user in users):
+            config._attn_implementation_internal = NAME_OF[options.variant]
+            continue
+        for user in users:
+            if user in plans:
+                user.config = copy.copy(config)
+                # The property would also set the nested configs, which the copy shares with the model.
+                user.config._attn_implementation_internal = NAME_OF[options.variant]
+
+
+def _install(model: nn.Module, new: dict[nn.Module, nn.Module]) -> None:
+    for parent in list(model.modules()):
+        if isinstance(parent, nn.TransformerEncoder) and any(m in new for m in parent.modules()):
+            # It would read in_proj_weight, and hand nested tensors to the layers.
+            parent.use_nested_tensor = False
+        for name, child in parent._modules.items():
+            if child in new:
+                parent._modules[name] = new[child]

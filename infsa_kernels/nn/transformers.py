@@ -1,0 +1,186 @@
+"""Hugging Face transformers: ``attn_implementation="infsa_pure"`` or ``"infsa_linear"`` after :func:`register`.
+
+The models keep their own projections, rotary embeddings, grouped keys and caches; what they hand to attention is honoured or
+refused, never dropped. Written for transformers 4.57 and 5.
+"""
+
+import functools
+import inspect
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
+
+from ..ops.attention import infsa_attention
+from ..ops.linear import linear_infsa_scores
+from ..ops.pure import pure_infsa_scores
+from ._host import padding_of_scores_mask
+
+VARIANT_OF = {"infsa_linear": "linear_infsa", "infsa_pure": "pure_infsa"}
+NAME_OF = {variant: name for name, variant in VARIANT_OF.items()}
+
+RHO = 0.95
+
+# transformers 5 makes bidirectional masks, and hands config.is_causal to every attention function.
+_BIDIRECTIONAL = getattr(masking_utils, "bidirectional_mask_function", None)
+CONFIG_SAYS_CAUSAL = _BIDIRECTIONAL is not None
+
+# What some models hand to attention on top of the usual, and why InfSA cannot do it.
+_REFUSED = {
+    "softcap": "caps scores before a softmax",
+    "s_aux": "are attention sinks, a term of a softmax's denominator",
+    "sinks": "are attention sinks, a term of a softmax's denominator",
+    "sliding_window": "gives every query keys of its own",
+    "position_bias": "is added to the scores of a softmax",
+    "indices": "gives every query keys of its own",
+    "block_indices": "gives every query keys of its own",
+    "head_mask": "scales single heads; set rho_logit, one per head, instead",
+    "layer_head_mask": "scales single heads; set rho_logit, one per head, instead",
+    "cache": "is a paged cache of a causal model",
+    "cu_seq_lens_q": "packs several sequences into one; give a padded batch and its attention_mask",
+    "cu_seq_lens_k": "packs several sequences into one; give a padded batch and its attention_mask",
+}
+
+
+def register() -> None:
+    """Registers "infsa_linear" and "infsa_pure" as attention implementations and as the makers of their masks.
+
+    rho is ``sigmoid(module.rho_logit)`` where the attention module has such a tensor of shape (1,) or (H,), as after
+    :func:`infsa_kernels.nn.convert`, and 0.95 elsewhere.
+
+    Honoured: padding (``attention_mask``, 1 = keep: those tokens are removed as keys and as queries and get an output of 0),
+    grouped-query attention, rotary embeddings, dropout, ``output_attentions``. The scale of the scores has no effect: both
+    operators divide it out. Refused with NotImplementedError when the model is run: causal attention, sliding windows, masks
+    that differ between queries, packed sequences, cross-attention with a mask, position biases, soft-capping, attention sinks
+    and head masks.
+
+    Example::
+
+        >>> register()
+        >>> model = transformers.ViTModel(transformers.ViTConfig(attn_implementation="infsa_linear"))
+    """
+    for name, attend in (("infsa_linear", _linear_attention), ("infsa_pure", _pure_attention)):
+        AttentionInterface.register(name, attend)
+        AttentionMaskInterface.register(name, padding_mask)
+
+
+def padding_mask(*, mask_function, attention_mask: Tensor | None = None, kv_length: int, kv_offset: int = 0, **kwargs):
+    """The mask that a transformers model makes for its layers: (B, M) bool, True = keep, or None.
+
+    A causal or windowed one is made as for sdpa, (B, 1, N, M): a model may make masks that none of its layers use, and
+    attention refuses it where it differs between queries.
+    """
+    lengths = dict(kv_length=kv_length, kv_offset=kv_offset)
+    if mask_function is not _BIDIRECTIONAL:
+        kwargs |= dict(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
+        return masking_utils.sdpa_mask(mask_function=mask_function, attention_mask=attention_mask, **lengths, **kwargs)
+    if attention_mask is not None and attention_mask.shape[-1] != kv_length + kv_offset:
+        _refuse(
+            f"attention_mask covers {attention_mask.shape[-1]} tokens of {kv_length + kv_offset}",
+            "masks over cached tokens are not implemented",
+        )
+    return attention_mask
+
+
+def _linear_attention(module, query, key, value, attention_mask, **kwargs):
+    return _attend("linear_infsa", module, query, key, value, attention_mask, **kwargs)
+
+
+def _pure_attention(module, query, key, value, attention_mask, **kwargs):
+    return _attend("pure_infsa", module, query, key, value, attention_mask, **kwargs)
+
+
+def _attend(
+    variant: str,
+    module: nn.Module,
+    query: Tensor,  # (B, H, N, d)
+    key: Tensor,  # (B, H_kv, M, d)
+    value: Tensor,  # (B, H_kv, M, dv)
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    output_attentions: bool | None = False,
+    **kwargs,
+) -> tuple[Tensor, Tensor | None]:
+    """The output (B, N, H, dv), and with output_attentions the weights (B, H, N, M)."""
+    is_causal = getattr(module, "is_causal", None) if is_causal is None else is_causal
+    if is_causal is None:
+        _refuse(f"{type(module).__name__} does not say whether it is causal", "if it is not, set its is_causal = False")
+    if is_causal:
+        _refuse(f"{type(module).__name__} is causal", _NO_CAUSAL)
+    if scaling is not None and not scaling > 0:
+        _refuse(f"scaling is {scaling}", "InfSA divides out the scale of the scores, so it has to be above 0")
+    for name, given in kwargs.items():
+        if given is None or given is False:
+            continue
+        if name in _REFUSED or name.endswith(("_mask", "_bias")):
+            _refuse(f"{name} is given", f"it {_REFUSED.get(name, 'has no meaning here')}")
+
+    B, H, N, _ = query.shape
+    M = key.shape[2]
+    if key.shape[1] != H:
+        key, value = (t.repeat_interleave(H // t.shape[1], dim=1) for t in (key, value))
+    if N != M and not is_cross_attention(module) and _takes_cache(type(module)):
+        _refuse(
+            f"there are {N} queries and {M} keys in {type(module).__name__}",
+            "with a cache of keys the sums over queries would miss the earlier ones; run the whole sequence, use_cache=False",
+        )
+    ignore = None
+    if attention_mask is not None:
+        if N != M or is_cross_attention(module):
+            _refuse("cross-attention is given a mask", "it does not say which queries are padding")
+        ignore = _ignored_tokens(attention_mask, (B, H, N, M))
+
+    rho = torch.sigmoid(module.rho_logit) if hasattr(module, "rho_logit") else RHO
+    weights = None
+    if output_attentions:
+        weights = _weights(variant, query, key, rho, dropout, ignore)
+        out = weights @ (value if ignore is None else value.masked_fill(ignore[:, None, :, None], 0))
+    else:
+        masks = dict(key_padding_mask=ignore, query_padding_mask=ignore)
+        out = infsa_attention(query, key, value, variant, rho, dropout, training=dropout > 0, **masks)
+    if ignore is not None:
+        out = out.masked_fill(ignore[:, None, :, None], 0)
+    return out.transpose(1, 2).contiguous(), weights
+
+
+def _weights(variant, query, key, rho, dropout, ignore) -> Tensor:
+    scores_of = linear_infsa_scores if variant == "linear_infsa" else pure_infsa_scores
+    scores = scores_of(query, key, rho, key_padding_mask=ignore, query_padding_mask=ignore)
+    if variant == "linear_infsa":
+        scores = scores.mT
+    scores = F.dropout(scores, dropout).expand(*query.shape[:3], -1)
+    return scores if ignore is None else scores.masked_fill(ignore[:, None, :, None], 0)
+
+
+def _ignored_tokens(mask: Tensor, scores: tuple[int, int, int, int]) -> Tensor:
+    """A mask of this module's, of flash attention's or over scores as (B, M) bool, True = ignore."""
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        if mask.is_floating_point():
+            raise TypeError(f"infsa: attention_mask has dtype {mask.dtype}, expected bool or integers, 1 = keep")
+        if mask.shape != (scores[0], scores[3]):
+            raise ValueError(
+                f"infsa: attention_mask has shape {list(mask.shape)}, expected (B, M) = {[scores[0], scores[3]]}"
+            )
+        return mask == 0
+    return padding_of_scores_mask("infsa", mask, scores)
+
+
+def is_cross_attention(module: nn.Module) -> bool:
+    """By what transformers calls it: the attention functions are not told."""
+    return bool(getattr(module, "is_cross_attention", False)) or "Cross" in type(module).__name__
+
+
+@functools.cache
+def _takes_cache(attention: type[nn.Module]) -> bool:
+    """Whether a class of attention modules can put keys of earlier calls before those of this one."""
+    return any(name.startswith("past_key_value") for name in inspect.signature(attention.forward).parameters)
+
+
+_NO_CAUSAL = "InfSA divides by sums over all queries, and a causal form of it does not exist yet"
+
+
+def _refuse(what: str, why: str):
+    raise NotImplementedError(f"infsa attention: {what}: {why}")

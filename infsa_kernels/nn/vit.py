@@ -1,0 +1,372 @@
+"""`InfViT`: a pre-LN Vision Transformer whose layers mix tokens by InfSA, at any resolution.
+
+    x <- x + Attention(LN(x)),   x <- x + MLP(LN(x))
+
+Without gradients, tokens go through patch embedding and MLP in chunks and the residual stream is updated in place: beyond the
+picture, memory is one N x D tensor (linear variant), never one of N x 4D.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .attention import InfSAAttention
+from .neumann import NeumannSum
+
+# Tokens that patch embedding and MLP take at a time without gradients: enough to fill a GPU with matrix products.
+CHUNK_TOKENS = 4096
+
+# The paper's sizes of a head.
+HEAD_DIM = {"linear_infsa": 16, "pure_infsa": 64, "softmax": 64}
+
+
+class InfViT(nn.Module):
+    """Vision Transformer over InfSA, or over softmax attention as its twin for comparison.
+
+    Args:
+        img_size: side or (height, width) in pixels for which positions are learned; pictures may have any other.
+        patch_size: side of a patch in pixels.
+        in_chans: channels of a picture.
+        num_classes: size of the output; 0 for the pooled features themselves.
+        embed_dim: size D of a token.
+        depth: number of layers.
+        num_heads: heads of a layer (default: of size 16 if linear, else 64).
+        mlp_ratio: hidden size of the MLP over D.
+        variant: "linear_infsa", "pure_infsa" or "softmax" (scaled_dot_product_attention).
+        tied: whether keys share the projection of the queries (the paper's symmetric operator).
+        pool: "cls", an extra token that the head reads, or "mean" over all tokens and no extra one.
+        pos_embed: whether positions are learned. They are resized bicubically to the picture's patches.
+        neumann: None, or "layer" or "head": the attention's outputs of all layers, discounted (:class:`NeumannSum`), join the
+            last layer's tokens.
+        rho_init, rho_trainable, rho_per_head: as in :class:`InfSAAttention`.
+
+    Raises:
+        ValueError: an argument out of range.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        embed_dim: int = 1024,
+        depth: int = 4,
+        num_heads: int | None = None,
+        mlp_ratio: float = 4.0,
+        *,
+        variant: str = "linear_infsa",
+        tied: bool = False,
+        pool: str = "cls",
+        pos_embed: bool = True,
+        neumann: str | None = None,
+        rho_init: float = 0.95,
+        rho_trainable: bool = True,
+        rho_per_head: bool = False,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        _one_of("variant", variant, HEAD_DIM)
+        _one_of("pool", pool, ("cls", "mean"))
+        _one_of("neumann", neumann, (None, "layer", "head"))
+        if variant == "softmax" and tied:
+            raise ValueError(
+                "InfViT: tied is True, expected False with variant='softmax': its keys have their own projection"
+            )
+        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+        if height % patch_size or width % patch_size:
+            raise ValueError(f"InfViT: img_size is {img_size}, expected a multiple of patch_size = {patch_size}")
+        self.variant, self.pool, self.patch_size, self.embed_dim = variant, pool, patch_size, embed_dim
+        self.num_heads = num_heads or max(1, embed_dim // HEAD_DIM[variant])
+        self.grid = height // patch_size, width // patch_size
+        self.grad_checkpointing = False
+
+        factory = {"device": device, "dtype": dtype}
+        rho = {"tied": tied, "rho_init": rho_init, "rho_trainable": rho_trainable, "rho_per_head": rho_per_head}
+        self.patch_embed = PatchEmbed(in_chans, embed_dim, patch_size, patch_size, **factory)
+        extra = int(pool == "cls")
+        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim, **factory)) if extra else None
+        positions = extra + math.prod(self.grid)
+        self.pos_embed = nn.Parameter(torch.empty(1, positions, embed_dim, **factory)) if pos_embed else None
+        self.blocks = nn.ModuleList(
+            Block(embed_dim, self.num_heads, mlp_ratio, variant, **rho, **factory) for _ in range(depth)
+        )
+        heads = self.num_heads if neumann == "head" else None
+        self.neumann = NeumannSum(depth, heads, **factory) if neumann else None
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-6, **factory)
+        self.head = nn.Linear(embed_dim, num_classes, **factory) if num_classes else nn.Identity()
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Initial values, of all parts: what a model made on the meta device needs after ``to_empty``."""
+        # As torchvision's ViT: patches by fan-in, small positions, a head that starts at 0.
+        self.patch_embed.reset_parameters()
+        if self.cls_token is not None:
+            nn.init.zeros_(self.cls_token)
+        if self.pos_embed is not None:
+            nn.init.normal_(self.pos_embed, std=0.02)
+        for block in self.blocks:
+            for part in block.children():
+                part.reset_parameters()
+        if self.neumann is not None:
+            self.neumann.reset_parameters()
+        self.norm.reset_parameters()
+        if isinstance(self.head, nn.Linear):
+            nn.init.zeros_(self.head.weight)
+            nn.init.zeros_(self.head.bias)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Whether training keeps only the input of every block and computes the rest again in the backward pass."""
+        self.grad_checkpointing = enable
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Class scores (B, num_classes) of images (B, in_chans, height, width).
+
+        Sides that are no multiple of the patch size are padded with zeros, at the right and at the bottom.
+        """
+        if self.pool == "cls":
+            # Nothing reads the other tokens of the last layer: they are not computed.
+            return self.head(self.norm(self._tokens(images, cls_only=True))[:, 0])
+        return self.head(self.norm(self._tokens(images)).mean(1))
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """All tokens after the last norm: (B, N, D), the extra one of pool="cls" first."""
+        return self.norm(self._tokens(images))
+
+    def _tokens(self, images: Tensor, cls_only: bool = False) -> Tensor:
+        """Tokens before the last norm: (B, N, D), or (B, 1, D) if ``cls_only``."""
+        x = self._embed(images)
+        in_place = not torch.is_grad_enabled() and x.shape[0] * x.shape[1] > CHUNK_TOKENS
+        total = None
+        for layer, block in enumerate(self.blocks, 1):
+            first_only = cls_only and block is self.blocks[-1]
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x, attention = checkpoint(block, x, first_only, use_reentrant=False)
+            else:
+                x, attention = block(x, first_only, in_place)
+            if self.neumann is not None:
+                term = self.neumann.term(layer, attention[:, :1] if cls_only else attention)
+                total = term if total is None else total + term
+        return x if total is None else x + total
+
+    def _embed(self, images: Tensor) -> Tensor:
+        """Images as tokens with their positions, (B, N, D)."""
+        B, _, height, width = self._check(images).shape
+        p = self.patch_size
+        if height % p or width % p:
+            images = F.pad(images, (0, -width % p, 0, -height % p))
+        grid = rows, columns = -(-height // p), -(-width // p)
+        first = self._first_token(B)
+        chunked = not torch.is_grad_enabled() and B * rows * columns > CHUNK_TOKENS
+        step = max(1, CHUNK_TOKENS // (B * columns)) if chunked else rows
+        x, end = None, first.shape[1]
+        for row in range(0, rows, step):
+            patches = self.patch_embed(images[:, :, row * p : (row + step) * p])
+            if self.pos_embed is not None:
+                patches = patches + self._positions(grid, slice(row, row + step))
+            if not chunked:
+                return torch.cat([first.to(patches.dtype), patches], 1)
+            if x is None:
+                x = patches.new_empty(B, end + rows * columns, self.embed_dim)
+                x[:, :end] = first
+            x[:, end : end + patches.shape[1]] = patches
+            end += patches.shape[1]
+        return x
+
+    def _first_token(self, B: int) -> Tensor:
+        """The token before the patches, (B, 1, D), or (B, 0, D) if there is none."""
+        if self.cls_token is None:
+            return self.patch_embed.weight.new_empty(B, 0, self.embed_dim)
+        token = self.cls_token if self.pos_embed is None else self.cls_token + self.pos_embed[:, :1]
+        return token.expand(B, -1, -1)
+
+    def _positions(self, grid: tuple[int, int], rows: slice) -> Tensor:
+        """Positions of some rows of patches, (1, rows * columns, D): a bicubic resize is a matrix per side."""
+        learned = self.pos_embed[0, int(self.cls_token is not None) :].unflatten(0, self.grid)
+        if grid == self.grid:
+            return learned[rows].flatten(0, 1)[None]
+        down, across = (_resize_matrix(n, to, learned) for n, to in zip(self.grid, grid))
+        return torch.einsum("ri,cj,ijd->rcd", down[rows], across, learned).flatten(0, 1)[None]
+
+    def _check(self, images: Tensor) -> Tensor:
+        channels = self.patch_embed.in_channels
+        if images.dim() != 4 or images.shape[1] != channels:
+            raise ValueError(
+                f"InfViT: images has shape {list(images.shape)}, expected (B, {channels}, height, width), channels first"
+            )
+        return images
+
+
+class PatchEmbed(nn.Conv2d):
+    """A convolution whose stride is its kernel, as one matrix product: (B, C, h, w) to (B, N, D).
+
+    As a convolution of dynamic height and width, torch.compile does not take it.
+    """
+
+    def reset_parameters(self) -> None:
+        nn.init.trunc_normal_(self.weight, std=self.weight[0].numel() ** -0.5)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, images: Tensor) -> Tensor:
+        p, _ = self.kernel_size
+        patches = images.unflatten(3, (-1, p)).unflatten(2, (-1, p)).permute(0, 2, 4, 1, 3, 5)
+        return F.linear(patches.flatten(3).flatten(1, 2), self.weight.flatten(1), self.bias)
+
+
+class Block(nn.Module):
+    """One pre-LN layer of :class:`InfViT`."""
+
+    def __init__(self, embed_dim, num_heads, mlp_ratio, variant, device=None, dtype=None, **rho):
+        super().__init__()
+        factory = {"device": device, "dtype": dtype}
+        self.norm1 = nn.LayerNorm(embed_dim, eps=1e-6, **factory)
+        if variant == "softmax":
+            self.attn = SoftmaxAttention(embed_dim, num_heads, **factory)
+        else:
+            self.attn = InfSAAttention(embed_dim, num_heads, batch_first=True, variant=variant, **rho, **factory)
+        self.norm2 = nn.LayerNorm(embed_dim, eps=1e-6, **factory)
+        self.mlp = Mlp(embed_dim, int(embed_dim * mlp_ratio), **factory)
+
+    def forward(self, x: Tensor, first_only: bool = False, in_place: bool = False) -> tuple[Tensor, Tensor]:
+        """The layer's tokens (B, N, D), or the first only, and what its attention added to them.
+
+        in_place: write the result to ``x``, a chunk of tokens at a time.
+        """
+        attention = self._attend(x, first_only)
+        if first_only:
+            x = x[:, :1]
+        if not in_place:
+            x = x + attention
+            return x + self.mlp(self.norm2(x)), attention
+        x += attention
+        for chunk in x.view(-1, x.shape[-1]).split(CHUNK_TOKENS):
+            chunk += self.mlp(self.norm2(chunk))
+        return x, attention
+
+    def _attend(self, x: Tensor, first_only: bool) -> Tensor:
+        if isinstance(self.attn, SoftmaxAttention):
+            return self.attn(self.norm1(x), queries=1 if first_only else None)
+        attention = self.attn(x, norm=self.norm1)[0]
+        return attention[:, :1] if first_only else attention
+
+
+class Mlp(nn.Module):
+    def __init__(self, embed_dim, hidden, device=None, dtype=None):
+        super().__init__()
+        self.fc1 = nn.Linear(embed_dim, hidden, device=device, dtype=dtype)
+        self.fc2 = nn.Linear(hidden, embed_dim, device=device, dtype=dtype)
+
+    def reset_parameters(self) -> None:
+        for layer in (self.fc1, self.fc2):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class SoftmaxAttention(nn.Module):
+    """The twin of InfSAAttention: the same parameters but rho, through scaled_dot_product_attention."""
+
+    def __init__(self, embed_dim, num_heads, device=None, dtype=None):
+        super().__init__()
+        self.num_heads = num_heads
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            setattr(self, name, nn.Linear(embed_dim, embed_dim, device=device, dtype=dtype))
+
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The initial values of nn.MultiheadAttention."""
+        self.out_proj.reset_parameters()
+        for projection in (self.q_proj, self.k_proj, self.v_proj):
+            nn.init.xavier_uniform_(projection.weight, math.sqrt(0.5))
+        for projection in self.children():
+            nn.init.zeros_(projection.bias)
+
+    def forward(self, x: Tensor, queries: int | None = None) -> Tensor:
+        """Attention of the first ``queries`` tokens of x (B, N, D), or of all, to all."""
+        q, k, v = self.q_proj(x[:, :queries]), self.k_proj(x), self.v_proj(x)
+        q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
+        return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def _resize_matrix(size: int, to: int, like: Tensor) -> Tensor:
+    """(to, size): one side of F.interpolate(mode="bicubic", antialias=True), which torch.compile has no dynamic sizes for."""
+    centres = (torch.arange(to, dtype=torch.float64, device=like.device) + 0.5) * (size / to)
+    points = torch.arange(size, dtype=torch.float64, device=like.device) + 0.5
+    x = (points - centres[:, None]).abs() / max(1.0, size / to)
+    # Keys' cubic kernel with a = -0.5.
+    weights = torch.where(x < 1, (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2).masked_fill(x >= 2, 0)
+    return (weights / weights.sum(1, keepdim=True)).to(like.dtype)
+
+
+def _one_of(name: str, value, expected) -> None:
+    if value not in expected:
+        raise ValueError(f"InfViT: {name} is {value!r}, expected {' or '.join(map(repr, expected))}")
+
+
+def infvit_linear_4l(**kwargs) -> InfViT:
+    """4 layers of Linear-InfSA, D = 1024, 64 heads. Arguments of :class:`InfViT` replace any of these."""
+    return InfViT(**{"variant": "linear_infsa", "depth": 4} | kwargs)
+
+
+def infvit_pure_4l(**kwargs) -> InfViT:
+    """4 layers of Pure InfSA, D = 1024, 16 heads."""
+    return InfViT(**{"variant": "pure_infsa", "depth": 4} | kwargs)
+
+
+def infvit_softmax_4l(**kwargs) -> InfViT:
+    """The softmax twin of the 4-layer models: D = 1024, 16 heads."""
+    return InfViT(**{"variant": "softmax", "depth": 4} | kwargs)
+
+
+def infvit_linear_24l(**kwargs) -> InfViT:
+    """24 layers of Linear-InfSA, D = 1024, 64 heads."""
+    return InfViT(**{"variant": "linear_infsa", "depth": 24} | kwargs)
+
+
+def infvit_pure_24l(**kwargs) -> InfViT:
+    """24 layers of Pure InfSA, D = 1024, 16 heads."""
+    return InfViT(**{"variant": "pure_infsa", "depth": 24} | kwargs)
+
+
+def infvit_softmax_24l(**kwargs) -> InfViT:
+    """The softmax twin of the 24-layer models: D = 1024, 16 heads."""
+    return InfViT(**{"variant": "softmax", "depth": 24} | kwargs)
+
+
+FACTORIES = (
+    infvit_linear_4l, infvit_pure_4l, infvit_softmax_4l, infvit_linear_24l, infvit_pure_24l, infvit_softmax_24l,
+)  # fmt: skip
+
+
+def register_with_timm() -> list[str]:
+    """Registers the factories with timm, for ``timm.create_model("infvit_linear_4l")``; returns their names.
+
+    timm must be installed; nothing here imports it before. There are no pretrained weights: asking for them raises.
+    """
+    from timm.models import is_model, register_model
+
+    def entry(factory):
+        def create(pretrained=False, pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None, **kwargs):
+            if pretrained:
+                raise NotImplementedError(
+                    f"{factory.__name__}: pretrained is True, expected False: no weights have been published; load a "
+                    "checkpoint of your own with checkpoint_path"
+                )
+            return factory(**kwargs)
+
+        # timm files a model under its function's name and module.
+        create.__name__, create.__doc__, create.__module__ = factory.__name__, factory.__doc__, __name__
+        return create
+
+    for factory in FACTORIES:
+        if not is_model(factory.__name__):
+            register_model(entry(factory))
+    return [factory.__name__ for factory in FACTORIES]

@@ -1,0 +1,186 @@
+"""Every comparator against its formula evaluated otherwise (peer_formulas.py), and what it says of itself."""
+
+import functools
+import math
+
+import numpy as np
+import peer_formulas as formulas
+import pytest
+import torch
+from peer_formulas import array, convolve, gelu, merge, split
+
+from bench import peers
+from bench.peers import CORES, MECHANISMS
+
+D, H, GRID = 32, 2, (14, 16)
+N = GRID[0] * GRID[1]
+CAUSAL = ("gated_deltanet", "simple_linear")
+HERE = [name for name in MECHANISMS if name not in CAUSAL]
+FORMULAS = {
+    name: getattr(formulas, name.split("+")[0].removesuffix("_untied").removesuffix("_per_token")) for name in HERE
+}
+FORMULAS |= {
+    name: functools.partial(FORMULAS[name], tied=False) for name in ("linear_infsa_untied", "pure_infsa_untied")
+}
+
+
+def make(name):
+    """In float64, with every parameter away from its initial value."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        module = peers.build(name, D, GRID, H).eval()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    return module
+
+
+@pytest.mark.parametrize("name", [name for name in CORES if name not in CAUSAL])
+def test_core_is_its_formula(name):
+    module = make(name)
+    q, k, v = torch.randn(3, 1, N, H, D // H, dtype=torch.float64).transpose(2, 3).unbind()
+    expected = FORMULAS[name](module, *(array(t[0]) for t in (q, k, v)))
+    with torch.no_grad():
+        np.testing.assert_allclose(array(module.core(q, k, v)[0]), expected, rtol=1e-8, atol=1e-10)
+        rows = torch.tensor([0, 7, N - 1])
+        np.testing.assert_allclose(array(module.truth(q, k, v, rows)[0]), expected[:, rows], rtol=1e-8, atol=1e-10)
+
+
+def linear(layer, x):
+    return x @ array(layer.weight).T + (0 if layer.bias is None else array(layer.bias))
+
+
+def kernel(conv):
+    return array(conv.weight)[:, 0], None if conv.bias is None else array(conv.bias)
+
+
+def silu(x):
+    return x / (1 + np.exp(-x))
+
+
+def local_part(name, m, x, v):
+    """The convolutions' part of the layer, (N, D), from x (N, D) and v (H, N, d)."""
+    per_head = {"flatten": getattr(m, "dwc", None), "qt_vit": None, "soft": None, "nystromformer": None}
+    if name == "flatten":
+        return merge(np.stack([convolve(vh, *kernel(per_head[name]), GRID) for vh in v]))
+    if name == "soft":
+        filters = array(m.filters.weight)
+        return merge(np.stack([convolve(vh, np.repeat(f, D // H, 0), None, GRID) for vh, f in zip(v, filters)]))
+    if name == "nystromformer":
+        filters = array(m.conv.weight)[:, 0]
+        return merge(np.stack([convolve(vh, np.tile(f, (D // H, 1, 1)), None, (N, 1)) for vh, f in zip(v, filters)]))
+    if name == "qt_vit":
+        norm = m.norm
+        scaled = (v - array(norm.running_mean)) / np.sqrt(array(norm.running_var) + norm.eps)
+        return merge(gelu(scaled * array(norm.weight) + array(norm.bias)))
+    if name == "inline":
+        mean, weights = x.mean(0), []
+        first, second = m.weights[0], m.weights[2]
+        for h, part in enumerate(np.split(mean, H)):
+            rows = slice(h * D // H, (h + 1) * D // H), slice(9 * h * D // H, 9 * (h + 1) * D // H)
+            hidden = gelu(array(first.weight)[rows[0], :, 0] @ part + array(first.bias)[rows[0]])
+            weights.append(array(second.weight)[rows[1], :, 0] @ hidden + array(second.bias)[rows[1]])
+        return convolve(merge(v), np.concatenate(weights).reshape(D, 3, 3), None, GRID)
+    return convolve(merge(v), *kernel(m.lepe if name == "rala" else m.dwc), GRID)
+
+
+@pytest.mark.parametrize("name", HERE)
+def test_layer_is_its_formula(name):
+    module, norm = make(name), torch.nn.LayerNorm(D).double()
+    torch.nn.init.normal_(norm.weight)
+    tokens = torch.randn(1, N, D, dtype=torch.float64)
+    x = array(tokens[0])
+    core, base = FORMULAS[name], name.split("+")[0]
+
+    def normalised(x):
+        x = (x - x.mean(1, keepdims=True)) / np.sqrt(x.var(1, keepdims=True) + norm.eps)
+        return x * array(norm.weight) + array(norm.bias)
+
+    if name == "mlla+local":
+        x = x + convolve(x, *kernel(module.before), GRID)
+        y = normalised(x)
+        v = silu(convolve(linear(module.v_proj, y), *kernel(module.inner), GRID))
+        q, k = (split(linear(layer, v), H) for layer in (module.q_proj, module.k_proj))
+        out = merge(core(module, q, k, split(v, H))) + convolve(v, *kernel(module.values), GRID)
+        x = x + linear(module.out_proj, out * silu(linear(module.gate, y)))
+        expected = x + convolve(x, *kernel(module.after), GRID)
+    else:
+        y = normalised(x)
+        q, k, v = (
+            split(linear(getattr(module, f"{n}_proj"), y), H) if hasattr(module, f"{n}_proj") else None for n in "qkv"
+        )
+        if base == "mlla":
+            values = merge(v)
+            q, k = (split(linear(layer, values), H) for layer in (module.q_proj, module.k_proj))
+        v = q if v is None else v
+        out = merge(core(module, v if q is None else q, v if k is None else k, v))
+        if "+local" in name:
+            out = out + local_part(base, module, y, v)
+        if base == "rala":
+            out = out * linear(module.gate, y)
+        expected = x + linear(module.out_proj, out) + (merge(q) if base == "fastformer" else 0)
+    with torch.no_grad():
+        np.testing.assert_allclose(array(module.sublayer(tokens, norm)[0]), expected, rtol=1e-7, atol=1e-9)
+
+
+# Parameters beyond a plain biased attention, 4 D^2 + 4 D, by hand: the cards' dP where they give one.
+d, SIDES = D // H, sum(GRID)
+EXTRA = {
+    "linear_infsa": -(D * D + D),
+    "linear_infsa_untied": 0,
+    "pure_infsa": -(D * D + D),
+    "softmax": 0,
+    "linformer": 2 * N * 256 - 3 * D,
+    "performer": 0,
+    "soft": -(D * D + D) + d * d * 2 * 2 + 2 * d,
+    "soft+local": -(D * D + D) + d * d * 2 * 2 + 2 * d + H * 9,
+    "flatten": N * D + D,
+    "flatten+local": N * D + D + 26 * d,
+    "agent": H * 49 * 2 * (49 + SIDES),
+    "agent+local": H * 49 * 2 * (49 + SIDES) + 10 * D,
+    "mlla": 0,
+    "mlla+local": 4 * 10 * D + D * D + D,
+    "inline": 0,
+    "inline+local": D * d + D + 9 * D * d + 9 * D,
+    "rala": D * D + D,
+    "rala+local": D * D + D + 26 * D,
+    "qt_vit": 1,
+    "qt_vit+local": 1 + 2 * d,
+    "luna": 16 * d + 16 + 2 * 64 + 64 * 8 + 8,
+    "cosformer": 0,
+    "fastformer": -(D * D + D) + 2 * D,
+    "nystromformer": 0,
+    "nystromformer+local": 33 * H,
+    "sigmoid": 0,
+    "relu": 0,
+    "mean": -2 * (D * D + D),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EXTRA)
+def test_parameters(name):
+    assert sum(p.numel() for p in make(name).parameters()) - (4 * D * D + 4 * D) == EXTRA[name]
+
+
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_what_it_says_of_itself(name):
+    cls, _ = MECHANISMS[name]
+    states = []
+    for grid in ((14, 14), (28, 28)):
+        module = peers.build(name, D, grid, H)
+        states.append(module.state_size())
+    assert states[1] == pytest.approx(states[0] * (4 if cls.QUADRATIC else 1), rel=0.01)
+    assert ("N^2" in cls.TIME) == cls.QUADRATIC
+    assert cls.CAUSAL == (name in CAUSAL) == ("causal" in cls.LABEL)
+    assert (cls.unavailable(torch.device("cpu")) is not None) == (name in CAUSAL)
+
+
+def test_performer_draws_features_as_its_paper_does():
+    W = peers.performer.orthogonal(44, 16)
+    assert math.floor(64 * math.log(64)) == peers.build("performer", 64, GRID, 1).features == 266
+    gram = W[:16] @ W[:16].T
+    torch.testing.assert_close(gram, torch.diag(gram.diag()), atol=1e-4, rtol=0)
+    assert W.shape == (44, 16)
+    assert W.norm(dim=1).mean() == pytest.approx(4, rel=0.1)

@@ -1,0 +1,176 @@
+"""InfViT: parameter counts, resolutions, and that the memory-saving forms compute the same."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.testing import assert_close
+
+from infsa_kernels.nn import InfSAAttention, InfViT, vit
+
+VARIANTS = ("linear_infsa", "pure_infsa", "softmax")
+D, PATCH = 32, 4
+
+
+def model(variant="linear_infsa", **arguments):
+    """Small, in float64, with no parameter at 0."""
+    made = InfViT(16, PATCH, 3, 5, D, 3, 4, variant=variant, **arguments).double()
+    for p in made.parameters():
+        if p.dim() < 2 or p is made.head.weight:
+            nn.init.normal_(p, std=0.5)
+    return made
+
+
+def images(height=16, width=16, B=2):
+    return torch.randn(B, 3, height, width, dtype=torch.float64)
+
+
+def parameters(depth, D, per_layer, classes=1000, pixels=3 * 16**2, positions=197):
+    """Patches, cls token, positions, layers, last norm and head."""
+    return (pixels + 1) * D + D + positions * D + depth * per_layer + 2 * D + (D + 1) * classes
+
+
+@pytest.mark.parametrize("factory", vit.FACTORIES, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("tied", [False, True])
+def test_parameter_counts(factory, tied):
+    D, depth = 1024, int(factory.__name__.split("_")[2][:-1])
+    softmax = "softmax" in factory.__name__
+    if softmax and tied:
+        with pytest.raises(ValueError, match="tied is True"):
+            factory(tied=True, device="meta")
+        return
+    made = factory(device="meta", **({} if softmax else {"tied": tied}))
+    assert made.num_heads == (64 if "linear" in factory.__name__ else 16) and len(made.blocks) == depth
+    layer = 12 * D**2 + 13 * D - tied * (D**2 + D)
+    count = parameters(depth, D, layer + (not softmax))  # and rho
+    assert sum(p.numel() for p in made.parameters()) == count
+
+    # The two readings of the published counts, in millions: a plain ViT without and with a pooler; and one with a pooler and
+    # one projection more per layer, untied and tied.
+    plain, pooler = parameters(depth, D, 12 * D**2 + 13 * D), D**2 + D
+    published = {4: (52.40, 53.45, 57.65, 53.45), 24: (304.33, 305.38, 330.57, 305.38)}[depth]
+    more = [plain, plain + pooler, parameters(depth, D, 13 * D**2 + 14 * D) + pooler, plain + pooler]
+    assert [round(n / 1e6, 2) for n in more] == list(published)
+    assert count - (not softmax) * depth == plain - tied * depth * (D**2 + D)
+
+
+FORMS = itertools.product(VARIANTS, ("cls", "mean"), (None, "layer", "head"), (True, False))
+
+
+@pytest.mark.parametrize("variant, pool, neumann, pos_embed", list(FORMS))
+def test_every_form_of_evaluation_agrees(variant, pool, neumann, pos_embed, monkeypatch):
+    """Chunks and in-place updates without gradients, checkpointing with; and the last layer without its dead tokens."""
+    made = model(variant, pool=pool, neumann=neumann, pos_embed=pos_embed)
+    for x in (images(), images(18, 25)):
+        made.zero_grad()
+        expected = made(x)
+        expected.square().sum().backward()
+        gradients = [p.grad for p in made.parameters()]
+        assert all(g is not None and g.abs().max() > 0 for g in gradients)
+
+        features = made.forward_features(x)
+        pooled = features[:, 0] if pool == "cls" else features.mean(1)
+        assert_close(made.head(pooled), expected)
+        before = x.clone()
+        with monkeypatch.context() as patch, torch.no_grad():
+            patch.setattr(vit, "CHUNK_TOKENS", 7)
+            assert_close(made(x), expected)
+            assert_close(made.forward_features(x), features)
+        assert torch.equal(x, before)
+
+        twin = copy.deepcopy(made)
+        twin.zero_grad()
+        twin.set_grad_checkpointing()
+        twin(x).square().sum().backward()
+        assert_close([p.grad for p in twin.parameters()], gradients)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_equals_an_evaluation_by_hand(variant):
+    made, x = model(variant), images()
+    tokens = F.conv2d(x, made.patch_embed.weight, made.patch_embed.bias, stride=PATCH).flatten(2).mT
+    tokens = torch.cat([made.cls_token.expand(2, -1, -1), tokens], 1) + made.pos_embed
+    for block in made.blocks:
+        h = block.norm1(tokens)
+        if variant == "softmax":
+            theirs = nn.MultiheadAttention(D, 4, batch_first=True, dtype=torch.float64)
+            ours = InfSAAttention(D, 4, dtype=torch.float64)
+            ours.load_state_dict(block.attn.state_dict(), strict=False)
+            theirs.load_state_dict(ours.multihead_state_dict())
+            tokens = tokens + theirs(h, h, h)[0]
+        else:
+            tokens = tokens + block.attn(h, need_weights=True)[0]
+        h = block.norm2(tokens)
+        tokens = tokens + block.mlp.fc2(F.gelu(block.mlp.fc1(h)))
+    assert_close(made.forward_features(x), made.norm(tokens))
+    assert_close(made(x), made.head(made.norm(tokens)[:, 0]))
+
+
+@pytest.mark.parametrize("height, width", [(16, 40), (9, 16), (64, 7), (4, 4)])
+def test_positions_follow_the_picture(height, width):
+    made = model()
+    rows, columns = -(-height // PATCH), -(-width // PATCH)
+    grid = made.pos_embed[:, 1:].mT.unflatten(-1, (4, 4))
+    resized = F.interpolate(grid, (rows, columns), mode="bicubic", antialias=True).flatten(2).mT
+    padded = F.pad(images(height, width), (0, columns * PATCH - width, 0, rows * PATCH - height))
+    tokens = made.patch_embed(padded) + resized
+    assert_close(made._embed(padded)[:, 1:], tokens)
+    assert_close(
+        made(padded[:, :, :height, :width]),
+        made(F.pad(padded[:, :, :height, :width], (0, -width % PATCH, 0, -height % PATCH))),
+    )
+
+
+def test_state_goes_through_safetensors(tmp_path):
+    made, other = model(neumann="head", tied=True), model(neumann="head", tied=True)
+    save_file(made.state_dict(), tmp_path / "vit.safetensors")
+    other.load_state_dict(load_file(tmp_path / "vit.safetensors"))
+    x = images()
+    assert torch.equal(made(x), other(x))
+    twin, softmax = model(), model("softmax")
+    missing, unexpected = twin.load_state_dict(softmax.state_dict(), strict=False)
+    assert not unexpected and all(name.endswith("rho_logit") for name in missing)
+
+
+def test_meta_device_and_reset():
+    made = InfViT(16, PATCH, embed_dim=D, depth=2, neumann="layer", device="meta", dtype=torch.float64)
+    made.to_empty(device="cpu").reset_parameters()
+    assert all(p.isfinite().all() for p in made.parameters())
+    assert made(images()).shape == (2, 1000)
+    assert InfViT(16, PATCH, num_classes=0, embed_dim=D).double()(images()).shape == (2, D)
+    assert made(images(B=0)).shape == (0, 1000)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_autocast(variant, dtype, monkeypatch):
+    made, x = model(variant).float(), images(24, 20).float()
+    with torch.no_grad():
+        expected = made(x)
+        for chunk in (7, 4096):
+            monkeypatch.setattr(vit, "CHUNK_TOKENS", chunk)
+            with torch.autocast("cpu", dtype):
+                assert_close(made(x).float(), expected, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(variant="linear"), "variant is 'linear'"),
+        (dict(pool="token"), "pool is 'token', expected 'cls' or 'mean'"),
+        (dict(neumann="sum"), "neumann is 'sum'"),
+        (dict(img_size=20, patch_size=16), "img_size is 20, expected a multiple of patch_size = 16"),
+    ],
+)
+def test_wrong_construction(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        InfViT(**arguments, device="meta")
+
+
+def test_wrong_images():
+    with pytest.raises(ValueError, match=r"images has shape \[2, 16, 16, 3\], expected \(B, 3, height, width\)"):
+        model()(images().permute(0, 2, 3, 1))
