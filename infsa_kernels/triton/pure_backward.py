@@ -8,7 +8,7 @@ from ..eager import pure as eager
 from ..eager._common import scale
 from ..ops._check import empty_gradients
 from . import configs
-from ._common import launch, padded, relu, strides
+from ._common import countable, launch, padded, relu, strides
 from .tiles import (
     addressable,
     describable,
@@ -295,6 +295,7 @@ def backward(
         return eager.backward(
             dout, q, k, v, out, norm, eps, rho, head_rho, key_padding_mask, query_padding_mask, output_mask
         )  # fmt: skip
+    countable("infsa::pure", q, v)
     grads = empty_gradients(q, k, v, head_rho, output_mask)
     if not any(g.dim() > 1 for g in grads):
         return grads
