@@ -9,6 +9,7 @@ from calls import OPS
 
 pytest.importorskip("triton")
 
+from infsa_kernels.eager import pure as eager
 from infsa_kernels.ops import _check
 from infsa_kernels.triton import _common, configs, linear, pure, pure_backward
 
@@ -92,9 +93,17 @@ def test_sizes_past_32_bits_are_refused_before_a_launch(op, sizes, words, kernel
 
 def test_too_many_programs_are_refused_before_a_launch(kernels):
     # 2^26 heads of 64 blocks of 128 rows or of 32 of 256.
-    with pytest.raises(ValueError, match="programs of a Triton kernel, the GPU starts up to 2147483647 at a time; split"):
+    with pytest.raises(
+        ValueError, match="programs of a Triton kernel, the GPU starts up to 2147483647 at a time; split"
+    ):
         run("pure", 1 << 26, 1, 8192)
     assert kernels.grids == []
+
+
+def test_the_output_is_laid_out_as_q_also_where_q_is_copied(kernels):
+    q = torch.empty(8, 1 << 20, 2, 16, dtype=torch.float16, device="meta").permute(1, 2, 0, 3)
+    out, _ = pure.forward(q, None, q, 1e-6, 1.0, None, None, None)
+    assert out.stride() == eager.output_like(q, q).stride()
 
 
 def test_steps_between_tokens_of_pure_that_tiles_cannot_take(kernels):

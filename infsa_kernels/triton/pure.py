@@ -134,13 +134,6 @@ def forward(q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask):
     countable("infsa::pure", q, v)
     B, H, N, d = q.shape
     M, dv = v.shape[2:]
-    k = q if k is None else k
-    q, k, v = addressable(q), addressable(k), addressable(v)
-    described = describable((query_padding_mask, key_padding_mask), q, k, v)
-    config = configs.pure(q, v, "fwd", described)
-    blocks = triton.cdiv(N, config.block_m)
-    half = q.dtype == torch.float16
-
     out = eager.output_like(q, v)
     rows = configs.stream_rows(q, v)
     if rows * out.stride(2) >= 1 << 31:
@@ -148,6 +141,13 @@ def forward(q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask):
             f"infsa::pure: the output, laid out as q, has {out.stride(2)} elements from token to token, the Triton kernels take "
             f"fewer than {(1 << 31) // rows}; pass q.contiguous()"
         )
+    k = q if k is None else k
+    q, k, v = addressable(q), addressable(k), addressable(v)
+    described = describable((query_padding_mask, key_padding_mask), q, k, v)
+    config = configs.pure(q, v, "fwd", described)
+    blocks = triton.cdiv(N, config.block_m)
+    half = q.dtype == torch.float16
+
     norm = q.new_empty(B, H, dtype=torch.float32)
     square_parts = q.new_empty(B, H, blocks, dtype=torch.float32)
     row_scales = q.new_empty(B, H, N, dtype=torch.float32) if half else None
