@@ -6,7 +6,6 @@ The interpreter is chosen when Triton is imported, so these tests run in a proce
 import os
 import subprocess
 import sys
-from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -37,26 +36,6 @@ def test_in_the_interpreter():
 def test_importing_the_package_does_not_import_the_kernels():
     code = "import sys, infsa_kernels; assert 'infsa_kernels.triton' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_more_programs_than_a_grid_takes():
-    from infsa_kernels.triton._common import launch
-
-    with pytest.raises(ValueError, match=r"2147483648 programs exceed the grid limit of 2\^31 - 1; split the batch"):
-        launch(None, 1 << 31, torch.device("cuda", 0))
-
-
-def test_launches_on_the_gpu_of_the_tensors(monkeypatch):
-    from infsa_kernels.triton import _common
-
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    entered = []
-    monkeypatch.setattr(torch.cuda, "device", lambda device: entered.append(device) or nullcontext())
-    launched = []
-    kernel = {(5,): lambda *args, **options: launched.append(args)}
-    _common.launch(kernel, 5, torch.device("cuda", 1), "q")
-    _common.launch(kernel, 5, torch.device("cuda", 0), "k")
-    assert launched == [("q",), ("k",)] and entered == [torch.device("cuda", 1)]
 
 
 @pytest.fixture

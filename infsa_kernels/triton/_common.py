@@ -16,13 +16,36 @@ def relu(x):
     return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
-def launch(kernel, programs: int, device: torch.device, *args, **options) -> None:
+# The kernels count tokens and heads in 32 bits, and up to a run of tokens beyond the last one.
+LARGEST_COUNT = 1 << 30
+
+
+def countable(op: str, q: Tensor, v: Tensor) -> None:
+    """ValueError where a size is past what the kernels count; offsets in memory are 64 bits wide everywhere."""
+    B, H, N, d = q.shape
+    M, dv = v.shape[2:]
+    for name, size in (("N", N), ("M", M), ("B * H", B * H), ("H * d", H * d), ("H * dv", H * dv)):
+        if size > LARGEST_COUNT:
+            raise ValueError(
+                f"{op}: {name} is {size}, the Triton kernels take up to {LARGEST_COUNT}; split the call or use the eager backend"
+            )
+
+
+def largest_grid(num_warps: int) -> int:
+    """Programs that one launch can start: CUDA counts them, HIP their threads."""
+    return min((1 << 31) - 1, ((1 << 32) - 1) // (64 * num_warps)) if torch.version.hip else (1 << 31) - 1
+
+
+def launch(kernel, programs: int, device: torch.device, *args, num_warps: int, **options) -> None:
     """Starts `programs` programs of a kernel on the device's current stream."""
-    if programs >= 1 << 31:
-        raise ValueError(f"infsa: {programs} programs exceed the grid limit of 2^31 - 1; split the batch")
+    if programs > largest_grid(num_warps):
+        raise ValueError(
+            f"infsa: the call needs {programs} programs of a Triton kernel, the GPU starts up to {largest_grid(num_warps)} at a "
+            "time; split the batch"
+        )
     # Contraction to FMA is off by default from some Triton version on; nothing here needs the separate rounding.
     with _current(device):
-        kernel[(programs,)](*args, enable_fp_fusion=True, **options)
+        kernel[(programs,)](*args, enable_fp_fusion=True, num_warps=num_warps, **options)
 
 
 def _current(device: torch.device):

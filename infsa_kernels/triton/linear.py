@@ -21,7 +21,7 @@ from ..eager import linear as eager
 from ..eager._common import scale
 from ..ops._check import empty_gradients
 from . import configs
-from ._common import launch, padded, relu, strides
+from ._common import countable, launch, padded, relu, strides
 
 
 @triton.jit
@@ -250,7 +250,7 @@ def linear_bwd_keys_kernel(
             rows = rows_at(b, heads, tokens, start, stop, H, key_mask, key_mask_strides)
             exists = rows_at(b, heads, tokens, start, stop, H, None, key_mask_strides)
             dk_at, dv_at = offsets(dk_strides, b, heads, tokens, D), offsets(dv_strides, b, heads, tokens, DV)
-            dscores_at = offsets((H * M, M, 1, 0), b, heads, tokens, 1)
+            dscores_at = offsets((tl.cast(H, tl.int64) * M, M, 1, 0), b, heads, tokens, 1)
             tokens += BT
             b_k = k_ahead.to(tl.float32)
             k_ahead = load_tokens(k, k_strides, b, heads, tokens, start, stop, H, key_mask, key_mask_strides, d, D)
@@ -302,7 +302,9 @@ def linear_bwd_queries_kernel(
         exists = rows_at(b, heads, tokens, start, stop, H, None, query_mask_strides)
         if TIED:
             key_rows = rows_at(b, heads, tokens, start, stop, H, key_mask, key_mask_strides)
-            dr = tl.load(dscores + offsets((H * N, N, 1, 0), b, heads, tokens, 1), mask=key_rows, other=0.0)
+            dr = tl.load(
+                dscores + offsets((tl.cast(H, tl.int64) * N, N, 1, 0), b, heads, tokens, 1), mask=key_rows, other=0.0
+            )
         dq_at = offsets(dq_strides, b, heads, tokens, D)
         tokens -= BT
         b_q = ahead.to(tl.float32)
@@ -325,6 +327,7 @@ def forward(q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask):
     M, dv = v.shape[2:]
     if 0 in (*q.shape, *v.shape):
         return eager.forward(q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask)
+    countable("infsa::linear", q, v)
     tied = k is None
     k = q if tied else k
     config = configs.linear(q, v, max(N, M))
@@ -369,6 +372,7 @@ def backward(
             dout, q, k, v, context, central_query, energy_sum, score_sum, eps, rho, head_rho, key_padding_mask,
             query_padding_mask, output_mask,
         )  # fmt: skip
+    countable("infsa::linear", q, v)
     dq, dk, dv, dhead_rho = grads = empty_gradients(q, k, v, head_rho, output_mask)
     want_q, want_k, want_v, want_rho = (g.dim() > 1 for g in grads)
     if not any((want_q, want_k, want_v, want_rho)):

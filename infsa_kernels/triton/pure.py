@@ -24,7 +24,7 @@ import triton.language as tl
 from ..eager import pure as eager
 from ..eager._common import scale
 from . import configs
-from ._common import launch, padded, relu, strides
+from ._common import countable, launch, padded, relu, strides
 from .pure_backward import backward
 from .tiles import (
     addressable,
@@ -131,8 +131,16 @@ def pure_rescale_kernel(
 def forward(q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask):
     if 0 in (*q.shape, *v.shape):
         return eager.forward(q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask)
+    countable("infsa::pure", q, v)
     B, H, N, d = q.shape
     M, dv = v.shape[2:]
+    out = eager.output_like(q, v)
+    rows = configs.stream_rows(q, v)
+    if rows * out.stride(2) >= 1 << 31:
+        raise ValueError(
+            f"infsa::pure: the output, laid out as q, has {out.stride(2)} elements from token to token, the Triton kernels take "
+            f"fewer than {(1 << 31) // rows}; pass q.contiguous()"
+        )
     k = q if k is None else k
     q, k, v = addressable(q), addressable(k), addressable(v)
     described = describable((query_padding_mask, key_padding_mask), q, k, v)
@@ -140,7 +148,6 @@ def forward(q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask):
     blocks = triton.cdiv(N, config.block_m)
     half = q.dtype == torch.float16
 
-    out = eager.output_like(q, v)
     norm = q.new_empty(B, H, dtype=torch.float32)
     square_parts = q.new_empty(B, H, blocks, dtype=torch.float32)
     row_scales = q.new_empty(B, H, N, dtype=torch.float32) if half else None
@@ -153,7 +160,6 @@ def forward(q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask):
         H, N, M, blocks, d=d, D=padded(d, 16), TAIL=key_padding_mask is not None or M % config.block_n != 0,
         DESCRIPTORS=described, **sizes, **config.options(),
     )  # fmt: skip
-    rows = configs.stream_rows(q, v)
     rescale_blocks = triton.cdiv(N, rows)
     launch(
         pure_rescale_kernel, B * H * rescale_blocks, q.device, out, square_parts, row_scales, query_padding_mask, head_rho, norm,

@@ -8,7 +8,7 @@ from ..eager import pure as eager
 from ..eager._common import scale
 from ..ops._check import empty_gradients
 from . import configs
-from ._common import launch, padded, relu, strides
+from ._common import countable, launch, padded, relu, strides
 from .tiles import (
     addressable,
     describable,
@@ -39,7 +39,7 @@ def pure_bwd_prepare_kernel(
     tl.store(at, tl.sum(b_do * b_out))
     if HALF:
         b_q = load_rows(q, q_strides, b, h, row, live, d, D, ROWS, True, False).to(tl.float32)
-        size = heads.to(tl.int64) * blocks
+        size = tl.cast(heads, tl.int64) * blocks
         tl.store(at + size, tl.sqrt(tl.max(tl.sum(b_do * b_do, 1))))
         tl.store(at + 2 * size, tl.sqrt(tl.max(tl.sum(b_q * b_q, 1))))
 
@@ -56,7 +56,7 @@ def head_numbers(
     p_scale = 1.0
     if HALF:
         # |G_ij| <= ||dO_i|| ||v_j|| <= dO_max sqrt(dv) 65504, |X_ij| <= q_max sqrt(d) 65504, and T may hold two of each.
-        size = heads.to(tl.int64) * part_blocks
+        size = tl.cast(heads, tl.int64) * part_blocks
         dout_max = fold(parts + size + head * part_blocks, part_blocks, True)
         q_max = fold(parts + 2 * size + head * part_blocks, part_blocks, True)
         tiny = 1e-30
@@ -295,6 +295,7 @@ def backward(
         return eager.backward(
             dout, q, k, v, out, norm, eps, rho, head_rho, key_padding_mask, query_padding_mask, output_mask
         )  # fmt: skip
+    countable("infsa::pure", q, v)
     grads = empty_gradients(q, k, v, head_rho, output_mask)
     if not any(g.dim() > 1 for g in grads):
         return grads
