@@ -52,6 +52,14 @@ def test_lengths(gpu, N, M):
 
 
 @gpus
+@pytest.mark.parametrize(
+    "sizes", [{"N": 0, "M": 5}, {"N": 5, "M": 0}, {"N": 0, "tied": True}, {"d": 0}, {"dv": 0}], ids=str
+)
+def test_nothing_to_sum(gpu, sizes):
+    check(gpu, make(**{"N": 4, "M": 4, "d": 8, "dv": 8, **sizes}))
+
+
+@gpus
 @pytest.mark.parametrize("H", [1, 5, 8])
 def test_heads_of_a_token_side_by_side(gpu, H):
     """[B, N, H, d], where a unit is several heads; 5 is no multiple of them."""
