@@ -184,9 +184,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_fwd(const Tensor& q, c
         energy_sum.mutable_data_ptr<A>()[head] = static_cast<A>(energy);
         std::fill(query + s.d, query + plan.d, A(0));
         for (int64_t c = 0; c < s.d; ++c) {
-          const double x = scale * scale * sum[c] / (energy + eps);
-          qbar[c] = static_cast<A>(x);
-          query[c] = static_cast<A>(scale * x);
+          qbar[c] = static_cast<A>(scale * scale * sum[c] / (energy + eps));
+          // From qbar as it is saved, as in the backward: scores have the same bits there, and their rounding cancels
+          // in r_j / R where few keys share the weight.
+          query[c] = static_cast<A>(scale * qbar[c]);
         }
       });
       plan.run(plan.kernels.fwd_keys, args, begin, end, s.M, sums, plan.dv, nullptr);

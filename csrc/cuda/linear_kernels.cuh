@@ -225,9 +225,9 @@ INFSA_DEVICE Sums sum_queries(const LinearArgs& a, const Place& at, int64_t spli
   return sums;
 }
 
-// sum r_j v_j and sum r_j, r_j = ReLU(query . k_j).
+// sum r_j v_j and sum r_j, r_j = ReLU(qbar . kappa_j), with the bits that they have in the backward.
 template <typename T, bool kAligned> INFSA_DEVICE Sums sum_keys(const LinearArgs& a, const Place& at, int64_t split,
-                                                                const float* query, const Raw<T>* kept) {
+                                                                const float* qbar, const Raw<T>* kept) {
   constexpr int kAhead = kRowsAhead<T, kAligned, false>;
   const auto k_rows = at.lane_of<T, kAligned>(a.k, a.d);
   const auto v_rows = at.lane_of<T, kAligned>(a.v, a.dv);
@@ -252,24 +252,23 @@ template <typename T, bool kAligned> INFSA_DEVICE Sums sum_keys(const LinearArgs
       }
       widen(k[u], live[u], x);
       widen(v[u], live[u], y);
-      const float r = relu(dot(query, x, a.plan.lanes));
+      const float r = relu(a.scale * dot(qbar, x, a.plan.lanes));
       sums.add(live[u] ? r : 0.f, y);
     }
   }
   return sums;
 }
 
-// From the total over the queries: s qbar, and its statistics if this block is to write them.
-INFSA_DEVICE void central_query(const LinearArgs& a, const Place& at, const Shared& shared, bool write, float* query) {
+// From the total over the queries: qbar, and the statistics if this block is to write them.
+INFSA_DEVICE void central_query(const LinearArgs& a, const Place& at, const Shared& shared, bool write, float* qbar) {
   float norms;
-  total_row(a.plan, at, shared, query, norms);
+  total_row(a.plan, at, shared, qbar, norms);
   const float energy = a.scale * norms;
   write = write && at.exists && at.slot == 0;
   if (write && at.lane == 0) a.energy_sum[at.head(a)] = energy;
   for (int i = 0; i < kLaneElements; ++i) {
-    const float qbar = a.scale * (a.scale * query[i] / (energy + a.eps));
-    if (write && at.column + i < a.d) a.central_query[at.head(a) * a.d + at.column + i] = qbar;
-    query[i] = a.scale * qbar;
+    qbar[i] = a.scale * (a.scale * qbar[i] / (energy + a.eps));
+    if (write && at.column + i < a.d) a.central_query[at.head(a) * a.d + at.column + i] = qbar[i];
   }
 }
 
@@ -407,9 +406,9 @@ template <typename T, bool kAligned, bool kBackward> struct Passes {
     if constexpr (kBackward) {
       if (a.dq.data) queries_backward<T, kAligned>(a, at, split, shared);
     } else {
-      float query[kLaneElements];
-      central_query(a, at, shared, split == 0, query);
-      reduce_block(a.plan, sum_keys<T, kAligned>(a, at, split, query, kept()), shared.reduce, part);
+      float qbar[kLaneElements];
+      central_query(a, at, shared, split == 0, qbar);
+      reduce_block(a.plan, sum_keys<T, kAligned>(a, at, split, qbar, kept()), shared.reduce, part);
     }
   }
   INFSA_DEVICE Raw<T>* kept() const {
