@@ -133,6 +133,24 @@ def test_waves_of_several_blocks_each(resident):
         check(gpu, make(H=7, N=1500, M=1600, d=8, dv=16, tied=tied), draws=2)
 
 
+def test_blocks_of_a_cluster_wait_for_each_other():
+    """Eight blocks read each other's shared memory, slow ones from fast ones that have nothing left to do."""
+    assert plan(1, 1, 500, 450, 256, 256)["splits"] == 8
+    for tied in (False, True) * 2:
+        check(Emulated(), make(H=1, N=500, M=450, d=256, dv=256, tied=tied), draws=2)
+
+
+@gpus
+def test_subgradients_are_those_of_torch(gpu):
+    """Keys with a score of exactly 0, and queries of norm 0."""
+    call = make(N=60, M=60)
+    zeros = {name: getattr(call, name).clone() for name in ("q", "k")}
+    for t in zeros.values():
+        t[:, :, ::3] = 0
+    check(gpu, replace(call, **zeros))
+    check(gpu, replace(make(N=60, tied=True), q=zeros["q"]))
+
+
 def test_both_ways_run():
     ran = set()
     for shared in (HOPPER, AMPERE):

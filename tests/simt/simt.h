@@ -6,6 +6,7 @@
 // left. If no fiber can go on, as after a barrier that not every thread reaches, the run ends with an error.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -71,7 +72,10 @@ struct Block {
 };
 
 struct Fiber {
+  // Where it begins, and where it went on from; switching by the first costs a system call.
   ucontext_t context;
+  jmp_buf place;
+  bool begun = false;
   std::unique_ptr<char[]> stack;
   int block, thread;
   // What it waits for: that a barrier's generation is no longer this one.
@@ -108,7 +112,7 @@ class Machine {
       fiber.stack.reset(new char[kStackBytes]);
       getcontext(&fiber.context);
       fiber.context.uc_stack.ss_sp = fiber.stack.get(), fiber.context.uc_stack.ss_size = kStackBytes;
-      fiber.context.uc_link = &scheduler_;
+      fiber.context.uc_link = nullptr;
       makecontext(&fiber.context, enter, 0);
       live.push_back(&fiber);
     }
@@ -121,7 +125,7 @@ class Machine {
         fiber_ = fiber;
         if (uniform_(random_) > warp().speed) continue;
         fiber->barrier = nullptr;
-        swapcontext(&scheduler_, &fiber->context);
+        resume(*fiber);
       }
       if (!possible) throw std::runtime_error("every thread waits for another");
       std::erase_if(live, [](Fiber* fiber) { return fiber->done; });
@@ -147,7 +151,7 @@ class Machine {
   }
   void wait(Barrier& barrier, int64_t generation) {
     fiber_->barrier = &barrier, fiber_->generation = generation;
-    swapcontext(&fiber_->context, &scheduler_);
+    if (_setjmp(fiber_->place) == 0) _longjmp(scheduler_, 1);
   }
   void sync(Barrier& barrier) { wait(barrier, arrive(barrier)); }
 
@@ -165,6 +169,13 @@ class Machine {
     fiber.done = true;
     Block& block = machine.block();
     if (--block.live == 0) std::fill(block.shared.begin(), block.shared.end(), NAN);
+    _longjmp(machine.scheduler_, 1);
+  }
+  void resume(Fiber& fiber) {
+    if (_setjmp(scheduler_) != 0) return;
+    if (fiber.begun) _longjmp(fiber.place, 1);
+    fiber.begun = true;
+    setcontext(&fiber.context);
   }
   double draw_speed() { return uniform_(random_) < 0.5 ? 1 : 0.25; }
 
@@ -176,7 +187,7 @@ class Machine {
   std::uniform_real_distribution<> uniform_;
   std::vector<Fiber> fibers_;
   Fiber* fiber_ = nullptr;
-  ucontext_t scheduler_;
+  jmp_buf scheduler_;
   const std::function<void(void*)>* body_ = nullptr;
 };
 
