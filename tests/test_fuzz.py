@@ -1,4 +1,4 @@
-"""Random calls of every kind against the float64 reference, on every backend. The same calls in every run, whatever else changes."""
+"""Random calls of every kind against the float64 reference, on every backend; the same calls in every run."""
 
 import math
 from dataclasses import dataclass, field

@@ -226,8 +226,8 @@ INFSA_DEVICE Sums sum_queries(const LinearArgs& a, const Place& at, int64_t spli
 }
 
 // sum r_j v_j and sum r_j, r_j = ReLU(qbar . kappa_j), with the bits that they have in the backward.
-template <typename T, bool kAligned> INFSA_DEVICE Sums sum_keys(const LinearArgs& a, const Place& at, int64_t split,
-                                                                const float* qbar, const Raw<T>* kept) {
+template <typename T, bool kAligned>
+INFSA_DEVICE Sums sum_keys(const LinearArgs& a, const Place& at, int64_t split, const float* qbar, const Raw<T>* kept) {
   constexpr int kAhead = kRowsAhead<T, kAligned, false>;
   const auto k_rows = at.lane_of<T, kAligned>(a.k, a.d);
   const auto v_rows = at.lane_of<T, kAligned>(a.v, a.dv);
