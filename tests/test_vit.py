@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from tolerance import FORWARD, assert_close_to_reference
 from torch import nn
 from torch.testing import assert_close
 
@@ -174,3 +175,19 @@ def test_wrong_construction(arguments, message):
 def test_wrong_images():
     with pytest.raises(ValueError, match=r"images has shape \[2, 16, 16, 3\], expected \(B, 3, height, width\)"):
         model()(images().permute(0, 2, 3, 1))
+
+
+@pytest.mark.parametrize("shape", [(2, 7, D), (1, 1, D), (13, D), (2, 0, D)], ids=str)
+def test_projections_of_inference_are_those_of_training(shape):
+    """As convolutions of single pixels; with a hook on the layer, or where it is an adapter, as the layer itself."""
+    layer, x = nn.Linear(D, 3 * D), torch.randn(shape)
+    exact = copy.deepcopy(layer).double()(x.double())
+    with torch.no_grad():
+        for given in (x, x.mT.contiguous().mT):
+            result = vit._project(given, layer)
+            assert result.is_contiguous() and result.shape == exact.shape
+            assert_close_to_reference(result, layer(x), exact, FORWARD, "projection")
+        called = []
+        layer.register_forward_hook(lambda *_: called.append(1))
+        assert torch.equal(vit._project(x, layer), layer(x)) and len(called) == 2
+    assert vit._project(x, layer).requires_grad

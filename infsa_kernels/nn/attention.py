@@ -244,7 +244,7 @@ class InfSAAttention(nn.Module):
             and not (self.training and self.dropout > 0)
             and self.bias_k is None
             and self.kdim == self.vdim == self.embed_dim
-            and all(_is_only(projection, nn.Linear) for projection in (*self._input_projections(), self.out_proj))
+            and all(is_only(projection, nn.Linear) for projection in (*self._input_projections(), self.out_proj))
         )
 
     def _pool(self, x: Tensor, norm: nn.LayerNorm | None, padding_mask: Tensor | None) -> Tensor:
@@ -273,7 +273,7 @@ class InfSAAttention(nn.Module):
         one_set_of_tokens = key is query and value is key and query_padding_mask is key_padding_mask
         pools = one_set_of_tokens and not need_weights and self._pools()
         if norm is not None and not (
-            pools and _is_only(norm, nn.LayerNorm) and norm.normalized_shape == query.shape[-1:]
+            pools and is_only(norm, nn.LayerNorm) and norm.normalized_shape == query.shape[-1:]
         ):
             query = key = value = norm(query)
             norm = None
@@ -414,7 +414,7 @@ class InfSAAttention(nn.Module):
         return ", ".join([text, *(f"{name}={value}" for name, value in shown.items() if value)])
 
 
-def _is_only(module: nn.Module, kind: type[nn.Module]) -> bool:
+def is_only(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a module is of that very class, not one that adapts it, and calling it does nothing beside it."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return type(module) is kind and not any(hooks)

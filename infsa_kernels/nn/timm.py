@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from ..ops.attention import infsa_attention
 from ..ops.linear_layer import pooled_linear_infsa
 from ._host import attach_rho, padding_of_scores_mask
-from .attention import _is_only
+from .attention import is_only
 
 
 class InfSAAttention(Attention):
@@ -60,8 +60,8 @@ class InfSAAttention(Attention):
             self.variant == "linear_infsa"
             and not (self.training and self.attn_drop.p > 0)
             and getattr(self, "gate", None) is None
-            and all(_is_only(part, nn.Linear) for part in (self.qkv, self.proj))
-            and all(_is_only(part, nn.Identity) for part in (self.q_norm, self.k_norm, self.norm))
+            and all(is_only(part, nn.Linear) for part in (self.qkv, self.proj))
+            and all(is_only(part, nn.Identity) for part in (self.q_norm, self.k_norm, self.norm))
         )
 
     def _pool(self, x: Tensor, ignore: Tensor | None) -> Tensor:
