@@ -150,3 +150,10 @@ def output_gradient(call: Call) -> Tensor:
     *heads, N, _ = call.q.shape
     rows = [N] if call.op == "pure" else []
     return torch.randn(*heads, *rows, call.v.shape[-1], dtype=call.q.dtype, device=call.q.device)
+
+
+def call_of_one_key(heads: int, device="cpu") -> Call:
+    """Linear with one query and one key all but orthogonal to it: a score of few right digits that has all the weight."""
+    q, k, v = (torch.randn(1, heads, 1, 33, device=device) for _ in range(3))
+    k = k - (1 - 1e-3) * (k * q).sum(-1, keepdim=True) / q.square().sum(-1, keepdim=True) * q
+    return Call("linear", 100 * q, k * (k * q).sum(-1, keepdim=True).sign(), v, rho=1.0, eps=1e-12)

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from calls import Call, expected, output_gradient
+from calls import Call, call_of_one_key, expected, output_gradient
 from cuda_on_host import AMPERE, HOPPER, Emulated, plan
 from tolerance import FORWARD, GRADIENT, assert_within
 
@@ -116,6 +116,17 @@ def test_nan_and_extremes(gpu):
     call = make(N=40, tied=True, dtype=torch.float16)
     for scale in (0.0, 2.0**-9, 2.0**9):
         check(gpu, replace(call, q=call.q * scale))
+
+
+@gpus
+def test_a_key_with_all_the_weight_has_weight_one(gpu):
+    """Scores have the same bits in both directions."""
+    call = call_of_one_key(8)
+    dout = output_gradient(call)
+    results = gpu.results(call, dout)
+    positive = results["out"].abs().sum(-1) > 0
+    assert positive.any()
+    torch.testing.assert_close(results["v"][:, :, 0][positive], dout[positive], rtol=5e-7, atol=0)
 
 
 @pytest.mark.parametrize("resident", [1, 2, 3, 7])

@@ -60,6 +60,9 @@ SCALES = {
 }
 
 
+LARGE = 100  # how far one token may stand out
+
+
 def values(kind, shape, generator):
     t = torch.randn(shape, generator=generator, dtype=torch.float64)
     if kind == "zeros":
@@ -71,7 +74,7 @@ def values(kind, shape, generator):
     if kind == "duplicates":
         return t[..., torch.randint(0, min(3, shape[-2]), (shape[-2],), generator=generator), :]
     if kind == "one_large":
-        t[..., -1, :] *= 100
+        t[..., -1, :] *= LARGE
     return t
 
 
@@ -114,21 +117,16 @@ def random_call(draw: Random, op: str, device: str) -> tuple[Call, torch.Tensor]
         rho = torch.randn(rho_shape, generator=generator).to(device, draw.choice([dtype, accumulation]))
 
     # Where few or equal tokens share all the weight and eps is small, the gradient is a difference of two equal terms and
-    # nothing can be said about its digits: there eps is of the size of what it is added to.
-    score = scales[0] * (scales[1] if tie == "untied" else scales[0])
-    masks = mask(M), mask(N)
-    few_tokens = min(N, M) < 8 or not {"normal", "zeros"} >= set(kinds) or any(m is not None for m in masks)
-    eps = largest_term(op, q, q if k is None else k) if few_tokens else score * draw.choice([1e-6, 1e-2, 1.0])
-    call = Call(op, q, k, v, rho, max(eps, 1e-6), *masks)
+    # nothing can be said about its digits: there eps is of the size of the scores.
+    largest = [scale * (LARGE if kind == "one_large" else 1) for scale, kind in zip(scales, kinds)]
+    score = largest[0] * largest[tie == "untied"]
+    few_tokens = min(N, M) < 8 or not {"normal", "zeros"} >= set(kinds)
+    eps = score * (1.0 if few_tokens else draw.choice([1e-6, 1e-2, 1.0]))
+    call = Call(op, q, k, v, rho, max(eps, 1e-6), mask(M), mask(N))
+    if call.key_padding_mask is not None or call.query_padding_mask is not None:
+        call.eps = max(call.eps, score)
     dout = output_gradient(call)
     return call, layout(draw, dout.dim())(torch.randn(dout.shape, generator=generator).to(device, dtype))
-
-
-def largest_term(op: str, q: torch.Tensor, k: torch.Tensor) -> float:
-    """A bound of the norms and scores that eps is added to the sum of."""
-    query, key = (t.double().norm(dim=-1).max().item() for t in (q, k))
-    scale = q.shape[-1] ** -0.5
-    return scale * query * max(1.0, scale * key) if op == "linear" else scale * query * key
 
 
 def near_the_kink(call: Call) -> bool:

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from calls import DTYPES, OPS, REFERENCE, Call, check, output_gradient, raw_op
+from calls import DTYPES, OPS, REFERENCE, Call, call_of_one_key, check, output_gradient, raw_op
 from conftest import backends_of
 from layouts import LAYOUTS
 
@@ -239,3 +239,12 @@ def test_the_reference_is_the_formula(device):
     for op, wanted in (("pure", pure), ("linear", linear)):
         actual = REFERENCE[op](q, k, v, rho, eps)[0, 0].cpu()
         torch.testing.assert_close(actual, torch.tensor(wanted, dtype=torch.float64))
+
+
+def test_a_key_with_all_the_weight_has_weight_one(device, backend):
+    """r_j / R where R = r_j: a backward pass whose scores had other bits than the forward's would leave their rounding there."""
+    call = call_of_one_key(64, device)
+    out, dout = call.run(), output_gradient(call)
+    positive = out.abs().sum(-1) > 0
+    assert positive.float().mean() > 0.9
+    torch.testing.assert_close(call.gradients(dout)["v"][:, :, 0][positive], dout[positive], rtol=5e-7, atol=0)
