@@ -84,7 +84,7 @@ def detached(call):
     return {n: t.detach() if isinstance(t, torch.Tensor) else t for n, t in call.items()}
 
 
-@pytest.mark.parametrize("mapped", [{"x"}, {"q_weight"}, {"x", "q_weight", "rho"}, {"x", "padding_mask"}], ids=str)
+@pytest.mark.parametrize("mapped", [("x",), ("q_weight",), ("x", "q_weight", "rho"), ("x", "padding_mask")], ids=str)
 def test_vmap(mapped):
     """Per-sample gradients, ensembles of weights, and both: each as if called alone."""
     call = detached(small(masked=True))

@@ -1,6 +1,6 @@
 """The Triton kernels in Triton's interpreter: every kernel and every path of it, against the float64 reference.
 
-The interpreter is chosen when Triton is imported, so these tests run in a process of their own, which the first one starts.
+The interpreter is chosen when Triton is imported, so those of these tests that need it run in processes of their own: run.py.
 """
 
 import os
@@ -18,19 +18,13 @@ import infsa_kernels
 
 pytest.importorskip("triton")
 
-IN_INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not IN_INTERPRETER, reason="runs in the process that test_in_the_interpreter starts")
 by_op = pytest.mark.parametrize("op", OPS)
 by_tie = pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@needs_interpreter
-@pytest.mark.skipif(IN_INTERPRETER, reason="this is that process")
-def test_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__]
-    run = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+def interpreted(test):
+    return pytest.mark.interpreter(needs_interpreter(test))
 
 
 def test_importing_the_package_does_not_import_the_kernels():
@@ -187,7 +181,7 @@ def test_refusals_name_the_reason():
         torch.ops.infsa.pure(q, q, v)
 
 
-@pytest.mark.skipif(IN_INTERPRETER, reason="it is not refused there")
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="it is not refused there")
 def test_the_cpu_is_refused():
     q = torch.randn(1, 1, 8, 16)
     with infsa_kernels.backend("triton"), pytest.raises(RuntimeError, match="TRITON_INTERPRET"):
