@@ -11,7 +11,8 @@ from conftest import backends_of
 
 import infsa_kernels
 
-CASES = 600  # of each operator; every one runs forward and backward on every backend
+# Of each operator; every one runs forward and backward on every backend.
+CASES = [200, pytest.param(600, marks=pytest.mark.sweep)]
 
 
 def size(draw: Random) -> int:
@@ -141,9 +142,10 @@ def near_the_kink(call: Call) -> bool:
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_random_calls(op, device):
+@pytest.mark.parametrize("cases", CASES)
+def test_random_calls(op, cases, device):
     draw = Random(op)
-    for case in range(CASES):
+    for case in range(cases):
         call, dout = random_call(draw, op, device)
         if near_the_kink(call):
             continue
