@@ -33,7 +33,8 @@ def backends_of(device: str, op: str = "linear") -> list[str]:
 def pytest_generate_tests(metafunc):
     """`backend` runs a test once for every backend that can run here, `device` once for every device."""
     if "backend" in metafunc.fixturenames:
-        runs = [(device, name) for device in DEVICES for name in backends_of(device)]
+        only = metafunc.definition.get_closest_marker("only_backend")
+        runs = [(d, b) for d in DEVICES for b in backends_of(d) if only is None or b in only.args]
         metafunc.parametrize("device, backend", runs, indirect=["backend"], ids=[f"{d}-{b}" for d, b in runs])
     elif "device" in metafunc.fixturenames:
         metafunc.parametrize("device", DEVICES)

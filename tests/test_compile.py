@@ -6,6 +6,7 @@ import pytest
 import torch
 from calls import OPS, Call
 from framework_calls import DV, B, D, H, mask
+from sweep import swept
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
 
@@ -44,7 +45,7 @@ def run(call):
 
 FORMS = ({}, {"tied": True}, {"masked": True}, {"learnable_rho": True})
 COMPILED = [("aot_eager", form) for form in FORMS] + [("inductor", form) for form in FORMS[:2]]
-COMPILED += [pytest.param("inductor", form, marks=pytest.mark.sweep) for form in FORMS[2:]]
+COMPILED += [swept(("inductor", form)) for form in FORMS[2:]]
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -8,11 +8,12 @@ import pytest
 import torch
 from calls import DTYPES, OPS, Call, check, expected, output_gradient
 from conftest import backends_of
+from sweep import some
 
 import infsa_kernels
 
 # Of each operator; every one runs forward and backward on every backend.
-CASES = [200, pytest.param(600, marks=pytest.mark.sweep)]
+CASES = some([200, 600], 200)
 
 
 def size(draw: Random) -> int:

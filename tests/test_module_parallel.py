@@ -6,6 +6,7 @@ import os
 import pytest
 import torch
 import torch.multiprocessing
+from sweep import swept
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
@@ -64,10 +65,10 @@ def test_rho_learns(variant, tied):
     ("kind", "variant"),
     [
         ("attention by inductor", "linear_infsa"),
-        pytest.param("attention by inductor", "pure_infsa", marks=pytest.mark.sweep),
+        swept(("attention by inductor", "pure_infsa")),
         ("attention with dropout", "linear_infsa"),
         ("attention with dropout", "pure_infsa"),
-        pytest.param("vit", "linear_infsa", marks=pytest.mark.sweep),
+        swept(("vit", "linear_infsa")),
         ("vit", "pure_infsa"),
     ],
 )

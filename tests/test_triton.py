@@ -13,6 +13,7 @@ import torch
 from calls import OPS, Call, check, output_gradient, raw_op
 from interpreter import needs_interpreter
 from layouts import LAYOUTS
+from sweep import some
 
 import infsa_kernels
 
@@ -67,7 +68,7 @@ def test_against_the_reference(op, tied, dtype, triton):
 @interpreted
 @by_op
 @by_tie
-@pytest.mark.parametrize("which", ["keys", "queries", "both", "same"])
+@pytest.mark.parametrize("which", some(["keys", "queries", "both", "same"], "both"))
 def test_masks(op, tied, which, triton):
     for dtype in (torch.float32, torch.float16):
         call = make(op, dtype=dtype, tied=tied, H=2)
@@ -86,7 +87,7 @@ def test_masks(op, tied, which, triton):
 
 @interpreted
 @by_op
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", some(LAYOUTS, "token_major", "every_other_channel", "expanded_token"))
 def test_layouts(op, layout, triton):
     for dtype, d, dv in ((torch.float32, 20, 9), (torch.bfloat16, 16, 32)):
         call = make(op, dtype=dtype, d=d, dv=dv, layout=layout, N=37, M=29)
@@ -95,7 +96,9 @@ def test_layouts(op, layout, triton):
 
 @interpreted
 @by_op
-@pytest.mark.parametrize(("N", "M"), [(1, 1), (1, 70), (33, 1), (31, 32), (32, 33), (64, 63), (65, 129)])
+@pytest.mark.parametrize(
+    ("N", "M"), some([(1, 1), (1, 70), (33, 1), (31, 32), (32, 33), (64, 63), (65, 129)], (1, 1), (33, 1), (32, 33))
+)
 def test_lengths(op, N, M, triton):
     for dtype in (torch.float32, torch.bfloat16):
         call = make(op, dtype=dtype, B=1, N=N, M=M, H=2)
@@ -104,7 +107,9 @@ def test_lengths(op, N, M, triton):
 
 @interpreted
 @by_op
-@pytest.mark.parametrize(("d", "dv"), [(1, 1), (3, 5), (64, 64), (33, 100), (128, 16), (160, 256)])
+@pytest.mark.parametrize(
+    ("d", "dv"), some([(1, 1), (3, 5), (64, 64), (33, 100), (128, 16), (160, 256)], (3, 5), (33, 100), (128, 16))
+)
 def test_head_dims(op, d, dv, triton):
     for dtype in (torch.float32, torch.bfloat16):
         call = make(op, dtype=dtype, B=1, H=2, d=d, dv=dv, N=37, M=29)
@@ -134,7 +139,7 @@ def test_large_half_precision_neither_overflows_nor_vanishes(op, tied, triton):
 
 @interpreted
 @by_op
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("value", some([float("nan"), float("inf"), -float("inf")], float("inf")))
 def test_nan_and_inf_propagate(op, value, triton):
     for name in "qkv":
         call = make(op, N=40, M=40)
