@@ -1,17 +1,21 @@
-# Two commands on a fresh machine: `make bench` and `make test`. Each sets up what it needs in .venv.
+# Two commands on a fresh machine: `make bench` and `make test`. Each sets up what it needs in .venv: the versions of
+# requirements/ for this torch; for a torch without a lock there (TORCH=torch: the newest) the newest of everything.
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 GPU_VENV ?= .venv-gpu
 GPU_TORCH ?= torch==2.14.1
+LOCKED_TORCH ?= 2.11.0 2.13.0 2.14.1
 BENCH_ARGS ?=
 GPU_PYTHON ?= $(PYTHON)
 GPU_ARGS ?=
 
 bin := $(VENV)/bin
+# requirements/torch-2.13.txt of torch==2.13.0
+lock_of = $(wildcard requirements/torch-$(subst $() ,.,$(wordlist 1,2,$(subst ., ,$(subst torch==,,$(1))))).txt)
 csrc := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: bench bench-operator bench-layer bench-model bench-field bench-vs bench-extreme report test test-gpu-build lint format sanitize gpu-check clean
+.PHONY: bench bench-operator bench-layer bench-model bench-field bench-vs bench-extreme report test test-all test-newest test-gpu-build lock lint format sanitize gpu-check clean
 
 bench: $(VENV)/built
 	$(bin)/python -m bench.run $(BENCH_ARGS)
@@ -35,8 +39,44 @@ bench-vs: $(VENV)/built
 bench-extreme: $(VENV)/built
 	$(bin)/python -m bench.extreme $(BENCH_ARGS)
 
+# At most 8 minutes on 2 cores; TEST_ARGS are pytest's. `--random-order --random-order-seed=1` shuffles.
 test: $(VENV)/built
-	$(bin)/python -m pytest $(TEST_ARGS)
+	$(bin)/python tests/run.py $(TEST_ARGS)
+
+# What is too long for `make test`: every case of what that tries some of.
+test-all: $(VENV)/built
+	RUN_BY="make test-all" $(bin)/python tests/run.py -m sweep $(TEST_ARGS)
+
+# Adapters and models beside the newest releases of the libraries they fit, and beside the oldest that pyproject.toml allows.
+# Both use the torch and the extension of VENV.
+hosts := accelerate peft timm torchao torchvision transformers
+host_tests := $(wildcard tests/test_convert*.py tests/test_timm.py tests/test_transformers.py tests/test_vit*.py) tests/test_readme.py
+host_tests += $(wildcard tests/compat)
+either_host := $(subst $() ,|,$(hosts))
+test-newest: $(VENV)/built
+	tail -n 1 $(VENV)/constraints.txt > $(VENV)/torch.txt
+	$(PYTHON) -m venv $(VENV)-newest $(VENV)-oldest
+	for bin in $(VENV)-newest/bin $(VENV)-oldest/bin; do \
+	  $$bin/pip install -q $(TORCH) "setuptools>=77" || exit 1; \
+	  INFSA_NO_EXT=1 $$bin/pip install -q -c $(VENV)/torch.txt --upgrade --upgrade-strategy eager --no-build-isolation -e ".[test]" \
+	    || exit 1; \
+	done
+	$(VENV)-oldest/bin/pip install -q -c $(VENV)/torch.txt $$(grep -oE '"($(either_host))>=[0-9.]+' pyproject.toml | sed 's/"//; s/>/=/')
+	code=0; for bin in $(VENV)-newest/bin $(VENV)-oldest/bin; do \
+	  echo "== $$bin =="; $$bin/pip list | grep -E "^(torch|$(either_host)) "; \
+	  RUN_BY="make test-newest" $$bin/python tests/run.py $(host_tests) $(TEST_ARGS) || code=1; \
+	done; exit $$code
+
+# requirements/torch-*.txt anew, from what is newest today. uv resolves for every Python and platform at once, from metadata.
+lock:
+	$(PYTHON) -m venv $(VENV)-lock
+	$(VENV)-lock/bin/pip install -q uv
+	for torch in $(LOCKED_TORCH); do \
+	  lock=requirements/torch-$${torch%.*}.txt; \
+	  echo "# What \`make test\`, \`make bench\` and CI install beside torch $$torch: written by \`make lock\`." > $$lock; \
+	  printf "%s\n" torch==$$torch ninja "setuptools>=77" | $(VENV)-lock/bin/uv pip compile -q - pyproject.toml --all-extras \
+	    --config-file requirements/uv.toml --no-header --no-annotate --universal --python-version 3.10 >> $$lock || exit 1; \
+	done
 
 # The GPU extension, built, imported and taken apart on a machine that has nvcc and needs no GPU.
 test-gpu-build: $(GPU_VENV)/built
@@ -67,21 +107,25 @@ gpu-check:
 	$(GPU_PYTHON) -m bench.gpu_check $(GPU_ARGS)
 
 clean:
-	rm -rf build dist *.egg-info $(VENV) $(GPU_VENV) infsa_kernels/_C*.so
+	rm -rf build dist *.egg-info $(VENV) $(VENV)-newest $(VENV)-oldest $(VENV)-lock $(GPU_VENV) infsa_kernels/_C*.so
 
-$(VENV)/torch:
+# torchvision asks for one version of torch: the constraint makes pip look for the torchvision of the torch that is here. A CUDA
+# build of torch brings a Triton of its own choice, which stays.
+$(VENV)/torch: $(call lock_of,$(TORCH))
 	$(PYTHON) -m venv $(VENV)
-	$(bin)/pip install -q $(TORCH) "setuptools>=77" ninja
+	cat $^ /dev/null | sed "/^triton==/d" > $(VENV)/constraints.txt
+	$(bin)/pip install -q -c $(VENV)/constraints.txt $(TORCH) "setuptools>=77" ninja
+	$(bin)/python -c "import triton" 2> /dev/null || cat $^ /dev/null > $(VENV)/constraints.txt
+	$(bin)/python -c "from importlib.metadata import version as v; print('torch==' + v('torch'))" >> $(VENV)/constraints.txt
 	touch $@
 
 $(GPU_VENV)/built: pyproject.toml setup.py $(csrc) $(shell find infsa_kernels -name '*.py')
 	$(PYTHON) -m venv $(GPU_VENV)
-	$(GPU_VENV)/bin/pip install -q $(GPU_TORCH) "setuptools>=77" ninja numpy pytest
+	cat $(call lock_of,$(GPU_TORCH)) /dev/null | sed "/^triton==/d" > $(GPU_VENV)/constraints.txt
+	$(GPU_VENV)/bin/pip install -q -c $(GPU_VENV)/constraints.txt $(GPU_TORCH) "setuptools>=77" ninja numpy pytest
 	FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST="8.0;9.0a;10.0" $(GPU_VENV)/bin/pip install -q --no-build-isolation --no-deps --force-reinstall .
 	touch $@
 
-# torchvision asks for one version of torch: the constraint makes pip look for the torchvision of the torch that is here.
 $(VENV)/built: $(VENV)/torch pyproject.toml setup.py $(csrc)
-	$(bin)/python -c "from importlib.metadata import version as v; print('torch==' + v('torch'))" > $(VENV)/constraints.txt
 	$(bin)/pip install -q --no-build-isolation -c $(VENV)/constraints.txt -e ".[bench,lint,test]"
 	touch $@

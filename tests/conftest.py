@@ -1,13 +1,18 @@
-"""Fixtures of all tests: seeds, devices, backends, and uninitialised memory that shows."""
+"""What all tests share: their parts, seeds, devices, backends, and uninitialised memory that shows."""
 
 import os
 import re
 import warnings
 import zlib
 
+from run import PARTS, cores
+
 # Before torch loads: OpenMP threads that wait for each other sleep. Spinning, as by default, they make these many small
 # calls ten times slower wherever other processes share the cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# The processes of pytest-xdist share the cores.
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    os.environ["OMP_NUM_THREADS"] = str(max(1, cores() // int(workers)))
 
 import pytest
 import torch
@@ -28,14 +33,25 @@ def backends_of(device: str, op: str = "linear") -> list[str]:
 def pytest_generate_tests(metafunc):
     """`backend` runs a test once for every backend that can run here, `device` once for every device."""
     if "backend" in metafunc.fixturenames:
-        runs = [(device, name) for device in DEVICES for name in backends_of(device)]
+        only = metafunc.definition.get_closest_marker("only_backend")
+        runs = [(d, b) for d in DEVICES for b in backends_of(d) if only is None or b in only.args]
         metafunc.parametrize("device, backend", runs, indirect=["backend"], ids=[f"{d}-{b}" for d, b in runs])
     elif "device" in metafunc.fixturenames:
         metafunc.parametrize("device", DEVICES)
 
 
-def pytest_collection_modifyitems(items):
-    """Leaves out an operator on a backend that has no kernels of it."""
+def pytest_addoption(parser):
+    parser.addoption(
+        "--part", choices=PARTS, help="the tests that run.py starts together; by default all but the interpreter's"
+    )
+
+
+def part_of(item) -> str:
+    return next((name for name in PARTS if item.get_closest_marker(name)), "parallel")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leaves out an operator on a backend that has no kernels of it, and what is for other processes than this one."""
 
     def exists(item):
         params = item.callspec.params if hasattr(item, "callspec") else {}
@@ -43,6 +59,10 @@ def pytest_collection_modifyitems(items):
         return not (op and device and backend) or backend in backends_of(device, op)
 
     items[:] = filter(exists, items)
+    part = config.getoption("--part")
+    here = {part} if part else set(PARTS) - ({"interpreter"} if os.environ.get("TRITON_INTERPRET") != "1" else set())
+    config.hook.pytest_deselected(items=[item for item in items if part_of(item) not in here])
+    items[:] = [item for item in items if part_of(item) in here]
 
 
 @pytest.fixture

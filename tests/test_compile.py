@@ -6,6 +6,7 @@ import pytest
 import torch
 from calls import OPS, Call
 from framework_calls import DV, B, D, H, mask
+from sweep import swept
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
 
@@ -42,9 +43,13 @@ def run(call):
     return out, torch.autograd.grad(out.square().sum(), list(call.tensors().values()))
 
 
+FORMS = ({}, {"tied": True}, {"masked": True}, {"learnable_rho": True})
+COMPILED = [("aot_eager", form) for form in FORMS] + [("inductor", form) for form in FORMS[:2]]
+COMPILED += [swept(("inductor", form)) for form in FORMS[2:]]
+
+
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("form", [{}, {"tied": True}, {"masked": True}, {"learnable_rho": True}], ids=str)
+@pytest.mark.parametrize(("compiler", "form"), COMPILED, ids=str)
 def test_dynamic_lengths(op, compiler, form, device, backend):
     """One graph, forward and backward, compiled at most twice (length 1 is a case of its own) for ten lengths."""
     counter = CompileCounterWithBackend(compiler)

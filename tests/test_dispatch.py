@@ -8,6 +8,8 @@ from calls import OPS, raw_op
 
 import infsa_kernels
 
+pytestmark = pytest.mark.alone
+
 # Measured on a quiet CPU: 2 to 3 without gradients, 4 to 6 with them.
 LIMIT, LIMIT_WITH_GRADIENTS = 6, 15
 

@@ -8,10 +8,12 @@ import pytest
 import torch
 from calls import DTYPES, OPS, Call, check, expected, output_gradient
 from conftest import backends_of
+from sweep import some
 
 import infsa_kernels
 
-CASES = 600  # of each operator; every one runs forward and backward on every backend
+# Of each operator; every one runs forward and backward on every backend.
+CASES = some([200, 600], 200)
 
 
 def size(draw: Random) -> int:
@@ -141,9 +143,10 @@ def near_the_kink(call: Call) -> bool:
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_random_calls(op, device):
+@pytest.mark.parametrize("cases", CASES)
+def test_random_calls(op, cases, device):
     draw = Random(op)
-    for case in range(CASES):
+    for case in range(cases):
         call, dout = random_call(draw, op, device)
         if near_the_kink(call):
             continue

@@ -41,6 +41,7 @@ def without_extension(tmp_path_factory):
     return path
 
 
+@pytest.mark.alone
 def test_import_is_light():
     """It takes less time than torch's own import, loads nothing that it may not need and never initialises CUDA."""
     script = """

@@ -33,10 +33,14 @@ def backward_arguments(call, backend, output_mask=(True,) * 4):
 
 
 def cases(forms):
-    """Every form in float32 and in one dtype more, so that over the forms every dtype meets every layout."""
+    """Every form in float32 and in one dtype more, so that over the forms every dtype meets every layout.
+
+    Without the sweep, each form in one of the two.
+    """
     for i, form in enumerate(forms):
-        for dtype in (DTYPES[0], DTYPES[1 + i % 3]):
-            yield form, dtype, LAYOUTS[(i // 3 + DTYPES.index(dtype)) % len(LAYOUTS)]
+        for j, dtype in enumerate((DTYPES[0], DTYPES[1 + i % 3])):
+            layout = LAYOUTS[(i // 3 + DTYPES.index(dtype)) % len(LAYOUTS)]
+            yield pytest.param(form, dtype, layout, marks=() if j == i % 2 else pytest.mark.sweep)
 
 
 @pytest.mark.parametrize("op", OPS)

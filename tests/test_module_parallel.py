@@ -6,6 +6,7 @@ import os
 import pytest
 import torch
 import torch.multiprocessing
+from sweep import swept
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
@@ -60,21 +61,31 @@ def test_rho_learns(variant, tied):
     assert "rho_logit" not in dict(frozen.named_parameters())
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_compiles_whole_for_any_length(variant):
+@pytest.mark.parametrize(
+    ("kind", "variant"),
+    [
+        ("attention by inductor", "linear_infsa"),
+        swept(("attention by inductor", "pure_infsa")),
+        ("attention with dropout", "linear_infsa"),
+        ("attention with dropout", "pure_infsa"),
+        swept(("vit", "linear_infsa")),
+        ("vit", "pure_infsa"),
+    ],
+)
+def test_compiles_whole_for_any_length(kind, variant):
     """One graph without a break, forward and backward, compiled at most twice for four sizes."""
-    for module, compiler in (
-        (attention(variant), "inductor"),
-        (attention(variant, dropout=0.5).eval(), "aot_eager"),
-        (vit(variant), "aot_eager"),
-    ):
-        torch.compiler.reset()
-        counter = CompileCounterWithBackend(compiler)
-        compiled = torch.compile(module, backend=counter, fullgraph=True, dynamic=True)
-        for n in (8, 12, 20, 40):
-            x = torch.randn((B, 1, n, 12) if isinstance(module, InfViT) else (B, n, D), dtype=torch.float64)
-            assert_close(results(module, x, compiled), results(module, x))
-        assert counter.frame_count <= 2
+    module, compiler = {
+        "attention by inductor": lambda: (attention(variant), "inductor"),
+        "attention with dropout": lambda: (attention(variant, dropout=0.5).eval(), "aot_eager"),
+        "vit": lambda: (vit(variant), "aot_eager"),
+    }[kind]()
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend(compiler)
+    compiled = torch.compile(module, backend=counter, fullgraph=True, dynamic=True)
+    for n in (8, 12, 20, 40):
+        x = torch.randn((B, 1, n, 12) if kind == "vit" else (B, n, D), dtype=torch.float64)
+        assert_close(results(module, x, compiled), results(module, x))
+    assert counter.frame_count <= 2
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -13,6 +13,8 @@ from torch.testing import assert_close
 
 import infsa_kernels
 
+pytestmark = pytest.mark.alone
+
 THREADS = 8
 
 

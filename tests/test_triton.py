@@ -1,6 +1,6 @@
 """The Triton kernels in Triton's interpreter: every kernel and every path of it, against the float64 reference.
 
-The interpreter is chosen when Triton is imported, so these tests run in a process of their own, which the first one starts.
+The interpreter is chosen when Triton is imported, so those of these tests that need it run in processes of their own: run.py.
 """
 
 import os
@@ -13,24 +13,19 @@ import torch
 from calls import OPS, Call, check, output_gradient, raw_op
 from interpreter import needs_interpreter
 from layouts import LAYOUTS
+from sweep import some
 
 import infsa_kernels
 
 pytest.importorskip("triton")
 
-IN_INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not IN_INTERPRETER, reason="runs in the process that test_in_the_interpreter starts")
 by_op = pytest.mark.parametrize("op", OPS)
 by_tie = pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@needs_interpreter
-@pytest.mark.skipif(IN_INTERPRETER, reason="this is that process")
-def test_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__]
-    run = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+def interpreted(test):
+    return pytest.mark.interpreter(needs_interpreter(test))
 
 
 def test_importing_the_package_does_not_import_the_kernels():
@@ -73,7 +68,7 @@ def test_against_the_reference(op, tied, dtype, triton):
 @interpreted
 @by_op
 @by_tie
-@pytest.mark.parametrize("which", ["keys", "queries", "both", "same"])
+@pytest.mark.parametrize("which", some(["keys", "queries", "both", "same"], "both"))
 def test_masks(op, tied, which, triton):
     for dtype in (torch.float32, torch.float16):
         call = make(op, dtype=dtype, tied=tied, H=2)
@@ -92,7 +87,7 @@ def test_masks(op, tied, which, triton):
 
 @interpreted
 @by_op
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", some(LAYOUTS, "token_major", "every_other_channel", "expanded_token"))
 def test_layouts(op, layout, triton):
     for dtype, d, dv in ((torch.float32, 20, 9), (torch.bfloat16, 16, 32)):
         call = make(op, dtype=dtype, d=d, dv=dv, layout=layout, N=37, M=29)
@@ -101,7 +96,9 @@ def test_layouts(op, layout, triton):
 
 @interpreted
 @by_op
-@pytest.mark.parametrize(("N", "M"), [(1, 1), (1, 70), (33, 1), (31, 32), (32, 33), (64, 63), (65, 129)])
+@pytest.mark.parametrize(
+    ("N", "M"), some([(1, 1), (1, 70), (33, 1), (31, 32), (32, 33), (64, 63), (65, 129)], (1, 1), (33, 1), (32, 33))
+)
 def test_lengths(op, N, M, triton):
     for dtype in (torch.float32, torch.bfloat16):
         call = make(op, dtype=dtype, B=1, N=N, M=M, H=2)
@@ -110,7 +107,9 @@ def test_lengths(op, N, M, triton):
 
 @interpreted
 @by_op
-@pytest.mark.parametrize(("d", "dv"), [(1, 1), (3, 5), (64, 64), (33, 100), (128, 16), (160, 256)])
+@pytest.mark.parametrize(
+    ("d", "dv"), some([(1, 1), (3, 5), (64, 64), (33, 100), (128, 16), (160, 256)], (3, 5), (33, 100), (128, 16))
+)
 def test_head_dims(op, d, dv, triton):
     for dtype in (torch.float32, torch.bfloat16):
         call = make(op, dtype=dtype, B=1, H=2, d=d, dv=dv, N=37, M=29)
@@ -140,7 +139,7 @@ def test_large_half_precision_neither_overflows_nor_vanishes(op, tied, triton):
 
 @interpreted
 @by_op
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("value", some([float("nan"), float("inf"), -float("inf")], float("inf")))
 def test_nan_and_inf_propagate(op, value, triton):
     for name in "qkv":
         call = make(op, N=40, M=40)
@@ -187,7 +186,7 @@ def test_refusals_name_the_reason():
         torch.ops.infsa.pure(q, q, v)
 
 
-@pytest.mark.skipif(IN_INTERPRETER, reason="it is not refused there")
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="it is not refused there")
 def test_the_cpu_is_refused():
     q = torch.randn(1, 1, 8, 16)
     with infsa_kernels.backend("triton"), pytest.raises(RuntimeError, match="TRITON_INTERPRET"):

@@ -5,8 +5,6 @@ the table's version only; that no register spills, every matrix product uses the
 budget holds is required of any version.
 """
 
-import os
-
 import pytest
 
 triton = pytest.importorskip("triton")
@@ -17,16 +15,19 @@ from triton_resources import ARCHITECTURES, read, rows  # noqa: E402
 
 from infsa_kernels.triton import configs  # noqa: E402
 
-# Every variant of every configuration takes five minutes on one core; by default each configuration compiles once.
-EVERYTHING = os.environ.get("INFSA_ALL_TRITON_CONFIGS") == "1"
+# Every variant of every configuration takes five minutes on one core: `make test-all`. Otherwise each of one NVIDIA GPU's and of
+# AMD's compiles once.
+COMPILED = [(arch, True) for arch in ("sm_90", "gfx942")]
+COMPILED += [pytest.param((arch, False), marks=pytest.mark.sweep) for arch in ARCHITECTURES]
 
 VERSION, COMMITTED = read()
 KNOWN = {(row["arch"], row["kernel"], row["case"]): row for row in COMMITTED}
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
+@pytest.fixture(scope="module", params=COMPILED, ids=str)
 def compiled(request):
-    return rows(request.param, once=not EVERYTHING)
+    arch, once = request.param
+    return rows(arch, once)
 
 
 def test_what_compiles_is_what_the_table_says(compiled):
