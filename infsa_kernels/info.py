@@ -5,13 +5,14 @@ import platform
 import torch
 
 from . import __version__
+from .ops import _extension
 from .ops._library import RAW, SUFFIXES, explain_backend
 
 
 def describe() -> str:
     """The report as text."""
     lines = [
-        f"infsa_kernels  {__version__}",
+        f"infsa_kernels  {__version__} in {_extension.PACKAGE}",
         f"torch          {torch.__version__} (CUDA {torch.version.cuda or 'none'})",
         f"triton         {_triton_version()}",
         f"python         {platform.python_version()} on {platform.machine()} {platform.system()}",
