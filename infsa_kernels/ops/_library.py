@@ -18,7 +18,6 @@ from torch.overrides import TorchFunctionMode
 from . import _extension
 
 
-
 def _register() -> torch.library.Library:
     try:
         return torch.library.Library("infsa", "DEF")
