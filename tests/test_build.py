@@ -118,7 +118,7 @@ def test_another_torch_or_compiler_compiles_everything(folder):
 
 def test_other_flags_compile_everything(folder):
     assert compiled(folder, CFLAGS="-DANOTHER") == EVERYTHING
-    assert compiled(folder, CPATH=str(folder)) == EVERYTHING
+    assert compiled(folder, CFLAGS="-DANOTHER", CPATH=str(folder)) == EVERYTHING
 
 
 def test_sources_that_changed_without_a_new_time_are_compiled(folder):

@@ -132,7 +132,9 @@ def test_extension_holds_build_facts_and_no_operator():
 def imported_twice(path, *lines) -> str:
     """What a second import says, after these lines."""
     script = "import torch, sys, importlib, infsa_kernels\n" + "\n".join(lines)
-    return python("-c", f"{script}\ntry:\n    import infsa_kernels\nexcept RuntimeError as error:\n    print(error)", path=path).stdout
+    return python(
+        "-c", f"{script}\ntry:\n    import infsa_kernels\nexcept RuntimeError as error:\n    print(error)", path=path
+    ).stdout
 
 
 FORGET = "for name in [n for n in sys.modules if n.startswith('infsa_kernels')]: del sys.modules[name]"
@@ -149,7 +151,9 @@ def test_a_second_copy_is_refused_with_both_places(without_extension):
 
 def test_a_second_import_of_the_same_copy_is_refused_in_plain_words(without_extension):
     message = imported_twice(without_extension, FORGET)
-    assert message.startswith(f"infsa_kernels was imported from {without_extension / PACKAGE.name} before in this process")
+    assert message.startswith(
+        f"infsa_kernels was imported from {without_extension / PACKAGE.name} before in this process"
+    )
     assert "start Python anew" in message and "TORCH_LIBRARY" not in message
 
 

@@ -1,5 +1,6 @@
 """A user's script under `mypy --strict`: the package has types, they are right, and what is public is exported."""
 
+import inspect
 import os
 import subprocess
 import sys
@@ -46,3 +47,12 @@ def test_a_users_script_is_clean_under_strict_mypy(request):
         cwd=folder, env={**os.environ, "PYTHONPATH": str(Path(infsa_kernels.__file__).parent.parent)}, capture_output=True, text=True,
     )  # fmt: skip
     assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+
+
+def test_public_functions_are_annotated_throughout():
+    functions = [f for f in (getattr(infsa_kernels, name) for name in infsa_kernels.__all__) if inspect.isfunction(f)]
+    for function in functions:
+        signature = inspect.signature(function)
+        kinds = [parameter.annotation for parameter in signature.parameters.values()]
+        assert inspect.Signature.empty not in (*kinds, signature.return_annotation), function
+    assert len(functions) == len(infsa_kernels.__all__) - 1, "all but the class backend"
