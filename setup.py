@@ -4,14 +4,22 @@ INFSA_NO_EXT=1             no extension: a pure-Python install that runs on torc
 FORCE_CUDA=1               CUDA kernels or an error; FORCE_CUDA=0: none. By default: if torch is a CUDA build and nvcc is there
 TORCH_CUDA_ARCH_LIST=...   what to compile CUDA kernels for; by default the GPUs of this machine, without one 8.0;9.0a;10.0;12.0
 MAX_JOBS=n                 parallel compilations; by default as many as cores and free memory allow
+
+The folder build/ is kept between builds, and only what is still true of it is used: see `BuildExtension`.
 """
 
+import hashlib
+import json
 import os
 import re
+import shlex
+import subprocess
 import sys
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
+from setuptools.command.sdist import sdist
 
 try:
     import torch
@@ -19,7 +27,7 @@ try:
 except ImportError:
     sys.exit(
         "infsa_kernels is built against the torch that it will run with, and this Python has none. "
-        "Run: pip install torch setuptools ninja && pip install --no-build-isolation ."
+        "Run: pip install torch setuptools ninja && pip install --no-build-isolation -e ."
     )
 
 # A translation unit of the kernels takes about this much memory to compile.
@@ -37,8 +45,16 @@ def extensions() -> list:
             "infsa_kernels: the C++ kernels need GCC or Clang vector extensions; set INFSA_NO_EXT=1 to install without"
         )
     cuda = with_cuda()
-    folders, patterns = ["csrc/cpu", *(["csrc/cuda"] if cuda else [])], ("*.cpp", "*.cu")
-    sources = ["csrc/module.cpp", *(str(p) for f in folders for pattern in patterns for p in Path(f).glob(pattern))]
+    patterns = ["csrc/module.cpp", "csrc/cpu/*.cpp", *(["csrc/cuda/*.cpp", "csrc/cuda/*.cu"] if cuda else [])]
+    sources = []
+    for pattern in patterns:
+        found = [str(path) for path in Path().glob(pattern)]
+        if not found:
+            sys.exit(
+                f"infsa_kernels: there is no {pattern} in {Path.cwd()}, and no extension without it; build from a whole clone "
+                "of the repository or from a source distribution that `python -m build --sdist --no-isolation` makes there"
+            )
+        sources += found
     flags = ["-O3", "-g0", "-ffp-contract=fast", "-fvisibility=hidden", "-Wno-psabi"]
     # OpenMP at compile time only: the runtime is the one torch has already loaded, never a second one beside it.
     openmp = ["-fopenmp"] if sys.platform == "linux" else []
@@ -113,14 +129,114 @@ def max_jobs() -> int:
     return max(1, min(cores, int(free_gib / COMPILER_GIB)))
 
 
+def public_version() -> str:
+    return re.search(r'__version__ = "(.+)"', Path("infsa_kernels/__init__.py").read_text())[1]
+
+
 def version(compiled: bool) -> str:
-    """A compiled package fits one torch and one CUDA only, so its wheel says which: 0.1.0+torch2.13.cpu."""
-    public = re.search(r'__version__ = "(.+)"', Path("infsa_kernels/__init__.py").read_text())[1]
-    if not compiled:
-        return public
+    """A compiled package fits one torch and one CUDA only, so its wheel says which: 0.1.0+torch2.13.cpu.
+
+    What is built from a source distribution keeps that one's version: pip and uv take no other from it.
+    """
+    if not compiled or Path("PKG-INFO").exists():
+        return public_version()
     major, minor = torch.__version__.split(".")[:2]
     cuda = f"cu{torch.version.cuda.replace('.', '')}" if with_cuda() else "cpu"
-    return f"{public}+torch{major}.{minor}.{cuda}"
+    return f"{public_version()}+torch{major}.{minor}.{cuda}"
+
+
+# What compilers and linkers read beside their command line.
+ENVIRONMENT = (
+    "CC", "CXX", "CFLAGS", "CXXFLAGS", "CPPFLAGS", "LDFLAGS", "CPATH", "CPLUS_INCLUDE_PATH", "LIBRARY_PATH", "PYTORCH_NVCC",
+    "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS", "TORCH_CUDA_ARCH_LIST",
+)  # fmt: skip
+
+
+class BuildExtension(cpp_extension.BuildExtension):
+    """Compiles again whatever another torch, CUDA, compiler or flag has compiled, or other sources than these.
+
+    Ninja compares command lines and file times: it sees no new torch or compiler in the old place, and no file that is newer
+    than the one before it but older than the object, as an unpacked archive has. Without ninja only the times of our sources
+    are compared. So build/ keeps a note of what its objects were made from.
+    """
+
+    def build_extensions(self):
+        if self.extensions:
+            self.drop_what_was_made_otherwise()
+        super().build_extensions()
+
+    def drop_what_was_made_otherwise(self):
+        folder = Path(self.build_temp)
+        note = folder / "made_from.json"
+        (extension,) = self.extensions
+        library = Path(self.get_ext_fullpath(extension.name))
+        now = {"facts": self.facts(extension, library), "sources": digests([*extension.sources, *extension.depends])}
+        try:
+            then, written = json.loads(note.read_text()), note.stat().st_mtime
+            # A source that changed since is a matter for ninja; unless its time says that it did not.
+            changed = [path for path, digest in now["sources"].items() if then["sources"].get(path) != digest]
+            stale = then["facts"] != now["facts"] or any(Path(path).stat().st_mtime <= written for path in changed)
+        except (OSError, ValueError):
+            stale, changed = True, []
+        if stale:
+            for made in (*folder.rglob("*.o"), library):
+                made.unlink(missing_ok=True)
+        elif not changed:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        note.write_text(json.dumps(now, indent=1))
+
+    def facts(self, extension, library) -> dict:
+        """Whatever decides, beside the sources, what the objects and the library become."""
+        compiler = {name: getattr(self.compiler, name) for name in ("compiler_so", "compiler_so_cxx", "linker_so_cxx")
+                    if hasattr(self.compiler, name)}  # fmt: skip
+        tools = {cpp_extension.get_cxx_compiler(), *(command[0] for command in compiler.values() if command)}
+        if isinstance(extension.extra_compile_args, dict) and "nvcc" in extension.extra_compile_args:
+            tools.add(os.path.join(cpp_extension.CUDA_HOME, "bin", "nvcc"))
+        facts = {
+            "torch": [torch.__version__, torch.version.git_version, torch.version.cuda, torch.__file__],
+            "python": sys.version,
+            "compiler": compiler,
+            "tools": {tool: tool_version(tool) for tool in sorted(tools)},
+            "environment": {name: os.environ.get(name) for name in ENVIRONMENT},
+            "extension": {name: value for name, value in vars(extension).items() if name != "depends"},
+            "ninja": self.use_ninja,
+            "library": str(library.resolve()),
+        }
+        return json.loads(json.dumps(facts, default=str))
+
+
+def digests(paths) -> dict[str, str]:
+    return {path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in sorted(paths)}
+
+
+def tool_version(command: str) -> str:
+    try:
+        return subprocess.run([*shlex.split(command), "--version"], capture_output=True, text=True).stdout
+    except OSError:
+        return ""
+
+
+class BuildPython(build_py):
+    """Copies every module anew, whatever the file times say, and leaves out those that are no longer there."""
+
+    def run(self):
+        self.force = True
+        for old in Path(self.build_lib, "infsa_kernels").rglob("*.py"):
+            if not old.relative_to(self.build_lib).exists():
+                old.unlink()
+        super().run()
+
+
+class SourceDistribution(sdist):
+    """It fits every torch, so its version names none."""
+
+    def run(self):
+        metadata, compiled = self.distribution.metadata, self.distribution.metadata.version
+        for version, run in ((public_version(), super().run), (compiled, lambda: None)):
+            metadata.version = version
+            self.reinitialize_command("egg_info")
+            run()
 
 
 os.environ.setdefault("MAX_JOBS", str(max_jobs()))
@@ -128,5 +244,9 @@ modules = extensions()
 setup(
     version=version(bool(modules)),
     ext_modules=modules,
-    cmdclass={"build_ext": cpp_extension.BuildExtension.with_options(no_python_abi_suffix=False)},
+    cmdclass={
+        "build_ext": BuildExtension.with_options(no_python_abi_suffix=False),
+        "build_py": BuildPython,
+        "sdist": SourceDistribution,
+    },
 )

@@ -5,13 +5,14 @@ import platform
 import torch
 
 from . import __version__
+from .ops._extension import PACKAGE
 from .ops._library import RAW, SUFFIXES, explain_backend
 
 
 def describe() -> str:
     """The report as text."""
     lines = [
-        f"infsa_kernels  {__version__}",
+        f"infsa_kernels  {__version__} in {PACKAGE}",
         f"torch          {torch.__version__} (CUDA {torch.version.cuda or 'none'})",
         f"triton         {_triton_version()}",
         f"python         {platform.python_version()} on {platform.machine()} {platform.system()}",
@@ -34,8 +35,8 @@ def _triton_version() -> str:
 def _extension() -> str:
     try:
         from . import _C
-    except ImportError as error:
-        return f"none ({error})"
+    except ImportError:
+        return "none; the backends below say why"
     cuda = f"CUDA kernels for {_C.cuda_arch_list}" if _C.cuda_arch_list else "no CUDA kernels"
     return f"built for torch {_C.torch_version} with compiler {_C.compiler}, CPU kernels for {_C.cpu_isa}, {cuda}"
 

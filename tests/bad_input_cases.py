@@ -160,4 +160,9 @@ PYTHON_TYPES = [
     ({"rho": [0.9]}, "rho is a list, expected a number or a Tensor"),
     ({"eps": "1e-6"}, "eps is a str, expected a number"),
     ({"eps": None}, "eps is a NoneType, expected a number"),
+    (
+        {"eps": zeros().add(1e-6).requires_grad_()},
+        "eps is a tensor that requires a gradient, expected a number: it gets none; give float(eps)",
+    ),
+    ({"eps": zeros(H)}, "eps is a tensor of shape [3], expected a number; give one for all heads"),
 ]

@@ -144,6 +144,15 @@ def test_wrong_construction(arguments, message):
         InfSAAttention(**{"embed_dim": D, "num_heads": H} | arguments)
 
 
+@pytest.mark.parametrize(
+    "eps, message", [("1e-6", "eps is a str"), (torch.ones((), requires_grad=True), "eps is a tensor that")]
+)
+def test_eps_is_a_number(eps, message):
+    with pytest.raises(TypeError, match=f"InfSAAttention: {message}.*expected a number"):
+        InfSAAttention(D, H, eps=eps)
+    assert type(InfSAAttention(D, H, eps=torch.tensor(1e-6)).eps) is float
+
+
 X, BOOL = torch.randn(2, N, D), torch.zeros(2, N, dtype=torch.bool)
 WRONG_CALLS = [
     ((X,), dict(attn_mask=torch.zeros(N, N)), NotImplementedError, "attn_mask is a Tensor.*key_padding_mask"),

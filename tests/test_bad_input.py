@@ -4,11 +4,13 @@ The same words come from the public function, from torch.ops, from the raw ops o
 ops/_check.py) and from fake tensors.
 """
 
+import contextlib
 import re
 
+import numpy as np
 import pytest
 import torch
-from bad_input_cases import DV, EVERYWHERE, LAYOUTS, PUBLIC, PYTHON_TYPES, RAW, B, D, H, N, good, zeros
+from bad_input_cases import DV, EVERYWHERE, LAYOUTS, PUBLIC, PYTHON_TYPES, RAW, B, D, H, M, N, boolean, good, zeros
 from calls import OPS, raw_op
 from conftest import backends_of
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -92,6 +94,38 @@ def test_python_types(op, wrong, words, device):
     if "v" not in wrong:
         arguments = {name: t for name, t in {**good(), **wrong}.items() if name != "v"}
         refused(op, TypeError, words, getattr(infsa_kernels, f"{op}_infsa_scores"), **arguments)
+
+
+def test_eps_is_no_variable_of_transforms(op, device):
+    """torch.func would give a gradient of nothing, or torch's own words about the storage of wrappers."""
+    function, arguments = getattr(infsa_kernels, f"{op}_infsa"), good()
+
+    def call(eps):
+        return function(**arguments, eps=eps).sum()
+
+    refused(op, TypeError, "eps is a tensor that requires a gradient", torch.func.grad(call), torch.tensor(1e-6))
+    refused(op, TypeError, "eps is a tensor that vmap maps over", torch.vmap(call), torch.full((2,), 1e-6))
+    with pytest.raises(Exception, match="eps is a tensor that requires a gradient"):
+        torch.compile(call, backend="eager", fullgraph=True)(torch.tensor(1e-6, requires_grad=True))
+
+
+@pytest.mark.parametrize("eps", [torch.tensor(1e-6), np.float32(1e-6), torch.full((1,), 1e-6)], ids=str)
+def test_what_has_one_value_is_a_number(op, eps, device):
+    getattr(infsa_kernels, f"{op}_infsa")(**good(), eps=eps)
+
+
+@pytest.mark.parametrize("real", ["q", "k", "v", "rho", "key_padding_mask", "query_padding_mask"])
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_real_tensor_among_fake_ones_is_named(op, real, inside, device):
+    """torch refuses it with an AssertionError that leaves the reader to look for it."""
+    mode = FakeTensorMode()
+    masks = {"key_padding_mask": boolean(B, M), "query_padding_mask": boolean(B, N)}
+    arguments = {**good(), **masks, "rho": zeros(H)}
+    faked = {n: t if n == real else mode.from_tensor(t) for n, t in arguments.items()}
+    with mode if inside else contextlib.nullcontext():
+        words = f"{real} is a real tensor, expected a fake one"
+        refused(op, TypeError, words, getattr(infsa_kernels, f"{op}_infsa"), **faked)
+        refused(op, TypeError, words, getattr(torch.ops.infsa, op), **faked)
 
 
 @pytest.mark.parametrize("missing", ["q", "k", "v"])

@@ -128,3 +128,61 @@ def test_info(whole, without_extension):
 def test_extension_holds_build_facts_and_no_operator():
     _C = pytest.importorskip("infsa_kernels._C", reason="no extension was built here (INFSA_NO_EXT=1)")
     assert all(isinstance(getattr(_C, name), str) for name in dir(_C) if not name.startswith("__"))
+
+
+def imported_twice(path, *lines) -> str:
+    """What a second import says, after these lines."""
+    script = "import torch, sys, importlib, infsa_kernels\n" + "\n".join(lines)
+    return python(
+        "-c", f"{script}\ntry:\n    import infsa_kernels\nexcept RuntimeError as error:\n    print(error)", path=path
+    ).stdout
+
+
+FORGET = "for name in [n for n in sys.modules if n.startswith('infsa_kernels')]: del sys.modules[name]"
+
+
+def test_a_second_copy_is_refused_with_both_places(without_extension):
+    message = imported_twice(without_extension, FORGET, f"sys.path.insert(0, {str(PACKAGE.parent)!r})")
+    assert message.startswith(
+        f"infsa_kernels was imported from {without_extension / PACKAGE.name} before in this process, and now there is a second "
+        f"copy at {PACKAGE}; "
+    )
+    assert "uninstall one copy or take its folder from sys.path, and start Python anew" in message
+
+
+def test_a_second_import_of_the_same_copy_is_refused_in_plain_words(without_extension):
+    message = imported_twice(without_extension, FORGET)
+    assert message.startswith(
+        f"infsa_kernels was imported from {without_extension / PACKAGE.name} before in this process"
+    )
+    assert "start Python anew" in message and "TORCH_LIBRARY" not in message
+
+
+USED = """
+import importlib
+import torch
+import infsa_kernels
+import infsa_kernels.nn
+
+importlib.reload(infsa_kernels)
+importlib.reload(infsa_kernels.nn)
+q = torch.randn(2, 3, 5, 8, requires_grad=True)
+reasons = infsa_kernels.explain_backend("linear", q.device, q.dtype, q.shape)
+with infsa_kernels.backend(next(name for name, reason in reasons.items() if reason is None)):
+    for op in ("linear", "pure"):
+        infsa_kernels.infsa_attention(q, q, q, f"{op}_infsa").sum().backward()
+        getattr(torch.ops.infsa, op)(q, q, q)
+    layers = torch.nn.TransformerEncoderLayer(8, 2, batch_first=True)
+    model = infsa_kernels.nn.convert(layers, variant="linear_infsa").model
+    model(torch.randn(2, 5, 8)).sum().backward()
+    try:
+        infsa_kernels.linear_infsa(q, q, q, eps=0.0)
+    except ValueError as error:
+        print(error)
+"""
+
+
+@pytest.mark.parametrize("flags", [("-W", "error"), ("-OO",)], ids=" ".join)
+def test_interpreter_flags(flags):
+    """No warning on the way, nothing that needs docstrings or assertions, and names that survive a reload."""
+    assert "eps is 0, expected" in python(*flags, "-c", USED, path=PACKAGE.parent).stdout

@@ -70,6 +70,15 @@ PYTHON_TYPES = [
     (dict(rho="1"), "rho is a str, expected a number or a Tensor"),
     (dict(eps=None), "eps is a NoneType, expected a number"),
     (dict(norm_eps="1"), "norm_eps is a str, expected a number or None"),
+    (
+        dict(eps=torch.tensor(1.0, requires_grad=True)),
+        "eps is a tensor that requires a gradient, expected a number: it",
+    ),
+    (
+        dict(norm_eps=torch.tensor(1.0, requires_grad=True)),
+        "norm_eps is a tensor that requires a gradient, expected a number",
+    ),
+    (dict(norm_eps=torch.ones(2)), "norm_eps is a tensor of shape [2], expected a number or None"),
 ]
 
 
@@ -142,6 +151,15 @@ def said_alike(op, direction, exception, words, arguments):
             faked = [mode.from_tensor(t) if isinstance(t, torch.Tensor) else t for t in arguments.values()]
             messages.add(refused(exception, words, getattr(torch.ops.infsa, f"{op}_{direction}"), *faked))
     assert len(messages) == 1, messages
+
+
+@pytest.mark.parametrize("real", ["x", "q_weight", "out_weight", "q_bias", "norm_weight", "rho", "padding_mask"])
+def test_a_real_tensor_among_fake_ones_is_named(real):
+    vectors = {"q_bias": zeros(H * HEAD), "norm_weight": zeros(D), "rho": zeros(H), "padding_mask": zeros(B, N).bool()}
+    arguments = {**good(), **vectors, "norm_eps": 1e-5}
+    mode = FakeTensorMode()
+    faked = {n: mode.from_tensor(t) if isinstance(t, torch.Tensor) and n != real else t for n, t in arguments.items()}
+    refused(TypeError, f"{real} is a real tensor, expected a fake one", pooled_linear_infsa, **faked)
 
 
 def test_backend_that_cannot_run():

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops import _check
 from ..ops.linear import linear_infsa_scores
 from ..ops.linear_layer import pooled_linear_infsa
 from ..ops.pure import pure_infsa, pure_infsa_scores
@@ -99,6 +100,7 @@ class InfSAAttention(nn.Module):
             raise ValueError(
                 f"InfSAAttention: rho_init is {rho_init}, expected a number between 0 and 1, both excluded"
             )
+        _check.number("InfSAAttention", "eps", eps)
         if not (math.isfinite(eps) and eps > 0):
             raise ValueError(f"InfSAAttention: eps is {eps}, expected a finite number above 0; the paper's is 1e-6")
         if tied and kdim != embed_dim:
@@ -110,7 +112,8 @@ class InfSAAttention(nn.Module):
         self.embed_dim, self.num_heads, self.head_dim = embed_dim, num_heads, embed_dim // num_heads
         self.kdim, self.vdim = kdim, vdim
         self.dropout, self.batch_first, self.add_zero_attn = dropout, batch_first, add_zero_attn
-        self.variant, self.tied, self.rho_init, self.rho_per_head, self.eps = variant, tied, rho_init, rho_per_head, eps
+        self.variant, self.tied, self.rho_init, self.rho_per_head = variant, tied, rho_init, rho_per_head
+        self.eps = float(eps)
 
         factory = {"device": device, "dtype": dtype}
         self.q_proj = nn.Linear(embed_dim, embed_dim, bias, **factory)

@@ -34,15 +34,46 @@ def layer_python_types(op, tensors, optional, num_heads, rho, eps, norm_eps):
     if not isinstance(num_heads, (int, torch.SymInt)) or isinstance(num_heads, bool):
         raise TypeError(f"{op}: num_heads is a {type(num_heads).__name__}, expected an int")
     _numbers(op, rho, eps)
-    if not (norm_eps is None or isinstance(norm_eps, (int, float)) or hasattr(norm_eps, "__float__")):
-        raise TypeError(f"{op}: norm_eps is a {type(norm_eps).__name__}, expected a number or None")
+    if norm_eps is not None:
+        number(op, "norm_eps", norm_eps, "a number or None")
 
 
 def _numbers(op, rho, eps):
     if not (isinstance(rho, (int, float, Tensor)) or hasattr(rho, "__float__")):
         raise TypeError(f"{op}: rho is a {type(rho).__name__}, expected a number or a Tensor")
-    if not (isinstance(eps, (int, float)) or hasattr(eps, "__float__")):
-        raise TypeError(f"{op}: eps is a {type(eps).__name__}, expected a number")
+    number(op, "eps", eps)
+
+
+def number(op, name, value, expected="a number"):
+    """What becomes a float: whatever has one, but no tensor whose gradient, or whose other elements, would be lost."""
+    if isinstance(value, (int, float)):
+        return
+    if not isinstance(value, Tensor):
+        if not hasattr(value, "__float__"):
+            raise TypeError(f"{op}: {name} is a {type(value).__name__}, expected {expected}")
+    elif value.requires_grad:
+        raise TypeError(
+            f"{op}: {name} is a tensor that requires a gradient, expected {expected}: it gets none; give float({name})"
+        )
+    elif torch._C._functorch.is_batchedtensor(value):
+        raise TypeError(
+            f"{op}: {name} is a tensor that vmap maps over, expected {expected}; loop over its values instead"
+        )
+    elif value.numel() != 1:
+        raise TypeError(
+            f"{op}: {name} is a tensor of shape {list(value.shape)}, expected {expected}; give one for all heads"
+        )
+
+
+def real_among_fake(op, tensors: dict) -> TypeError | None:
+    """What to say where torch's FakeTensorMode has refused a real tensor with an AssertionError that names none."""
+    for name, t in tensors.items():
+        if type(t) in (Tensor, torch.nn.Parameter):
+            return TypeError(
+                f"{op}: {name} is a real tensor, expected a fake one, as others are or as the FakeTensorMode in force asks "
+                "for; convert it with mode.from_tensor()"
+            )
+    return None
 
 
 def dense(op, name, t):

@@ -7,13 +7,40 @@ and `infsa::linear_fwd_eager` (torch operations), and so on. The public operator
 import functools
 import importlib
 import os
+import re
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch.overrides import TorchFunctionMode
 
-library = torch.library.Library("infsa", "DEF")
+from . import _extension
+
+
+def _register() -> torch.library.Library:
+    try:
+        return torch.library.Library("infsa", "DEF")
+    except RuntimeError as error:
+        before = re.search(r"Previous registration of TORCH_LIBRARY was registered at (.+?):\d+;", str(error))
+        if not before:
+            raise
+        here, there = (Path(file).resolve().parent.parent for file in (__file__, before[1]))
+        if here == there:
+            told = (
+                f"infsa_kernels was imported from {here} before in this process, and its modules were dropped or reloaded "
+                "since (sys.modules, importlib.reload); torch takes the operators of torch.ops.infsa once: start Python anew"
+            )
+        else:
+            told = (
+                f"infsa_kernels was imported from {there} before in this process, and now there is a second copy at {here}; "
+                "torch takes the operators of torch.ops.infsa once: uninstall one copy or take its folder from sys.path, "
+                "and start Python anew"
+            )
+        raise RuntimeError(told) from None
+
+
+library = _register()
 
 # Suffix of the raw operators of each backend.
 SUFFIXES = {"cpu": "", "cuda": "", "triton": "_triton", "eager": "_eager"}
@@ -23,28 +50,9 @@ SUFFIXES = {"cpu": "", "cuda": "", "triton": "_triton", "eager": "_eager"}
 PREFERENCE = {"cpu": ("cpu", "eager"), "cuda": ("eager",)}
 
 
-def _load_extension() -> str | None:
-    """Loads `_C`, which registers the compiled kernels. Returns why there is none, or None."""
-    try:
-        from .. import _C
-    except ImportError as error:
-        if "_C" in str(error) and "cannot import name" in str(error):
-            return "the compiled extension was not built (INFSA_NO_EXT=1, or a source tree that was never installed)"
-        return (
-            f"the compiled extension does not load beside torch {torch.__version__} ({error}); build it again with "
-            "`pip install --no-build-isolation --force-reinstall --no-deps .`"
-        )
-    if _C.torch_version.split("+")[0] != torch.__version__.split("+")[0]:
-        warnings.warn(
-            f"infsa_kernels was built for torch {_C.torch_version} and runs beside torch {torch.__version__}; if anything "
-            "fails, build it again with `pip install --no-build-isolation --force-reinstall --no-deps .`",
-            stacklevel=2,
-        )
-    return None
-
-
-_extension_error = _load_extension()
-_warned_of_fallback = False
+_extension_error = _extension.load()
+# A source folder that hides an installed package has said so already.
+_warned_of_fallback = bool(_extension_error and _extension.shadowed_package())
 
 
 # The raw operators behind each public one.
@@ -86,7 +94,7 @@ def _why_not_cuda(op: str, device: torch.device, dtype: torch.dtype, shape: Sequ
     if not (compiled := _compiled_architectures()):
         return (
             "the extension was built without CUDA kernels; build it again beside a CUDA build of torch, with "
-            "`FORCE_CUDA=1 pip install --no-build-isolation --force-reinstall --no-deps .`"
+            f"`FORCE_CUDA=1 {_extension.build_command()}`"
         )
     if not _has_kernels(op, "", "CUDA"):
         return f"infsa::{op} has no CUDA C++ kernels"

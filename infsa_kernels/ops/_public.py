@@ -5,6 +5,7 @@ import contextlib
 import torch
 from torch.autograd import forward_ad
 
+from . import _check
 from ._library import _takes_backend, library
 from ._raw import AUTOCAST_KEYS
 
@@ -20,6 +21,7 @@ def define(name: str, schemas: dict[str, str], call, cast_arguments) -> list[tor
         library.define(f"{name}{overload and '.'}{overload}({arguments}) -> Tensor")
     packet = getattr(torch.ops.infsa, name)
     overloads = [getattr(packet, overload or "default") for overload in schemas]
+    call = _naming_real_tensors(f"infsa::{name}", [a.name for a in overloads[0]._schema.arguments], call)
     for overload in overloads:
         autocasts = {device: _autocast(overload, device, cast_arguments) for device in ("cpu", "cuda")}
         for device, autocast in autocasts.items():
@@ -30,6 +32,18 @@ def define(name: str, schemas: dict[str, str], call, cast_arguments) -> list[tor
     backend_at = positional - (not overloads[0]._schema.arguments[-1].kwarg_only)
     _takes_backend.update(dict.fromkeys((packet, *overloads), backend_at))
     return overloads
+
+
+def _naming_real_tensors(op, names, call):
+    def run(*args, **kwargs):
+        try:
+            return call(*args, **kwargs)
+        except AssertionError as error:
+            if "FakeTensor" in str(error) and (told := _check.real_among_fake(op, dict(zip(names, args)) | kwargs)):
+                raise told from error
+            raise
+
+    return run
 
 
 def _autocast(overload, device, cast_arguments):
