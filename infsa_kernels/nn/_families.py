@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from ._host import attach_rho
+from ._host import NO_CAUSAL, attach_rho, class_path
 from .attention import InfSAAttention
 
 
@@ -150,7 +150,7 @@ def _timm(module: nn.Module, options: Options, named: bool) -> Plan | str:
 
 
 def _transformers(module: nn.Module, options: Options, parents: Sequence[nn.Module]) -> Plan | str:
-    from .transformers import CONFIG_SAYS_CAUSAL, is_cross_attention, register
+    from .transformers import CONFIG_SAYS_CAUSAL, SAY_SELF, is_cross_attention, other_tokens, register
 
     config = module.config
     if hasattr(module, "has_relative_attention_bias"):
@@ -161,16 +161,19 @@ def _transformers(module: nn.Module, options: Options, parents: Sequence[nn.Modu
     if not hasattr(module, "sliding_window") and getattr(config, "sliding_window", None):
         return "its config has a sliding window (sliding_window), which InfSA has no place for"
     if getattr(module, "is_decoder", False) or getattr(config, "is_decoder", False):
-        return f"it belongs to a decoder: {_NO_CAUSAL}"
+        return f"it belongs to a decoder: {NO_CAUSAL}"
     causal = getattr(config, "is_causal", None) if CONFIG_SAYS_CAUSAL else None
     if causal is None:
         causal = getattr(module, "is_causal", None) or _masked_causally(parents)
         if not causal and not hasattr(module, "is_causal"):
             return "it does not say whether it is causal: if it is not, set its is_causal = False"
     if causal:
-        return f"it is causal: {_NO_CAUSAL}"
-    if is_cross_attention(module):
+        return f"it is causal: {NO_CAUSAL}"
+    cross = is_cross_attention(module)
+    if cross:
         return "it is cross-attention, whose attention function is not told which queries are padding"
+    if cross is None:
+        return f"it takes {', '.join(other_tokens(type(module)))}, so it may be cross-attention: {SAY_SELF}"
     if reason := _cannot_draw_anew(module, options):
         return reason
 
@@ -225,4 +228,3 @@ _SPECIAL = {
 }
 
 _SUBCLASS = "{} is a subclass of {} and may compute something else: name it in target_types if it does not"
-_NO_CAUSAL = "InfSA divides by sums over all queries, and a causal form of it does not exist yet"
