@@ -5,7 +5,6 @@ import math
 import torch
 from torch import Tensor, nn
 
-
 NO_CAUSAL = "InfSA divides by sums over all queries, and a causal form of it does not exist yet"
 LEAVE_OUT = "; convert(exclude_patterns=...) leaves a module of this name as it was"
 

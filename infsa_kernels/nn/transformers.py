@@ -208,7 +208,7 @@ def _ignored_tokens(mask: Tensor, scores: tuple[int, int, int, int], module: nn.
 
 
 def is_cross_attention(module: nn.Module) -> bool | None:
-    """Whether a module's keys may be other tokens than its queries; None where nothing says so: the function sees tensors only."""
+    """Whether the keys of a module are other tokens than its queries. None: nothing tells, as its function sees tensors only."""
     says = getattr(module, "is_cross_attention", None)
     if says is not None:
         return bool(says)
