@@ -60,7 +60,8 @@ _REFUSED = {
 _NO_TOKENS = {
     *("attention_mask", "mask", "causal_attention_mask", "head_mask", "layer_head_mask", "position_mask"),
     *("cache", "past_key_value", "past_key_values", "layer_past", "cache_position", "use_cache", "output_attentions"),
-    *("position_ids", "position_embeddings", "relative_position_embeddings", "rotary_pos_emb", "freqs_ci", "position_bias"),
+    *("position_ids", "position_embeddings", "query_position_embeddings", "relative_position_embeddings", "position_bias"),
+    *("rotary_pos_emb", "freqs_ci"),
     *("cu_seqlens", "max_seqlen", "height", "width", "layer_idx"),
 }  # fmt: skip
 
