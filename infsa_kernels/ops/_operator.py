@@ -87,6 +87,12 @@ class Operator(RawOps):
             out = forward(q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask)[0]
         return out.squeeze(1) if unbatched else out
 
+    def statistics(self, q, k, v, eps, key_padding_mask=None, query_padding_mask=None) -> tuple[Tensor, ...]:
+        """What forward keeps beside its output, of 4-D arguments that were checked. They have no gradient."""
+        name = choose_backend(self.name, q.device, q.dtype, q.shape, backend_of_backward())
+        k = None if k is q else k
+        return self.forwards[SUFFIXES[name]](q, k, v, eps, 1.0, None, key_padding_mask, query_padding_mask)[1:]
+
     def check_scores(self, q, k, rho, eps, key_padding_mask, query_padding_mask) -> None:
         """The checks of the operator for its scores, which have no v."""
         _check.python_types(self.op, q, k, k, rho, eps, key_padding_mask, query_padding_mask)
