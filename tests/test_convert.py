@@ -168,7 +168,7 @@ def refused_models():
         "hooks": hooked,
         "parametrizations": parametrizations.weight_norm(multihead(), "in_proj_weight"),
         "would not share": tied,
-        "out_proj is a Sequential": special,
+        "out_proj is a torch.nn.modules.container.Sequential, expected a torch.nn.Linear": special,
         "InfSA already": InfSAAttention(16, 4),
     }
 
@@ -223,3 +223,46 @@ def test_bad_arguments():
     wrapped.inner = type("DistributedDataParallel", (nn.Module,), {})()
     with pytest.raises(ValueError, match="convert first"):
         convert(wrapped)
+
+
+class Block(nn.Module):
+    """As in OpenAI's CLIP, whose blocks hold their mask, or as in open_clip's, which are given the tower's."""
+
+    def __init__(self, attn_mask=None):
+        super().__init__()
+        self.attn, self.attn_mask = multihead(), attn_mask
+
+    def forward(self, x, attn_mask=None):
+        mask = self.attn_mask if attn_mask is None else attn_mask
+        return self.attn(x, x, x, need_weights=False, attn_mask=mask)[0]
+
+
+def test_causal_text_towers_are_refused_or_noted():
+    causal = nn.Transformer.generate_square_subsequent_mask(5)
+    clip = nn.ModuleDict({"visual": Block(), "text": Block(causal)})
+    report = convert(clip)
+    assert list(report.converted) == ["visual.attn"] and not report.notes
+    assert "Block around it holds an attn_mask" in report.refused["text.attn"]
+    x = torch.randn(5, 2, 16)
+    report.model["text"](x), report.model["visual"](x)
+
+    tower = nn.Sequential(Block())
+    tower.register_buffer("attn_mask", causal, persistent=False)
+    report = convert(tower)
+    assert list(report.converted) == list(report.notes) == ["0.attn"]
+    assert "given torch.nn.modules.container.Sequential's attn_mask; convert(exclude_patterns=" in str(report)
+    with pytest.raises(NotImplementedError, match=r"attn_mask is a Tensor.*convert\(exclude_patterns="):
+        report.model[0](x, tower.attn_mask)
+
+    notes = convert(nn.TransformerDecoderLayer(16, 4, 24)).notes
+    assert list(notes) == ["self_attn"] and "tgt_mask" in notes["self_attn"]
+
+
+def test_strict_changes_nothing_where_something_is_refused():
+    model = nn.ModuleDict({"right": multihead(), "left": Block(torch.zeros(2, 2))})
+    modules = list(model.modules())
+    with pytest.raises(NotImplementedError, match=r"exclude_patterns=(.|\n)*left\.attn: the .*holds an attn_mask"):
+        convert(model, inplace=True, strict=True)
+    assert list(model.modules()) == modules
+    convert(model, exclude_patterns="left", inplace=True, strict=True)
+    assert not convert(model["right"], inplace=True, strict=True).converted  # InfSA already: nothing to do

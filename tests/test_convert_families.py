@@ -185,7 +185,7 @@ def test_new_weights_on_request(name):
 def test_new_weights_that_nobody_can_draw():
     config = transformers.GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=50, bos_token_id=0, eos_token_id=0)
     report = convert(transformers.GPT2Model(bidirectional(config)), copy_weights=False)
-    assert "Conv1D has no reset_parameters" in report.refused["h.0.attn"]
+    assert "pytorch_utils.Conv1D has no reset_parameters" in report.refused["h.0.attn"]
 
 
 def test_forward_replaced_on_the_object():
@@ -204,4 +204,5 @@ def test_attention_that_nobody_knows_is_reported():
         pass
 
     model = nn.Sequential(WindowAttention())
-    assert convert(model).refused == {"0": "WindowAttention is none of the classes that convert() knows"}
+    where = f"{__name__}.test_attention_that_nobody_knows_is_reported.<locals>.WindowAttention"
+    assert convert(model).refused == {"0": f"{where} is none of the classes that convert() knows"}

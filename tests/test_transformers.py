@@ -25,13 +25,13 @@ def bert(name, **kwargs) -> transformers.BertModel:
 
 
 class Module(nn.Module):
-    """What an attention function sees of the module that calls it: one that could use a cache."""
+    """What an attention function sees of the module that calls it. Its arguments say nothing of a cache."""
 
     def __init__(self, **attributes):
         super().__init__()
         self.__dict__.update({"is_causal": False, **attributes})
 
-    def forward(self, hidden_states, past_key_values=None):
+    def forward(self, hidden_states, attention_mask=None, **kwargs):
         raise AssertionError
 
 
@@ -139,14 +139,14 @@ REFUSED_CALLS = {
     "negative scale": ({}, dict(scaling=-1.0), "scaling is -1.0"),
     "mask in cross-attention": (
         dict(is_cross_attention=True),
-        dict(mask=torch.ones(2, 9, dtype=torch.bool)),
+        dict(mask=torch.arange(18).reshape(2, 9) < 17),
         "cross-att",
     ),
     "causal mask": ({}, dict(mask=torch.ones(1, 1, 9, 9, dtype=torch.bool).tril()), "differs between queries"),
     "additive bias": ({}, dict(mask=torch.randn(1, 4, 9, 9)), "adds values"),
     "head mask in place of a mask": ({}, dict(mask=torch.ones(1, 4, 1, 1)), "tells heads or queries apart"),
     "no mask we know": ({}, dict(mask=object()), "expected a Tensor"),
-    "bias by another name": ({}, dict(some_bias=torch.ones(1)), "some_bias is given"),
+    "an argument of a later version": ({}, dict(keys_to_come=torch.ones(1)), "keys_to_come is given: it is not known"),
     **{key: ({}, {key: torch.ones(1)}, f"{key} is given") for key in integration._REFUSED},
 }
 
@@ -159,6 +159,14 @@ def test_what_attention_is_asked_and_cannot_do_is_refused(case, name):
     q, k = torch.randn(2, 4, 9, 8), torch.randn(2, 4, kwargs.pop("keys", 9), 8)
     with pytest.raises(NotImplementedError, match=reason):
         attend(name, Module(**attributes), q, k, k, **kwargs)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_arguments_without_an_effect_are_taken(name):
+    q = torch.randn(2, 4, 9, 8)
+    harmless = dict.fromkeys(integration._HARMLESS, True) | {"position_ids": torch.arange(9)[None]}
+    out, _ = attend(name, Module(), q, q, q, **harmless, softcap=None, head_mask=None)
+    assert torch.equal(out, attend(name, Module(), q, q, q)[0])
 
 
 def test_wrong_masks():
@@ -193,12 +201,3 @@ def test_causal_and_local_models_are_refused_when_run(name):
             model(input_ids=torch.arange(6)[None])
         with pytest.raises(NotImplementedError, match="infsa"):
             model(input_ids=torch.arange(6)[None], attention_mask=torch.ones(1, 6, dtype=torch.long))
-
-
-def test_bidirectional_model_refuses_to_decode():
-    model = transformers.LlamaModel(
-        bidirectional(transformers.LlamaConfig(**GROUPED | {"attn_implementation": "infsa_pure"}))
-    )
-    cache = model(input_ids=torch.arange(6)[None], use_cache=True).past_key_values
-    with pytest.raises(NotImplementedError, match="cache"):
-        model(input_ids=torch.tensor([[7]]), past_key_values=cache)

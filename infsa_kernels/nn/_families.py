@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from ._host import attach_rho
+from ._host import LEAVE_OUT, NO_CAUSAL, attach_rho, class_path
 from .attention import InfSAAttention
 
 
@@ -61,7 +61,7 @@ def plan_of(
     if "forward" in vars(module) and not (dispatches(module) and hasattr(module, "_hf_hook")):
         return "its forward was replaced on the object itself, and may compute something else"
     if isinstance(module, nn.MultiheadAttention):
-        return _multihead(module, options, tied, named)
+        return _multihead(module, options, parents, tied, named)
     if dispatches(module):
         return _transformers(module, options, parents)
     return _timm(module, options, named)
@@ -77,21 +77,44 @@ def _is_timm(module: nn.Module) -> bool:
     return any(cls.__module__.startswith("timm.") and cls.__name__ == "Attention" for cls in type(module).__mro__)
 
 
-def _multihead(module: nn.MultiheadAttention, options: Options, tied: set[nn.Parameter], named: bool) -> Plan | str:
+def _multihead(
+    module: nn.MultiheadAttention,
+    options: Options,
+    parents: Sequence[nn.Module],
+    tied: set[nn.Parameter],
+    named: bool,
+) -> Plan | str:
+    if parents and _holds_mask(parents[-1]):
+        return f"the {class_path(parents[-1])} around it holds an attn_mask, probably a causal one: {NO_CAUSAL}"
     for part in module.modules():
         if parametrize.is_parametrized(part):
             return "it has parametrizations, which would be lost: remove them with torch.nn.utils.parametrize"
         if any(getattr(part, hooks) for hooks in _HOOKS):
             return "it has hooks, which would not be called any more: remove them, and add them after the conversion"
     if type(module) is not nn.MultiheadAttention and not named:
-        return _SUBCLASS.format(type(module).__name__, "nn.MultiheadAttention")
+        return _SUBCLASS.format(class_path(module), "torch.nn.MultiheadAttention")
     if not isinstance(module.out_proj, nn.Linear):
-        return f"its out_proj is a {type(module.out_proj).__name__}, expected an nn.Linear"
+        return f"its out_proj is a {class_path(module.out_proj)}, expected a torch.nn.Linear or a subclass of it"
     if any(type(p) is not nn.Parameter or type(p.data) is not torch.Tensor for p in module.parameters()):
         return "its parameters are tensors of a special kind (quantised?), which cannot be split: convert before that"
     if any(p in tied for p in (module.in_proj_weight, module.in_proj_bias)):
         return "another module has the same in_proj_weight or in_proj_bias, and would not share the split ones"
     return Plan(lambda: _infsa_of(module, options))
+
+
+def note_on(module: nn.Module, parents: Sequence[nn.Module]) -> str | None:
+    """Why a converted module may still be refused when it is run: which mask it is given shows only then."""
+    if not isinstance(module, nn.MultiheadAttention):
+        return None
+    if parents and isinstance(parents[-1], nn.TransformerDecoderLayer) and parents[-1].self_attn is module:
+        return f"raises when it is given a tgt_mask{LEAVE_OUT}"
+    holder = next(filter(_holds_mask, reversed(parents)), None)
+    return None if holder is None else f"raises when it is given {class_path(holder)}'s attn_mask{LEAVE_OUT}"
+
+
+def _holds_mask(module: nn.Module) -> bool:
+    """As the text towers of CLIP in torch's own modules do: OpenAI's in each block, open_clip's in the tower or the model."""
+    return isinstance(getattr(module, "attn_mask", None), torch.Tensor)
 
 
 def _infsa_of(module: nn.MultiheadAttention, options: Options) -> InfSAAttention:
@@ -138,7 +161,7 @@ def _timm(module: nn.Module, options: Options, named: bool) -> Plan | str:
     from .timm import Attention, LinearInfSAAttention, PureInfSAAttention
 
     if type(module) is not Attention and not (named and isinstance(module, Attention)):
-        return _SUBCLASS.format(type(module).__name__, "timm.layers.Attention")
+        return _SUBCLASS.format(class_path(module), "timm.layers.Attention")
     if reason := _cannot_draw_anew(module, options):
         return reason
 
@@ -150,7 +173,7 @@ def _timm(module: nn.Module, options: Options, named: bool) -> Plan | str:
 
 
 def _transformers(module: nn.Module, options: Options, parents: Sequence[nn.Module]) -> Plan | str:
-    from .transformers import CONFIG_SAYS_CAUSAL, is_cross_attention, register
+    from .transformers import CONFIG_SAYS_CAUSAL, SAY_SELF, is_cross_attention, other_tokens, register
 
     config = module.config
     if hasattr(module, "has_relative_attention_bias"):
@@ -161,16 +184,19 @@ def _transformers(module: nn.Module, options: Options, parents: Sequence[nn.Modu
     if not hasattr(module, "sliding_window") and getattr(config, "sliding_window", None):
         return "its config has a sliding window (sliding_window), which InfSA has no place for"
     if getattr(module, "is_decoder", False) or getattr(config, "is_decoder", False):
-        return f"it belongs to a decoder: {_NO_CAUSAL}"
+        return f"it belongs to a decoder: {NO_CAUSAL}"
     causal = getattr(config, "is_causal", None) if CONFIG_SAYS_CAUSAL else None
     if causal is None:
         causal = getattr(module, "is_causal", None) or _masked_causally(parents)
         if not causal and not hasattr(module, "is_causal"):
             return "it does not say whether it is causal: if it is not, set its is_causal = False"
     if causal:
-        return f"it is causal: {_NO_CAUSAL}"
-    if is_cross_attention(module):
+        return f"it is causal: {NO_CAUSAL}"
+    cross = is_cross_attention(module)
+    if cross:
         return "it is cross-attention, whose attention function is not told which queries are padding"
+    if cross is None:
+        return f"it takes {', '.join(other_tokens(type(module)))}, so it may be cross-attention: {SAY_SELF}"
     if reason := _cannot_draw_anew(module, options):
         return reason
 
@@ -203,7 +229,7 @@ def _adopt(module: nn.Module, options: Options) -> nn.Module:
 def _cannot_draw_anew(module: nn.Module, options: Options) -> str | None:
     if options.copy_weights:
         return None
-    without = [type(m).__name__ for m in _owners_of_parameters(module) if not hasattr(m, "reset_parameters")]
+    without = [class_path(m) for m in _owners_of_parameters(module) if not hasattr(m, "reset_parameters")]
     return (
         f"copy_weights=False: {', '.join(without)} has no reset_parameters() to draw new weights" if without else None
     )
@@ -225,4 +251,3 @@ _SPECIAL = {
 }
 
 _SUBCLASS = "{} is a subclass of {} and may compute something else: name it in target_types if it does not"
-_NO_CAUSAL = "InfSA divides by sums over all queries, and a causal form of it does not exist yet"

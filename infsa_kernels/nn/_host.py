@@ -5,6 +5,13 @@ import math
 import torch
 from torch import Tensor, nn
 
+NO_CAUSAL = "InfSA divides by sums over all queries, and a causal form of it does not exist yet"
+LEAVE_OUT = "; convert(exclude_patterns=...) leaves a module of this name as it was"
+
+
+def class_path(thing: object) -> str:
+    return f"{type(thing).__module__}.{type(thing).__qualname__}"
+
 
 def padding_of_scores_mask(op: str, mask: Tensor, scores: tuple[int, int, int, int]) -> Tensor:
     """The keys that a mask over scores removes from every query of every head: (B, M) bool, True = ignore.
@@ -51,7 +58,7 @@ def padding_of_scores_mask(op: str, mask: Tensor, scores: tuple[int, int, int, i
     require(
         same.all(),
         f"{op}: the mask differs between queries or heads, as a causal mask or a sliding window does: InfSA divides by sums over "
-        "all queries, so only whole tokens can be removed",
+        "all queries, so only whole tokens can be removed" + LEAVE_OUT,
     )
     return keys[:, 0, 0].expand(B, M)
 

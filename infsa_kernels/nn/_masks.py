@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from ._host import LEAVE_OUT
+
 
 def refuse_attention_masks(attn_mask, is_causal) -> None:
     if attn_mask is None and not is_causal:
@@ -11,7 +13,7 @@ def refuse_attention_masks(attn_mask, is_causal) -> None:
     raise NotImplementedError(
         f"InfSAAttention: {what}: InfSA divides by sums over all queries (a central query, a Frobenius norm), so a mask that "
         "differs from query to query, a causal one for instance, has no definition here; to remove tokens give "
-        "key_padding_mask"
+        f"key_padding_mask{LEAVE_OUT}"
     )
 
 

@@ -3,11 +3,12 @@
 import copy
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
-from ._families import Options, Plan, dispatches, is_known, plan_of
+from ._families import Options, Plan, dispatches, is_known, note_on, plan_of
+from ._host import LEAVE_OUT, class_path
 from .attention import VARIANTS
 
 
@@ -19,14 +20,17 @@ class ConversionReport:
         model: the converted model; the one given if ``inplace``, unless that is itself an nn.MultiheadAttention.
         converted: the class that each converted module had, by its name in the model.
         refused: why each other attention module was left as it was, by its name in the model.
+        notes: what may still make a converted module raise when it is run, by its name in the model.
     """
 
     model: nn.Module
     converted: dict[str, str] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f"converted {name or '(the model)'}: {what}" for name, what in self.converted.items()]
+        lines += [f"note      {name or '(the model)'}: {what}" for name, what in self.notes.items()]
         lines += [f"refused   {name or '(the model)'}: {why}" for name, why in self.refused.items()]
         return "\n".join(lines) or "no attention found"
 
@@ -41,6 +45,7 @@ def convert(
     exclude_patterns: str | Iterable[str] | None = None,
     target_types: type | Iterable[type] | None = None,
     inplace: bool = False,
+    strict: bool = False,
 ) -> ConversionReport:
     """Turns the attention of a model into InfSA: exactly, or not at all and with the reason.
 
@@ -63,12 +68,14 @@ def convert(
         target_types: classes; only their instances are considered. Naming a subclass of a class above says that it computes
             the same.
         inplace: whether ``model`` itself is changed, or a copy.
+        strict: whether a refused module raises, with nothing changed, instead of being left as it was and reported.
 
     Returns:
         A :class:`ConversionReport`: the model, what was converted, and what was refused and why.
 
     Raises:
         ValueError: an unknown variant, rho_init out of range, a model that is already wrapped for distributed training.
+        NotImplementedError: strict, and a module is refused.
 
     Example::
 
@@ -99,7 +106,7 @@ def convert(
             named = bool(types) and type(module) in types
             plan = plan_of(module, options, _parents(model, names[0]), tied, named)
         elif _looks_like_attention(module, _parents(model, names[0])):
-            plan = f"{type(module).__name__} is none of the classes that convert() knows"
+            plan = f"{class_path(module)} is none of the classes that convert() knows"
             if type(module).__module__.startswith("transformers."):
                 plan += ", and does not call the attention function registered with transformers; a newer version may"
         else:
@@ -107,13 +114,20 @@ def convert(
         if isinstance(plan, Plan):
             plans[module] = plan
             report.converted.update(dict.fromkeys(names, type(module).__name__))
+            for name in names:
+                if note := note_on(module, _parents(model, name)):
+                    report.notes[name] = note
         else:
             report.refused.update(dict.fromkeys(names, plan))
 
+    refused = {n: why for n, why in report.refused.items() if not hasattr(model.get_submodule(n), "rho_logit")}
+    if strict and refused:
+        lines = "\n".join(f"  {name or '(the model)'}: {why}" for name, why in refused.items())
+        raise NotImplementedError(f"convert: some attention cannot be converted{LEAVE_OUT}:\n{lines}")
     new = _apply(plans)
     _switch_configs(model, plans, options)
     _install(model, new)
-    return ConversionReport(new.get(model, model), report.converted, report.refused)
+    return replace(report, model=new.get(model, model))
 
 
 def replace_attention(
@@ -136,7 +150,7 @@ def replace_attention(
     if is_known(attention):
         plan = plan_of(attention, options, parents=(), tied=set(), named=False)
     if not isinstance(plan, Plan):
-        raise NotImplementedError(f"replace_attention: {type(attention).__name__} cannot be converted: {plan}")
+        raise NotImplementedError(f"replace_attention: {class_path(attention)} cannot be converted: {plan}")
     new = plan.apply()
     _switch_configs(attention, {attention: plan}, options)
     return new

@@ -15,7 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, masking_uti
 from ..ops.attention import infsa_attention
 from ..ops.linear import linear_infsa_scores
 from ..ops.pure import pure_infsa_scores
-from ._host import padding_of_scores_mask
+from ._host import LEAVE_OUT, NO_CAUSAL, class_path, padding_of_scores_mask, require
 
 VARIANT_OF = {"infsa_linear": "linear_infsa", "infsa_pure": "pure_infsa"}
 NAME_OF = {variant: name for name, variant in VARIANT_OF.items()}
@@ -26,7 +26,20 @@ RHO = 0.95
 _BIDIRECTIONAL = getattr(masking_utils, "bidirectional_mask_function", None)
 CONFIG_SAYS_CAUSAL = _BIDIRECTIONAL is not None
 
-# What some models hand to attention on top of the usual, and why InfSA cannot do it.
+# Arguments on which no result here depends. Whatever else a model hands to attention is refused, known or not: names change from
+# one version of transformers to the next, and what is not understood cannot be honoured.
+_HARMLESS = {
+    "position_ids",  # rotary embeddings have applied them; sequences packed by them are refused
+    "cache_position",  # where this call's tokens go in a cache: keys of earlier calls show in their number
+    "use_cache",  # the same
+    "output_hidden_states",  # what the model returns
+    "output_router_logits",  # the same
+    "return_dict",  # the same
+    "num_items_in_batch",  # the divisor of the loss
+    "deterministic",  # asks flash attention for the same bits in every backward; these are always the same
+}
+
+# Why InfSA cannot do what is asked most often.
 _REFUSED = {
     "softcap": "caps scores before a softmax",
     "s_aux": "are attention sinks, a term of a softmax's denominator",
@@ -37,10 +50,20 @@ _REFUSED = {
     "block_indices": "gives every query keys of its own",
     "head_mask": "scales single heads; set rho_logit, one per head, instead",
     "layer_head_mask": "scales single heads; set rho_logit, one per head, instead",
-    "cache": "is a paged cache of a causal model",
+    "cache": "holds keys of earlier calls, whose queries are gone; use_cache=False",
     "cu_seq_lens_q": "packs several sequences into one; give a padded batch and its attention_mask",
     "cu_seq_lens_k": "packs several sequences into one; give a padded batch and its attention_mask",
+    "seq_idx": "packs several sequences into one; give a padded batch and its attention_mask",
 }
+
+# Parameters of attention modules that are no second sequence of tokens.
+_NO_TOKENS = {
+    *("attention_mask", "mask", "causal_attention_mask", "head_mask", "layer_head_mask", "position_mask"),
+    *("cache", "past_key_value", "past_key_values", "layer_past", "cache_position", "use_cache", "output_attentions"),
+    *("position_ids", "position_embeddings", "query_position_embeddings", "relative_position_embeddings", "position_bias"),
+    *("rotary_pos_emb", "freqs_ci"),
+    *("cu_seqlens", "max_seqlen", "height", "width", "layer_idx"),
+}  # fmt: skip
 
 
 def register() -> None:
@@ -51,9 +74,12 @@ def register() -> None:
 
     Honoured: padding (``attention_mask``, 1 = keep: those tokens are removed as keys and as queries and get an output of 0),
     grouped-query attention, rotary embeddings, dropout, ``output_attentions``. The scale of the scores has no effect: both
-    operators divide it out. Refused with NotImplementedError when the model is run: causal attention, sliding windows, masks
-    that differ between queries, packed sequences, cross-attention with a mask, position biases, soft-capping, attention sinks
-    and head masks.
+    operators divide it out. Refused with NotImplementedError when the model is run: causal attention, a cache of keys, sliding
+    windows, masks that differ between queries, packed sequences, position biases, soft-capping, attention sinks, head masks,
+    and every argument that is not known.
+
+    Cross-attention is computed where it removes no token, and where the module says what it is by ``is_cross_attention = True``
+    if there are more keys than queries: as many could come from a cache.
 
     Example::
 
@@ -107,31 +133,38 @@ def _attend(
     """The output (B, N, H, dv), and with output_attentions the weights (B, H, N, M)."""
     is_causal = getattr(module, "is_causal", None) if is_causal is None else is_causal
     if is_causal is None:
-        _refuse(f"{type(module).__name__} does not say whether it is causal", "if it is not, set its is_causal = False")
+        _refuse("it does not say whether it is causal", "if it is not, set its is_causal = False", module)
     if is_causal:
-        _refuse(f"{type(module).__name__} is causal", _NO_CAUSAL)
+        _refuse("it is causal", NO_CAUSAL, module)
     if scaling is not None and not scaling > 0:
-        _refuse(f"scaling is {scaling}", "InfSA divides out the scale of the scores, so it has to be above 0")
+        _refuse(f"scaling is {scaling}", "InfSA divides out the scale of the scores, so it has to be above 0", module)
     for name, given in kwargs.items():
-        if given is None or given is False:
-            continue
-        if name in _REFUSED or name.endswith(("_mask", "_bias")):
-            _refuse(f"{name} is given", f"it {_REFUSED.get(name, 'has no meaning here')}")
+        if given is not None and given is not False and name not in _HARMLESS:
+            _refuse(
+                f"{name} is given", f"it {_REFUSED.get(name, 'is not known here, so it cannot be honoured')}", module
+            )
 
     B, H, N, _ = query.shape
     M = key.shape[2]
     if key.shape[1] != H:
         key, value = (t.repeat_interleave(H // t.shape[1], dim=1) for t in (key, value))
-    if N != M and not is_cross_attention(module) and _takes_cache(type(module)):
+    # Fewer keys than queries cannot hold those of earlier calls beside this call's own.
+    if M > N and not getattr(module, "is_cross_attention", False):
         _refuse(
-            f"there are {N} queries and {M} keys in {type(module).__name__}",
-            "with a cache of keys the sums over queries would miss the earlier ones; run the whole sequence, use_cache=False",
+            f"there are {N} queries and {M} keys",
+            "with a cache of keys the sums over queries would miss the earlier ones: run the whole sequence, use_cache=False; "
+            "if this is cross-attention from all queries, set its is_cross_attention = True",
+            module,
         )
     ignore = None
     if attention_mask is not None:
-        if N != M or is_cross_attention(module):
-            _refuse("cross-attention is given a mask", "it does not say which queries are padding")
-        ignore = _ignored_tokens(attention_mask, (B, H, N, M))
+        ignore = _ignored_tokens(attention_mask, (B, H, N, M), module)
+        if N != M or is_cross_attention(module) is not False:
+            why = "it removes keys and does not say which queries are padding"
+            require(~ignore.any(), _refusal("a mask in what may be cross-attention", f"{why}; {SAY_SELF}", module))
+            ignore = None
+    else:
+        _refuse_packed(kwargs.get("position_ids"), N, module)
 
     rho = torch.sigmoid(module.rho_logit) if hasattr(module, "rho_logit") else RHO
     weights = None
@@ -155,7 +188,14 @@ def _weights(variant, query, key, rho, dropout, ignore) -> Tensor:
     return scores if ignore is None else scores.masked_fill(ignore[:, None, :, None], 0)
 
 
-def _ignored_tokens(mask: Tensor, scores: tuple[int, int, int, int]) -> Tensor:
+def _refuse_packed(position_ids: Tensor | None, N: int, module: nn.Module) -> None:
+    """Without a mask, positions that start anew are how flash attention is told of packed sequences."""
+    if position_ids is not None and position_ids.dim() == 2 and position_ids.shape[1] == N:
+        message = _refusal("position_ids start anew within a row", f"this {_REFUSED['seq_idx']}", module)
+        require((position_ids.diff() >= 0).all(), message)
+
+
+def _ignored_tokens(mask: Tensor, scores: tuple[int, int, int, int], module: nn.Module) -> Tensor:
     """A mask of this module's, of flash attention's or over scores as (B, M) bool, True = ignore."""
     if isinstance(mask, Tensor) and mask.dim() == 2:
         if mask.is_floating_point():
@@ -165,22 +205,33 @@ def _ignored_tokens(mask: Tensor, scores: tuple[int, int, int, int]) -> Tensor:
                 f"infsa: attention_mask has shape {list(mask.shape)}, expected (B, M) = {[scores[0], scores[3]]}"
             )
         return mask == 0
-    return padding_of_scores_mask("infsa", mask, scores)
+    return padding_of_scores_mask(f"infsa attention in {class_path(module)}", mask, scores)
 
 
-def is_cross_attention(module: nn.Module) -> bool:
-    """By what transformers calls it: the attention functions are not told."""
-    return bool(getattr(module, "is_cross_attention", False)) or "Cross" in type(module).__name__
+def is_cross_attention(module: nn.Module) -> bool | None:
+    """Whether the keys of a module are other tokens than its queries. None: nothing tells, as its function sees tensors only."""
+    says = getattr(module, "is_cross_attention", None)
+    if says is not None:
+        return bool(says)
+    # What takes a second sequence (BART's) gets one in decoders only, where it has such an attribute.
+    return False if getattr(module, "is_decoder", None) is False or not other_tokens(type(module)) else None
 
 
+@torch.compiler.assume_constant_result
 @functools.cache
-def _takes_cache(attention: type[nn.Module]) -> bool:
-    """Whether a class of attention modules can put keys of earlier calls before those of this one."""
-    return any(name.startswith("past_key_value") for name in inspect.signature(attention.forward).parameters)
+def other_tokens(attention: type[nn.Module]) -> tuple[str, ...]:
+    """The parameters of a class of attention modules that may be tokens beside those of its first one."""
+    parameters = list(inspect.signature(attention.forward).parameters.values())[2:]
+    return tuple(p.name for p in parameters if p.kind is not p.VAR_KEYWORD and p.name not in _NO_TOKENS)
 
 
-_NO_CAUSAL = "InfSA divides by sums over all queries, and a causal form of it does not exist yet"
+SAY_SELF = "if its keys are the tokens of its queries, set its is_cross_attention = False"
 
 
-def _refuse(what: str, why: str):
-    raise NotImplementedError(f"infsa attention: {what}: {why}")
+def _refuse(what: str, why: str, module: nn.Module | None = None):
+    raise NotImplementedError(_refusal(what, why, module))
+
+
+def _refusal(what: str, why: str, module: nn.Module | None) -> str:
+    where = "" if module is None else f" in {class_path(module)}"
+    return f"infsa attention{where}: {what}: {why}{LEAVE_OUT if hasattr(module, 'rho_logit') else ''}"
