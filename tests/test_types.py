@@ -44,7 +44,8 @@ def test_a_users_script_is_clean_under_strict_mypy(request):
     outcome = subprocess.run(
         [sys.executable, "-m", "mypy", "--strict", "--cache-dir", "cache", "user.py"],
         # A folder that Python itself was given counts as installed: its types are used and its code is not checked.
-        cwd=folder, env={**os.environ, "PYTHONPATH": str(Path(infsa_kernels.__file__).parent.parent)}, capture_output=True, text=True,
+        cwd=folder, env={**os.environ, "PYTHONPATH": str(Path(infsa_kernels.__file__).parent.parent)},
+        capture_output=True, text=True,
     )  # fmt: skip
     assert outcome.returncode == 0, outcome.stdout + outcome.stderr
 
