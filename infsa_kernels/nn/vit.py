@@ -206,7 +206,8 @@ class PatchEmbed(Leaf, nn.Conv2d):
 
     def forward(self, images: Tensor) -> Tensor:
         p, _ = self.kernel_size
-        patches = images.unflatten(3, (-1, p)).unflatten(2, (-1, p)).permute(0, 2, 4, 1, 3, 5)
+        rows, columns = images.shape[2] // p, images.shape[3] // p
+        patches = images.unflatten(3, (columns, p)).unflatten(2, (rows, p)).permute(0, 2, 4, 1, 3, 5)
         return F.linear(patches.flatten(3).flatten(1, 2), self.weight.flatten(1), self.bias)
 
 
@@ -336,7 +337,13 @@ def _whole_patches(images: Tensor, channels: int, p: int) -> Tensor:
     height, width = images.shape[2:]
     if _certainly(height % p == 0) and _certainly(width % p == 0):
         return images
-    return F.pad(images, (0, -width % p, 0, -height % p))
+    rows, columns = (height + p - 1) // p, (width + p - 1) // p
+    if not torch.compiler.is_compiling():
+        return F.pad(images, (0, columns * p - width, 0, rows * p - height))
+    # A padded side, as a sum, would not be known to be a multiple of p: it would be made a condition on the picture.
+    y, x = (torch.arange(n * p, device=images.device) for n in (rows, columns))
+    outside = (y >= height)[:, None] | (x >= width)
+    return images[:, :, y.clamp(max=height - 1)[:, None], x.clamp(max=width - 1)].masked_fill(outside, 0)
 
 
 @overridable
