@@ -161,7 +161,7 @@ class InfViT(nn.Module):
     def _embed(self, images: Tensor) -> Tensor:
         """Images as tokens with their positions, (B, N, D)."""
         p = self.patch_size
-        images = _whole_patches(images, self.patch_embed.in_channels, p)
+        images = whole_patches(images, self.patch_embed.in_channels, p)
         B, grid = images.shape[0], (images.shape[2] // p, images.shape[3] // p)
         first = self._first_token(B)
         if _all_at_once(images) or B * math.prod(grid) <= CHUNK_TOKENS:
@@ -185,7 +185,7 @@ class InfViT(nn.Module):
         if self.pos_embed is None:
             return patches
         learned = self.pos_embed[0, int(self.cls_token is not None) :].unflatten(0, self.grid)
-        return patches + _positions(learned, self.grid, grid, rows)
+        return patches + resized_positions(learned, self.grid, grid, rows)
 
     def _first_token(self, B: int) -> Tensor:
         """The token before the patches, (B, 1, D), or (B, 0, D) if there is none."""
@@ -193,6 +193,7 @@ class InfViT(nn.Module):
             return self.patch_embed.weight.new_empty(B, 0, self.embed_dim)
         token = self.cls_token if self.pos_embed is None else self.cls_token + self.pos_embed[:, :1]
         return token.expand(B, -1, -1)
+
 
 class PatchEmbed(Leaf, nn.Conv2d):
     """A convolution whose stride is its kernel, as one matrix product: (B, C, h, w) to (B, N, D).
@@ -328,7 +329,7 @@ def _certainly(condition: bool) -> bool:
 
 
 @overridable
-def _whole_patches(images: Tensor, channels: int, p: int) -> Tensor:
+def whole_patches(images: Tensor, channels: int, p: int) -> Tensor:
     """Images of the expected shape, padded with zeros to a whole number of patches of p x p pixels."""
     if images.dim() != 4 or images.shape[1] != channels:
         raise ValueError(
@@ -347,7 +348,7 @@ def _whole_patches(images: Tensor, channels: int, p: int) -> Tensor:
 
 
 @overridable
-def _positions(learned: Tensor, learned_grid: tuple[int, int], grid: tuple[int, int], rows: slice) -> Tensor:
+def resized_positions(learned: Tensor, learned_grid: tuple[int, int], grid: tuple[int, int], rows: slice) -> Tensor:
     """Positions (h, w, D) resized to a grid of patches: some of its rows, (1, rows * columns, D).
 
     The bicubic resize is a matrix per side. It is applied as the nearest position plus the rest, which vanishes where the

@@ -13,7 +13,6 @@ from torch.overrides import handle_torch_function, has_torch_function
 from ._library import _takes_backend, library
 from ._raw import AUTOCAST_KEYS
 
-
 P, R = ParamSpec("P"), TypeVar("R")
 
 
