@@ -1,6 +1,7 @@
 """What users of autograd do around an operator: checkpoints, hooks, partial gradients, aliases, in-place writes."""
 
 import copy
+import functools
 import gc
 import weakref
 
@@ -9,7 +10,9 @@ import torch
 from calls import OPS, REFERENCE
 from framework_calls import DV, B, D, H, N, RawCalls, make_call
 from torch.testing import assert_close
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from infsa_kernels.nn import InfSAAttention
 
 GRADIENTS = ("q", "k", "v", "rho")
 
@@ -50,6 +53,28 @@ def test_activation_checkpointing(leaves, reentrant, device, backend):
     assert torch.equal(checkpointed, expected)
     for t, g in zip(tensors, grads):
         assert torch.equal(t.grad, g)
+
+
+def save_operators(ctx, op, *args, **kwargs):
+    """The policy of docs/nn.md."""
+    return CheckpointPolicy.MUST_SAVE if op.namespace == "infsa" else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+@pytest.mark.parametrize("variant", ["linear_infsa", "pure_infsa"])
+def test_selective_checkpointing_keeps_the_operators_results(variant, device, backend):
+    attention = InfSAAttention(16, 2, batch_first=True, variant=variant, device=device)
+    x = torch.randn(B, N, 16, device=device, requires_grad=True)
+    contexts = functools.partial(create_selective_checkpoint_contexts, save_operators)
+
+    def run(x):
+        return checkpoint(lambda x: attention(x)[0], x, use_reentrant=False, context_fn=contexts)
+
+    expected = torch.autograd.grad(attention(x)[0].square().sum(), [x, *attention.parameters()])
+    with RawCalls() as raw:
+        found = torch.autograd.grad(run(x).square().sum(), [x, *attention.parameters()])
+    forwards = [direction for direction, suffix, _ in raw.calls if "bwd" not in direction + suffix]
+    assert forwards == (["fwd"] if variant == "pure_infsa" else ["query", "pool"])
+    assert_close(found, expected)
 
 
 def test_saved_tensor_hooks(leaves, device, backend):

@@ -76,6 +76,18 @@ def test_public_functions_compile(op, device, backend):
         assert_close(torch.compile(f, backend="aot_eager", fullgraph=True)(*arguments), f(*arguments))
 
 
+@pytest.mark.parametrize("op", OPS)
+def test_a_tensor_rho_is_an_input_of_the_graph(op, device, backend):
+    """As docs/nn.md asks for: a number would be compiled into it."""
+    function, counter = getattr(infsa_kernels, f"{op}_infsa"), CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(function, backend=counter, fullgraph=True)
+    call = make(op, 9, device)
+    for step in range(8):
+        rho = torch.tensor(0.95 * (1 - step / 10), device=device)
+        assert_close(compiled(call.q, call.k, call.v, rho), function(call.q, call.k, call.v, rho.item()))
+    assert counter.frame_count == 1
+
+
 def raw_calls(function, *args):
     """Which raw operators ran, as the profiler saw them."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:

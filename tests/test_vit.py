@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tolerance import FORWARD, assert_close_to_reference
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from infsa_kernels.nn import InfSAAttention, InfViT, vit
 
@@ -64,7 +66,7 @@ FORMS = itertools.product(VARIANTS, ("cls", "mean"), (None, "layer", "head"), (T
 
 @pytest.mark.parametrize("variant, pool, neumann, pos_embed", list(FORMS))
 def test_every_form_of_evaluation_agrees(variant, pool, neumann, pos_embed, monkeypatch):
-    """Chunks and in-place updates without gradients, checkpointing with; and the last layer without its dead tokens."""
+    """Chunks without gradients, checkpointing with; and the last layer without its dead tokens."""
     made = model(variant, pool=pool, neumann=neumann, pos_embed=pos_embed)
     for x in (images(), images(18, 25)):
         made.zero_grad()
@@ -88,6 +90,80 @@ def test_every_form_of_evaluation_agrees(variant, pool, neumann, pos_embed, monk
         twin.set_grad_checkpointing()
         twin(x).square().sum().backward()
         assert_close([p.grad for p in twin.parameters()], gradients)
+
+
+PARTS = ["", "patch_embed", "blocks.0", "blocks.1.norm1", "blocks.0.attn", "blocks.1.norm2", "blocks.0.mlp", "any"]
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_what_a_hook_kept_stays_as_it_was(variant, part, context, monkeypatch):
+    """More tokens than a chunk has: whatever a module is given or returns is its hooks' to keep."""
+    monkeypatch.setattr(vit, "CHUNK_TOKENS", 64)
+    made, x = model(variant, pool="mean"), images(40, 60)
+    kept = []
+
+    def keep(module, args, out=None):
+        tensors = [t for t in (*args, *(out if isinstance(out, tuple) else [out])) if isinstance(t, torch.Tensor)]
+        kept.extend((t, t.clone()) for t in tensors)
+
+    if part == "any":
+        handles = [f(keep) for f in (nn.modules.module.register_module_forward_pre_hook,
+                                     nn.modules.module.register_module_forward_hook)]  # fmt: skip
+    else:
+        module = made.get_submodule(part)
+        handles = [module.register_forward_pre_hook(keep), module.register_forward_hook(keep)]
+    try:
+        with context():
+            made.forward_features(x)
+            made(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert kept and all(torch.equal(t, then) for t, then in kept)
+
+
+def test_features_of_inference_are_those_of_training():
+    """With as many tokens as a chunk really has, and more."""
+    made, features = InfViT(256, PATCH, 3, 5, D, 2, 4, pool="mean"), []
+    for block in made.blocks:
+        block.register_forward_hook(lambda module, args, out: features.append(out[0]))
+    x = torch.randn(2, 3, 256, 260)
+    made(x)
+    with torch.no_grad():
+        made(x)
+    assert_close(features[2:], features[:2], rtol=1e-4, atol=1e-4)
+
+
+class PeakBytes(TorchDispatchMode):
+    """The most bytes that tensors held at a time, beside those given."""
+
+    def __init__(self, *given):
+        super().__init__()
+        self.given = {t.untyped_storage()._cdata for t in given}
+        self.alive, self.peak = {}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        results = func(*args, **(kwargs or {}))
+        for t in results if isinstance(results, (tuple, list)) else (results,):
+            if isinstance(t, torch.Tensor):
+                storage = t.untyped_storage()
+                if storage._cdata not in self.given:
+                    self.alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.alive = {key: value for key, value in self.alive.items() if not value[0].expired()}
+        self.peak = max(self.peak, sum(nbytes for _, nbytes in self.alive.values()))
+        return results
+
+
+@pytest.mark.parametrize("pool", ["cls", "mean"])
+def test_memory_of_inference_is_two_tensors_of_tokens(pool, monkeypatch):
+    monkeypatch.setattr(vit, "CHUNK_TOKENS", 16)
+    made, x = model(pool=pool), images(160, 160, B=1)
+    for run in (made, made.forward_features):
+        with torch.no_grad(), PeakBytes(x, *made.parameters()) as memory:
+            run(x)
+        assert memory.peak <= 2.5 * 40 * 40 * D * 8
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

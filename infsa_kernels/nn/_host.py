@@ -1,9 +1,10 @@
-"""What the integrations into other libraries share: their masks, and rho for modules that are not ours."""
+"""What the integrations into other libraries share: their masks, rho for modules that are not ours, and leaves of torch.fx."""
 
 import math
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 NO_CAUSAL = "InfSA divides by sums over all queries, and a causal form of it does not exist yet"
 LEAVE_OUT = "; convert(exclude_patterns=...) leaves a module of this name as it was"
@@ -79,3 +80,18 @@ def attach_rho(module: nn.Module, rho_init: float, trainable: bool) -> None:
         module.rho_logit = nn.Parameter(logit)
     else:
         module.register_buffer("rho_logit", logit)
+
+
+class Leaf(nn.Module):
+    """A module whose call is one node of a torch.fx graph, whoever traces, as are those of torch.nn; but not as the root."""
+
+    def __call__(self, *args, **kwargs):
+        tracer = next((a.tracer for a in (*args, *kwargs.values()) if isinstance(a, Proxy)), None)
+        if tracer is None:
+            return super().__call__(*args, **kwargs)
+
+        def node(*args, **kwargs):
+            return tracer.create_proxy("call_module", tracer.path_of_module(self), args, kwargs)
+
+        # Before the hooks: they run when the graph does.
+        return tracer.call_module(self, node, args, kwargs)

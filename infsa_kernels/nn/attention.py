@@ -10,12 +10,13 @@ from ..ops import _check
 from ..ops.linear import linear_infsa_scores
 from ..ops.linear_layer import pooled_linear_infsa
 from ..ops.pure import pure_infsa, pure_infsa_scores
+from ._host import Leaf
 from ._masks import as_bool, refuse_attention_masks
 
 VARIANTS = ("linear_infsa", "pure_infsa")
 
 
-class InfSAAttention(nn.Module):
+class InfSAAttention(Leaf):
     """Multi-head Infinite Self-Attention between two sets of projections, with the interface of nn.MultiheadAttention.
 
         out = W_o concat_h InfSA(W_q query, W_k key, W_v value)_h + b_o,     rho = sigmoid(rho_logit)

@@ -37,7 +37,7 @@ class NeumannSum(nn.Module):
             raise ValueError(
                 f"NeumannSum: gamma_init is {gamma_init}, expected a number between 0 and 1, both excluded"
             )
-        self.gamma_init = gamma_init
+        self.num_layers, self.num_heads, self.gamma_init = num_layers, num_heads, gamma_init
         shape = (num_layers,) if num_heads is None else (num_layers, num_heads)
         self.logit = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         self.reset_parameters()
@@ -55,20 +55,19 @@ class NeumannSum(nn.Module):
         """The sum over L tensors (..., D), first layer first. One at a time, if ``outputs`` makes them so."""
         total, layer = None, 0
         for layer, out in enumerate(outputs, 1):
-            if layer <= len(self.logit):
+            if layer <= self.num_layers:
                 term = self.term(layer, out)
                 total = term if total is None else total + term
-        if layer != len(self.logit):
-            raise ValueError(f"NeumannSum: outputs has {layer} tensors, expected num_layers = {len(self.logit)}")
+        if layer != self.num_layers:
+            raise ValueError(f"NeumannSum: outputs has {layer} tensors, expected num_layers = {self.num_layers}")
         return total
 
     def term(self, layer: int, out: Tensor) -> Tensor:
         """gamma^l O_l for the layer's number l, from 1."""
         weight = self.gamma[layer - 1] ** layer
-        if weight.dim() == 0:
+        if self.num_heads is None:
             return weight * out
-        return (weight[:, None] * out.unflatten(-1, (len(weight), -1))).flatten(-2)
+        return (weight[:, None] * out.unflatten(-1, (self.num_heads, -1))).flatten(-2)
 
     def extra_repr(self) -> str:
-        layers, *heads = self.logit.shape
-        return f"{layers}, num_heads={heads[0] if heads else None}"
+        return f"{self.num_layers}, num_heads={self.num_heads}"

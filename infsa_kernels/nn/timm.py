@@ -6,11 +6,11 @@ from torch import Tensor, nn
 
 from ..ops.attention import infsa_attention
 from ..ops.linear_layer import pooled_linear_infsa
-from ._host import attach_rho, padding_of_scores_mask
+from ._host import Leaf, attach_rho, padding_of_scores_mask
 from .attention import is_only
 
 
-class InfSAAttention(Attention):
+class InfSAAttention(Leaf, Attention):
     """timm's attention with Linear-InfSA between its projections: same arguments, same parameters, and ``rho_logit``.
 
     timm calls classes, not functools.partial objects: choose with :class:`PureInfSAAttention`, or with a subclass that sets

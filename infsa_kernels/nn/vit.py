@@ -2,8 +2,10 @@
 
     x <- x + Attention(LN(x)),   x <- x + MLP(LN(x))
 
-Without gradients, tokens go through patch embedding and MLP in chunks and the residual stream is updated in place: beyond the
-picture, memory is one N x D tensor (linear variant), never one of N x 4D.
+Without gradients, tokens go through patch embedding and MLP in chunks: beyond the picture, memory is a layer's input and output,
+two N x D tensors (linear variant), never one of N x 4D. Neither is ever written to once somebody has seen it.
+
+A recorded graph (torch.compile, torch.export, torch.jit.trace, torch.fx) is one for all sizes, and takes all tokens at once.
 """
 
 import math
@@ -11,8 +13,11 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.utils.checkpoint import checkpoint
 
+from ..ops._public import overridable
+from ._host import Leaf
 from .attention import InfSAAttention, is_only
 from .neumann import NeumannSum
 
@@ -141,14 +146,13 @@ class InfViT(nn.Module):
     def _tokens(self, images: Tensor, cls_only: bool = False) -> Tensor:
         """Tokens before the last norm: (B, N, D), or (B, 1, D) if ``cls_only``."""
         x = self._embed(images)
-        in_place = not torch.is_grad_enabled() and x.shape[0] * x.shape[1] > CHUNK_TOKENS
         total = None
         for layer, block in enumerate(self.blocks, 1):
             first_only = cls_only and block is self.blocks[-1]
             if self.grad_checkpointing and torch.is_grad_enabled():
                 x, attention = checkpoint(block, x, first_only, use_reentrant=False)
             else:
-                x, attention = block(x, first_only, in_place)
+                x, attention = block(x, first_only)
             if self.neumann is not None:
                 term = self.neumann.term(layer, attention[:, :1] if cls_only else attention)
                 total = term if total is None else total + term
@@ -156,16 +160,15 @@ class InfViT(nn.Module):
 
     def _embed(self, images: Tensor) -> Tensor:
         """Images as tokens with their positions, (B, N, D)."""
-        B, _, height, width = self._check(images).shape
         p = self.patch_size
-        if height % p or width % p:
-            images = F.pad(images, (0, -width % p, 0, -height % p))
-        grid = rows, columns = -(-height // p), -(-width // p)
+        images = whole_patches(images, self.patch_embed.in_channels, p)
+        B, grid = images.shape[0], (images.shape[2] // p, images.shape[3] // p)
         first = self._first_token(B)
-        if torch.is_grad_enabled() or B * rows * columns <= CHUNK_TOKENS:
+        if _all_at_once(images) or B * math.prod(grid) <= CHUNK_TOKENS:
             patches = self._patches(images, grid, slice(None))
             return torch.cat([first.to(patches.dtype), patches], 1)
         x, end = None, first.shape[1]
+        rows, columns = grid
         step = max(1, CHUNK_TOKENS // (B * columns))
         for row in range(0, rows, step):
             patches = self._patches(images[:, :, row * p : (row + step) * p], grid, slice(row, row + step))
@@ -179,7 +182,10 @@ class InfViT(nn.Module):
     def _patches(self, images: Tensor, grid: tuple[int, int], rows: slice) -> Tensor:
         """The tokens of some rows of patches, (B, rows * columns, D), from those rows of the images."""
         patches = self.patch_embed(images)
-        return patches if self.pos_embed is None else patches + self._positions(grid, rows)
+        if self.pos_embed is None:
+            return patches
+        learned = self.pos_embed[0, int(self.cls_token is not None) :].unflatten(0, self.grid)
+        return patches + resized_positions(learned, self.grid, grid, rows)
 
     def _first_token(self, B: int) -> Tensor:
         """The token before the patches, (B, 1, D), or (B, 0, D) if there is none."""
@@ -188,24 +194,8 @@ class InfViT(nn.Module):
         token = self.cls_token if self.pos_embed is None else self.cls_token + self.pos_embed[:, :1]
         return token.expand(B, -1, -1)
 
-    def _positions(self, grid: tuple[int, int], rows: slice) -> Tensor:
-        """Positions of some rows of patches, (1, rows * columns, D): a bicubic resize is a matrix per side."""
-        learned = self.pos_embed[0, int(self.cls_token is not None) :].unflatten(0, self.grid)
-        if grid == self.grid:
-            return learned[rows].flatten(0, 1)[None]
-        down, across = (_resize_matrix(n, to, learned) for n, to in zip(self.grid, grid))
-        return torch.einsum("ri,cj,ijd->rcd", down[rows], across, learned).flatten(0, 1)[None]
 
-    def _check(self, images: Tensor) -> Tensor:
-        channels = self.patch_embed.in_channels
-        if images.dim() != 4 or images.shape[1] != channels:
-            raise ValueError(
-                f"InfViT: images has shape {list(images.shape)}, expected (B, {channels}, height, width), channels first"
-            )
-        return images
-
-
-class PatchEmbed(nn.Conv2d):
+class PatchEmbed(Leaf, nn.Conv2d):
     """A convolution whose stride is its kernel, as one matrix product: (B, C, h, w) to (B, N, D).
 
     As a convolution of dynamic height and width, torch.compile does not take it.
@@ -217,7 +207,8 @@ class PatchEmbed(nn.Conv2d):
 
     def forward(self, images: Tensor) -> Tensor:
         p, _ = self.kernel_size
-        patches = images.unflatten(3, (-1, p)).unflatten(2, (-1, p)).permute(0, 2, 4, 1, 3, 5)
+        rows, columns = images.shape[2] // p, images.shape[3] // p
+        patches = images.unflatten(3, (columns, p)).unflatten(2, (rows, p)).permute(0, 2, 4, 1, 3, 5)
         return F.linear(patches.flatten(3).flatten(1, 2), self.weight.flatten(1), self.bias)
 
 
@@ -235,21 +226,23 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(embed_dim, eps=1e-6, **factory)
         self.mlp = Mlp(embed_dim, int(embed_dim * mlp_ratio), **factory)
 
-    def forward(self, x: Tensor, first_only: bool = False, in_place: bool = False) -> tuple[Tensor, Tensor]:
-        """The layer's tokens (B, N, D), or the first only, and what its attention added to them.
-
-        in_place: write the result to ``x``, a chunk of tokens at a time.
-        """
+    def forward(self, x: Tensor, first_only: bool = False) -> tuple[Tensor, Tensor]:
+        """The layer's tokens (B, N, D), or the first only, and what its attention added to them."""
         attention = self._attend(x, first_only)
         if first_only:
             x = x[:, :1]
-        if not in_place:
-            x = x + attention
-            return x + self.mlp(self.norm2(x)), attention
-        x += attention
-        for chunk in x.view(-1, x.shape[-1]).split(CHUNK_TOKENS):
-            chunk += self.mlp(self.norm2(chunk))
-        return x, attention
+        if _all_at_once(x) or x.shape[0] * x.shape[1] <= CHUNK_TOKENS:
+            return self._add_mlp(x + attention), attention
+        # Hooks, here and on the parts, may keep whatever they see: x and every chunk stay as they are.
+        out, step = None, max(1, CHUNK_TOKENS // x.shape[0])
+        for tokens in (slice(begin, begin + step) for begin in range(0, x.shape[1], step)):
+            chunk = self._add_mlp(x[:, tokens] + attention[:, tokens])
+            out = chunk.new_empty(x.shape) if out is None else out
+            out[:, tokens] = chunk
+        return out, attention
+
+    def _add_mlp(self, x: Tensor) -> Tensor:
+        return x + self.mlp(self.norm2(x))
 
     def _attend(self, x: Tensor, first_only: bool) -> Tensor:
         if isinstance(self.attn, SoftmaxAttention):
@@ -258,7 +251,7 @@ class Block(nn.Module):
         return attention[:, :1] if first_only else attention
 
 
-class Mlp(nn.Module):
+class Mlp(Leaf, nn.Module):
     def __init__(self, embed_dim, hidden, device=None, dtype=None):
         super().__init__()
         self.fc1 = nn.Linear(embed_dim, hidden, device=device, dtype=dtype)
@@ -319,14 +312,69 @@ def _project(x: Tensor, layer: nn.Linear) -> Tensor:
     return out.squeeze(-2).mT.contiguous().view(*x.shape[:-1], -1)
 
 
-def _resize_matrix(size: int, to: int, like: Tensor) -> Tensor:
-    """(to, size): one side of F.interpolate(mode="bicubic", antialias=True), which torch.compile has no dynamic sizes for."""
-    centres = (torch.arange(to, dtype=torch.float64, device=like.device) + 0.5) * (size / to)
-    points = torch.arange(size, dtype=torch.float64, device=like.device) + 0.5
-    x = (points - centres[:, None]).abs() / max(1.0, size / to)
+def _all_at_once(x: Tensor) -> bool:
+    """Whether tokens must not go in chunks: for gradients they are kept anyway, and a recorded graph is for any number."""
+    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing() or isinstance(x, Proxy)
+    return torch.is_grad_enabled() or recorded
+
+
+def _certainly(condition: bool) -> bool:
+    """Whether a condition on sizes holds; in a graph for many sizes, whether it holds for all of them."""
+    if not torch.compiler.is_compiling():
+        return condition
+    # Slow to import, and imported where anything compiles.
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(condition)
+
+
+@overridable
+def whole_patches(images: Tensor, channels: int, p: int) -> Tensor:
+    """Images of the expected shape, padded with zeros to a whole number of patches of p x p pixels."""
+    if images.dim() != 4 or images.shape[1] != channels:
+        raise ValueError(
+            f"InfViT: images has shape {list(images.shape)}, expected (B, {channels}, height, width), channels first"
+        )
+    height, width = images.shape[2:]
+    if _certainly(height % p == 0) and _certainly(width % p == 0):
+        return images
+    rows, columns = (height + p - 1) // p, (width + p - 1) // p
+    if not torch.compiler.is_compiling():
+        return F.pad(images, (0, columns * p - width, 0, rows * p - height))
+    # A padded side, as a sum, would not be known to be a multiple of p: it would be made a condition on the picture.
+    y, x = (torch.arange(n * p, device=images.device) for n in (rows, columns))
+    outside = (y >= height)[:, None] | (x >= width)
+    return images[:, :, y.clamp(max=height - 1)[:, None], x.clamp(max=width - 1)].masked_fill(outside, 0)
+
+
+@overridable
+def resized_positions(learned: Tensor, learned_grid: tuple[int, int], grid: tuple[int, int], rows: slice) -> Tensor:
+    """Positions (h, w, D) resized to a grid of patches: some of its rows, (1, rows * columns, D).
+
+    The bicubic resize is a matrix per side. It is applied as the nearest position plus the rest, which vanishes where the
+    grids are equal: there a graph for many sizes gives what was learned to the last bit, whatever the products round to.
+    """
+    if all(_certainly(size == to) for size, to in zip(learned_grid, grid)):
+        return learned[rows].flatten(0, 1)[None]
+    (down, above), (across, left) = (_resize(size, to, learned) for size, to in zip(learned_grid, grid))
+    x = learned[above[rows]] + (down[rows] @ learned.flatten(1)).unflatten(1, learned.shape[1:])  # (rows, w, D)
+    x = x[:, left] + across @ x
+    return x.flatten(0, 1)[None]
+
+
+def _resize(size: int, to: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """One side of F.interpolate(mode="bicubic", antialias=True), which torch.compile has no dynamic sizes for.
+
+    Returns the resize less the nearest positions, (to, size), and the indices of these, (to,).
+    """
+    index = torch.arange(to, device=like.device)
+    points = torch.arange(size, device=like.device)
+    x = (points + 0.5 - (index.double()[:, None] + 0.5) * (size / to)).abs() / torch.sym_max(1.0, size / to)
     # Keys' cubic kernel with a = -0.5.
     weights = torch.where(x < 1, (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2).masked_fill(x >= 2, 0)
-    return (weights / weights.sum(1, keepdim=True)).to(like.dtype)
+    nearest = (2 * index + 1) * size // (2 * to)
+    rest = weights / weights.sum(1, keepdim=True) - (points == nearest[:, None]).double()
+    return rest.to(like.dtype), nearest
 
 
 def _one_of(name: str, value, expected) -> None:

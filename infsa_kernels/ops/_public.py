@@ -1,13 +1,36 @@
 """Public operators: composite ops that choose a backend and call its raw ops."""
 
 import contextlib
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
+from torch.overrides import handle_torch_function, has_torch_function
 
 from . import _check
 from ._library import _takes_backend, library
 from ._raw import AUTOCAST_KEYS
+
+P, R = ParamSpec("P"), TypeVar("R")
+
+
+def overridable(function: Callable[P, R]) -> Callable[P, R]:
+    """A call with a stand-in for a tensor, such as torch.fx's Proxy, is the stand-in's to handle, by __torch_function__."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        given = (*args, *kwargs.values())
+        # Also true for subclasses of Tensor and under modes: the operators inside are what these want to see.
+        if has_torch_function(given):
+            stand_ins = [a for a in given if not isinstance(a, Tensor) and hasattr(type(a), "__torch_function__")]
+            if stand_ins:
+                return handle_torch_function(call, stand_ins, *args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call
 
 
 def define(name: str, schemas: dict[str, str], call, cast_arguments) -> list[torch._ops.OpOverload]:

@@ -13,10 +13,12 @@ from ..eager import linear as eager
 from . import _check
 from ._library import triton_kernels
 from ._operator import Operator
+from ._public import overridable
 
 OP = "infsa::linear"
 
 
+@overridable
 def linear_infsa(
     q: Tensor,
     k: Tensor,
@@ -56,6 +58,7 @@ def linear_infsa(
     return context.unsqueeze(-2).expand(*q.shape[:-1], context.shape[-1])
 
 
+@overridable
 def linear_infsa_scores(
     q: Tensor,
     k: Tensor,

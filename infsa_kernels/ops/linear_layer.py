@@ -19,6 +19,7 @@ from ._library import SUFFIXES, backend_of_backward, choose_backend
 OP = "infsa::linear_layer"
 
 
+@_public.overridable
 def pooled_linear_infsa(
     x: Tensor,
     num_heads: int,

@@ -12,10 +12,12 @@ from ..eager import pure as eager
 from . import _check
 from ._library import triton_kernels
 from ._operator import Operator
+from ._public import overridable
 
 OP = "infsa::pure"
 
 
+@overridable
 def pure_infsa(
     q: Tensor,
     k: Tensor,
@@ -54,6 +56,7 @@ def pure_infsa(
     return op(q, k, v, eps, rho, key_padding_mask, query_padding_mask)
 
 
+@overridable
 def pure_infsa_scores(
     q: Tensor,
     k: Tensor,
