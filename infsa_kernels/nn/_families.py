@@ -9,11 +9,11 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
 from ._host import attach_rho
+from ._plain import has_forward, is_plain_parameter
 from .attention import InfSAAttention
 
 
@@ -58,10 +58,10 @@ def plan_of(
     if any(hasattr(p, "device_mesh") for p in module.parameters()):
         return "its parameters are sharded, and rho_logit would not be: convert first, then shard"
     # accelerate's hooks call the forward that they found, which must then be one that looks the attention function up.
-    if "forward" in vars(module) and not (dispatches(module) and hasattr(module, "_hf_hook")):
-        return "its forward was replaced on the object itself, and may compute something else"
+    if not has_forward(module, type(module).forward) and not (dispatches(module) and hasattr(module, "_hf_hook")):
+        return _REPLACED
     if isinstance(module, nn.MultiheadAttention):
-        return _multihead(module, options, tied, named)
+        return _multihead(module, options, parents, tied, named)
     if dispatches(module):
         return _transformers(module, options, parents)
     return _timm(module, options, named)
@@ -77,17 +77,25 @@ def _is_timm(module: nn.Module) -> bool:
     return any(cls.__module__.startswith("timm.") and cls.__name__ == "Attention" for cls in type(module).__mro__)
 
 
-def _multihead(module: nn.MultiheadAttention, options: Options, tied: set[nn.Parameter], named: bool) -> Plan | str:
+def _multihead(
+    module: nn.MultiheadAttention, options: Options, parents: Sequence[nn.Module], tied: set[nn.Parameter], named: bool
+) -> Plan | str:
+    if parents and getattr(parents[-1], "base_layer", None) is module:
+        return f"it is what a {type(parents[-1]).__qualname__} adapts, which reads its in_proj_weight: merge the adapter first"
     for part in module.modules():
         if parametrize.is_parametrized(part):
             return "it has parametrizations, which would be lost: remove them with torch.nn.utils.parametrize"
         if any(getattr(part, hooks) for hooks in _HOOKS):
             return "it has hooks, which would not be called any more: remove them, and add them after the conversion"
+        if not has_forward(part, type(part).forward):
+            return _REPLACED
+        if part._compiled_call_impl is not None:
+            return "it was compiled on its own, which would be lost: call its compile() after the conversion"
     if type(module) is not nn.MultiheadAttention and not named:
         return _SUBCLASS.format(type(module).__name__, "nn.MultiheadAttention")
     if not isinstance(module.out_proj, nn.Linear):
         return f"its out_proj is a {type(module.out_proj).__name__}, expected an nn.Linear"
-    if any(type(p) is not nn.Parameter or type(p.data) is not torch.Tensor for p in module.parameters()):
+    if not all(map(is_plain_parameter, module.parameters())):
         return "its parameters are tensors of a special kind (quantised?), which cannot be split: convert before that"
     if any(p in tied for p in (module.in_proj_weight, module.in_proj_bias)):
         return "another module has the same in_proj_weight or in_proj_bias, and would not share the split ones"
@@ -224,5 +232,6 @@ _SPECIAL = {
     "relative_position_bias": "position biases",
 }
 
+_REPLACED = "its forward was replaced on the object itself, and may compute something else"
 _SUBCLASS = "{} is a subclass of {} and may compute something else: name it in target_types if it does not"
 _NO_CAUSAL = "InfSA divides by sums over all queries, and a causal form of it does not exist yet"
