@@ -58,7 +58,7 @@ def plan_of(
     if any(hasattr(p, "device_mesh") for p in module.parameters()):
         return "its parameters are sharded, and rho_logit would not be: convert first, then shard"
     # accelerate's hooks call the forward that they found, which must then be one that looks the attention function up.
-    if not has_forward(module, type(module).forward) and not (dispatches(module) and hasattr(module, "_hf_hook")):
+    if "forward" in vars(module) and not (dispatches(module) and hasattr(module, "_hf_hook")):
         return _REPLACED
     if isinstance(module, nn.MultiheadAttention):
         return _multihead(module, options, parents, tied, named)
