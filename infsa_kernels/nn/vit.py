@@ -262,7 +262,11 @@ class Block(nn.Module):
     def _attend(self, x: Tensor, first_only: bool) -> Tensor:
         if isinstance(self.attn, SoftmaxAttention):
             return self.attn(self.norm1(x), queries=1 if first_only else None)
-        attention = self.attn(x, norm=self.norm1, expanded=True)[0]
+        norm = self.norm1
+        if not is_plain(norm, nn.LayerNorm, x.device):
+            # Called here, not handed over: what tools hook onto attn may move or look into its arguments.
+            x, norm = norm(x), None
+        attention = self.attn(x, norm=norm, expanded=True)[0]
         return attention[:, :1] if first_only else attention
 
 
