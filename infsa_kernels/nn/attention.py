@@ -184,8 +184,8 @@ class InfSAAttention(nn.Module):
                 be written to in place. For callers that only add it to something.
 
         Returns:
-            The output, contiguous and laid out as ``query``, and None or the weights: (B, N, M), or (B, H, N, M) if not averaged, without B
-            for unbatched tokens. M counts the tokens of add_bias_kv and add_zero_attn.
+            The output, contiguous and laid out as ``query``, and None or the weights: (B, N, M), or (B, H, N, M) if not
+            averaged, without B for unbatched tokens. M counts the tokens of add_bias_kv and add_zero_attn.
 
         Raises:
             NotImplementedError: attn_mask or is_causal. ValueError: wrong sizes. TypeError: a mask of integers.
@@ -258,9 +258,7 @@ class InfSAAttention(nn.Module):
         k = None if self.tied else self.k_proj
         if not all(p is None or is_plain(p, nn.Linear, device) for p in (q, k, v, out)):
             return None
-        if norm is not None and not (
-            is_plain(norm, nn.LayerNorm, device) and norm.normalized_shape == x.shape[-1:]
-        ):
+        if norm is not None and not (is_plain(norm, nn.LayerNorm, device) and norm.normalized_shape == x.shape[-1:]):
             x, norm = self._per_token(norm, x), None
         return pooled_linear_infsa(
             x,

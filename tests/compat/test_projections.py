@@ -59,7 +59,9 @@ def by_calls(layer, x):
         out = attention.proj
     else:
         x = layer.norm(x)
-        q, k, v = (p(x).unflatten(-1, (H, -1)).transpose(1, 2) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
+        q, k, v = (
+            p(x).unflatten(-1, (H, -1)).transpose(1, 2) for p in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
         out = attention.out_proj
     z = linear_infsa(q, k, v, rho=torch.sigmoid(attention.rho_logit))
     return out(z.transpose(1, 2).flatten(2))
@@ -81,7 +83,9 @@ def assert_same(layer, x):
 
 
 def projections(layer):
-    return [layer.attn.qkv, layer.attn.proj] if isinstance(layer, Timm) else [getattr(layer.attn, n) for n in PROJECTIONS]
+    return (
+        [layer.attn.qkv, layer.attn.proj] if isinstance(layer, Timm) else [getattr(layer.attn, n) for n in PROJECTIONS]
+    )
 
 
 def parts(layer):
