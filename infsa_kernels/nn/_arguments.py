@@ -1,11 +1,11 @@
 """Checks of numbers that constructors take: what Python would say about a wrong type does not name the argument."""
 
-from numbers import Real
+import operator
 
 
 def integer(op: str, name: str, value, at_least: int = 1) -> None:
-    """An int, or whatever counts as one (numpy's, symbolic)."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+    """An int, or what Python takes for one (numpy's, a tensor's)."""
+    if not _converts(operator.index, value):
         raise TypeError(f"{op}: {name} is {value!r}, a {type(value).__name__}, expected an int")
     if value < at_least:
         raise ValueError(f"{op}: {name} is {value}, expected at least {at_least}")
@@ -13,5 +13,15 @@ def integer(op: str, name: str, value, at_least: int = 1) -> None:
 
 def number(op: str, name: str, value) -> None:
     """A real number, or a tensor of one element."""
-    if isinstance(value, bool) or not (isinstance(value, Real) or hasattr(value, "__float__")):
+    if not _converts(float, value):
         raise TypeError(f"{op}: {name} is {value!r}, a {type(value).__name__}, expected a number")
+
+
+def _converts(to, value) -> bool:
+    if isinstance(value, (bool, str)):
+        return False
+    try:
+        to(value)
+    except (TypeError, ValueError, RuntimeError):
+        return False
+    return True

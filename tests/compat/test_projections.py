@@ -171,6 +171,15 @@ def test_the_layers_are_fused_where_nothing_is_added(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", [Layer, Timm])
+def test_a_forward_replaced_on_torchs_class(kind, monkeypatch):
+    layer, x, original = kind(), tokens(), nn.Linear.forward
+    before = layer(x)
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, t: original(self, t) + 1)
+    assert_same(layer, x)
+    assert not torch.allclose(layer(x), before)
+
+
+@pytest.mark.parametrize("kind", [Layer, Timm])
 def test_hooks_on_all_modules_see_every_projection(kind):
     layer, x, seen = kind(), tokens(), []
     registers = [
