@@ -137,8 +137,11 @@ def test_compile(form):
 
 
 def test_autocast(device):
-    """Tokens and matrices take autocast's dtype, inside vmap too; parameters get their gradients in their own."""
-    call = layer(torch.float32)
+    """Tokens and matrices take autocast's dtype, inside vmap too; parameters get their gradients in their own.
+
+    With a LayerNorm: tests/test_autocast_norm.py.
+    """
+    call = layer(torch.float32, norm="")
     low = {n: (t.bfloat16() if n in MATRICES else t) for n, t in call.items()}
     expected = pooled_linear_infsa(**low)
     with torch.autocast(device, torch.bfloat16):

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from ._host import LEAVE_OUT, NO_CAUSAL, attach_rho, class_path
+from ._plain import has_forward, is_plain_parameter
 from .attention import InfSAAttention
 
 
@@ -59,7 +60,7 @@ def plan_of(
         return "its parameters are sharded, and rho_logit would not be: convert first, then shard"
     # accelerate's hooks call the forward that they found, which must then be one that looks the attention function up.
     if "forward" in vars(module) and not (dispatches(module) and hasattr(module, "_hf_hook")):
-        return "its forward was replaced on the object itself, and may compute something else"
+        return _REPLACED
     if isinstance(module, nn.MultiheadAttention):
         return _multihead(module, options, parents, tied, named)
     if dispatches(module):
@@ -86,16 +87,22 @@ def _multihead(
 ) -> Plan | str:
     if parents and _holds_mask(parents[-1]):
         return f"the {class_path(parents[-1])} around it holds an attn_mask, probably a causal one: {NO_CAUSAL}"
+    if parents and getattr(parents[-1], "base_layer", None) is module:
+        return f"it is what a {class_path(parents[-1])} adapts, which reads its in_proj_weight: merge the adapter first"
     for part in module.modules():
         if parametrize.is_parametrized(part):
             return "it has parametrizations, which would be lost: remove them with torch.nn.utils.parametrize"
         if any(getattr(part, hooks) for hooks in _HOOKS):
             return "it has hooks, which would not be called any more: remove them, and add them after the conversion"
+        if not has_forward(part, type(part).forward):
+            return _REPLACED
+        if part._compiled_call_impl is not None:
+            return "it was compiled on its own, which would be lost: call its compile() after the conversion"
     if type(module) is not nn.MultiheadAttention and not named:
         return _SUBCLASS.format(class_path(module), "torch.nn.MultiheadAttention")
     if not isinstance(module.out_proj, nn.Linear):
         return f"its out_proj is a {class_path(module.out_proj)}, expected a torch.nn.Linear or a subclass of it"
-    if any(type(p) is not nn.Parameter or type(p.data) is not torch.Tensor for p in module.parameters()):
+    if not all(map(is_plain_parameter, module.parameters())):
         return "its parameters are tensors of a special kind (quantised?), which cannot be split: convert before that"
     if any(p in tied for p in (module.in_proj_weight, module.in_proj_bias)):
         return "another module has the same in_proj_weight or in_proj_bias, and would not share the split ones"
@@ -250,4 +257,5 @@ _SPECIAL = {
     "relative_position_bias": "position biases",
 }
 
+_REPLACED = "its forward was replaced on the object itself, and may compute something else"
 _SUBCLASS = "{} is a subclass of {} and may compute something else: name it in target_types if it does not"

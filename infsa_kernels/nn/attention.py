@@ -10,8 +10,10 @@ from ..ops import _check
 from ..ops.linear import linear_infsa_scores
 from ..ops.linear_layer import pooled_linear_infsa
 from ..ops.pure import pure_infsa, pure_infsa_scores
+from ._arguments import integer, number
 from ._host import Leaf
 from ._masks import as_bool, refuse_attention_masks
+from ._plain import is_exactly, is_plain
 
 VARIANTS = ("linear_infsa", "pure_infsa")
 
@@ -27,7 +29,6 @@ class InfSAAttention(Leaf):
     * Self-attention (``key is query``): ``key_padding_mask`` removes tokens as keys and as queries, because both operators
       sum over the queries. Their output rows are 0.
     * ``attn_mask`` and ``is_causal`` raise NotImplementedError: the sums over all queries have no causal form here.
-    * Linear-InfSA gives one row to all queries: the output is then an expanded view, so do not write to it in place.
 
     Args:
         embed_dim: size D of a token; a multiple of ``num_heads``.
@@ -46,7 +47,7 @@ class InfSAAttention(Leaf):
         eps: added to the operators' denominators.
 
     Raises:
-        ValueError: an argument out of range.
+        ValueError: an argument out of range. TypeError: one of another type.
 
     Example::
 
@@ -86,8 +87,9 @@ class InfSAAttention(Leaf):
         kdim = embed_dim if kdim is None else kdim
         vdim = embed_dim if vdim is None else vdim
         for name, size in (("embed_dim", embed_dim), ("num_heads", num_heads), ("kdim", kdim), ("vdim", vdim)):
-            if size <= 0:
-                raise ValueError(f"InfSAAttention: {name} is {size}, expected a number above 0")
+            integer("InfSAAttention", name, size)
+        for name, value in (("dropout", dropout), ("rho_init", rho_init), ("eps", eps)):
+            number("InfSAAttention", name, value)
         if embed_dim % num_heads:
             raise ValueError(
                 f"InfSAAttention: embed_dim is {embed_dim}, expected a multiple of num_heads = {num_heads}; "
@@ -167,6 +169,7 @@ class InfSAAttention(Leaf):
         *,
         query_padding_mask: Tensor | None = None,
         norm: nn.Module | None = None,
+        expanded: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Attends from ``query`` (N, B, D), or (B, N, D) if batch_first, or (N, D), to ``key`` and ``value``.
 
@@ -181,10 +184,12 @@ class InfSAAttention(Leaf):
                 Default: ``key_padding_mask`` if ``key is query``, else none.
             norm: applied first to the one tensor that is query, key and value; an nn.LayerNorm is fused where the pooled
                 layer runs.
+            expanded: whether the output of Linear-InfSA may be a view that repeats one row, which costs no memory and must not
+                be written to in place. For callers that only add it to something.
 
         Returns:
-            The output, laid out as ``query``, and None or the weights: (B, N, M), or (B, H, N, M) if not averaged, without B
-            for unbatched tokens. M counts the tokens of add_bias_kv and add_zero_attn.
+            The output, contiguous and laid out as ``query``, and None or the weights: (B, N, M), or (B, H, N, M) if not
+            averaged, without B for unbatched tokens. M counts the tokens of add_bias_kv and add_zero_attn.
 
         Raises:
             NotImplementedError: attn_mask or is_causal. ValueError: wrong sizes. TypeError: a mask of integers.
@@ -213,14 +218,16 @@ class InfSAAttention(Leaf):
 
         masks = key_padding_mask, query_padding_mask
         out, weights = self._attend(query, key, value, *masks, need_weights, norm)
-        out = out.expand(query.shape)
+        out = self._as_given(out.expand(query.shape))
         if query_padding_mask is not None:
-            out = out.masked_fill(query_padding_mask[..., None], 0)
+            out = out.masked_fill(self._as_given(query_padding_mask[..., None]), 0)
+        if not expanded:
+            out = out.contiguous()
         if weights is not None:
             weights = self._finish_weights(weights, query, query_padding_mask, average_attn_weights)
         if not batched:
-            return out.squeeze(0), None if weights is None else weights.squeeze(0)
-        return (out if self.batch_first else out.transpose(0, 1)), weights
+            return out.flatten(0, 1), None if weights is None else weights.squeeze(0)
+        return out, weights
 
     def pooled(self, x: Tensor, norm: nn.Module | None = None, padding_mask: Tensor | None = None) -> Tensor:
         """Linear-InfSA of ``x`` (B, N, D), whatever batch_first is, as the one row (B, D) that every token gets.
@@ -241,29 +248,33 @@ class InfSAAttention(Leaf):
         padding_mask = as_bool("padding_mask", padding_mask, x, batched=True)
         return self._attend(x, x, x, padding_mask, padding_mask, False, norm)[0].squeeze(1)
 
-    def _pools(self) -> bool:
-        """Whether the layer of one set of tokens is a call of pooled_linear_infsa: its projections are then only data."""
-        return (
-            self.variant == "linear_infsa"
-            and not (self.training and self.dropout > 0)
-            and self.bias_k is None
-            and self.kdim == self.vdim == self.embed_dim
-            and all(is_only(projection, nn.Linear) for projection in (*self._input_projections(), self.out_proj))
-        )
-
-    def _pool(self, x: Tensor, norm: nn.LayerNorm | None, padding_mask: Tensor | None) -> Tensor:
+    def _pool(self, x: Tensor, norm: nn.Module | None, padding_mask: Tensor | None) -> Tensor | None:
+        """The layer of one set of tokens as a call of pooled_linear_infsa, (B, D), where its projections are only data."""
+        if (
+            self.variant != "linear_infsa"
+            or (self.training and self.dropout > 0)
+            or self.bias_k is not None
+            or not self.kdim == self.vdim == self.embed_dim
+        ):
+            return None
+        device = x.device
+        q, v, out = self.q_proj, self.v_proj, self.out_proj
         k = None if self.tied else self.k_proj
+        if not all(p is None or is_plain(p, nn.Linear, device) for p in (q, k, v, out)):
+            return None
+        if norm is not None and not (is_plain(norm, nn.LayerNorm, device) and norm.normalized_shape == x.shape[-1:]):
+            x, norm = self._per_token(norm, x), None
         return pooled_linear_infsa(
             x,
             self.num_heads,
-            self.q_proj.weight,
-            self.v_proj.weight,
-            self.out_proj.weight,
-            q_bias=self.q_proj.bias,
+            q.weight,
+            v.weight,
+            out.weight,
+            q_bias=q.bias,
             k_weight=None if k is None else k.weight,
             k_bias=None if k is None else k.bias,
-            v_bias=self.v_proj.bias,
-            out_bias=self.out_proj.bias,
+            v_bias=v.bias,
+            out_bias=out.bias,
             rho=self.rho,
             eps=self.eps,
             norm_weight=None if norm is None else norm.weight,
@@ -275,24 +286,22 @@ class InfSAAttention(Leaf):
     def _attend(self, query, key, value, key_padding_mask, query_padding_mask, need_weights, norm):
         """The output (B, N, D), or (B, 1, D) if linear, and with need_weights the weights (B, H, N or 1, M)."""
         one_set_of_tokens = key is query and value is key and query_padding_mask is key_padding_mask
-        pools = one_set_of_tokens and not need_weights and self._pools()
-        if norm is not None and not (
-            pools and is_only(norm, nn.LayerNorm) and norm.normalized_shape == query.shape[-1:]
-        ):
-            query = key = value = norm(query)
-            norm = None
-        if pools:
-            return self._pool(query, norm, key_padding_mask).unsqueeze(1), None
+        if one_set_of_tokens and not need_weights:
+            out = self._pool(query, norm, key_padding_mask)
+            if out is not None:
+                return out.unsqueeze(1), None
+        if norm is not None:
+            query = key = value = self._per_token(norm, query)
 
-        q = self._heads(self.q_proj(query))
+        q = self._heads(self.q_proj, query)
         if not self.tied:
-            k = self._heads(self.k_proj(key))
+            k = self._heads(self.k_proj, key)
         else:
-            k = q if key is query else self._heads(self.q_proj(key))
-        v = self._heads(self.v_proj(value))
+            k = q if key is query else self._heads(self.q_proj, key)
+        v = self._heads(self.v_proj, value)
         if self.bias_k is not None:
             k, v = (
-                torch.cat([t, self._heads(b).expand(len(t), -1, -1, -1)], 2)
+                torch.cat([t, self._split(b).expand(len(t), -1, -1, -1)], 2)
                 for t, b in ((k, self.bias_k), (v, self.bias_v))
             )
             key_padding_mask = None if key_padding_mask is None else F.pad(key_padding_mask, (0, 1))
@@ -313,7 +322,8 @@ class InfSAAttention(Leaf):
             context = torch.ops.infsa.linear(q, k, v, eps, rho, *masks).unsqueeze(2)
         else:
             context = pure_infsa(q, k, v, *arguments)
-        return self.out_proj(context.transpose(1, 2).flatten(2)), weights if need_weights else None
+        out = self._per_token(self.out_proj, context.transpose(1, 2).flatten(2))
+        return out, weights if need_weights else None
 
     def _finish_weights(self, weights, query, query_padding_mask, average):
         if self.add_zero_attn:
@@ -325,9 +335,21 @@ class InfSAAttention(Leaf):
             weights = weights.masked_fill(rows if average else rows[:, None], 0)
         return weights
 
-    def _heads(self, x: Tensor) -> Tensor:
+    def _heads(self, projection: nn.Module, x: Tensor) -> Tensor:
+        """The projection of x (B, N, D), by heads: (B, H, N, d)."""
+        return self._split(self._per_token(projection, x))
+
+    def _split(self, x: Tensor) -> Tensor:
         """(B, N, D) as (B, H, N, d), a view."""
         return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+
+    def _per_token(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """``layer`` of x (B, N, D), called on the tokens as they were given, which are contiguous where x is not."""
+        return self._as_given(layer(self._as_given(x)))
+
+    def _as_given(self, x: Tensor) -> Tensor:
+        """(B, N, D) in the layout of this module's input, or back: a view."""
+        return x if self.batch_first else x.transpose(0, 1)
 
     def _batch_first(self, x: Tensor) -> Tensor:
         if x.is_nested:
@@ -365,7 +387,16 @@ class InfSAAttention(Leaf):
         """The parameters but rho_logit under the names of an nn.MultiheadAttention of the same sizes, which can load them.
 
         A tied module's query projection counts as its key projection.
+
+        Raises:
+            ValueError: a projection computes more than its weight and bias say (an adapter), or holds them elsewhere.
         """
+        for name, projection in self.named_children():
+            if not is_exactly(projection, nn.Linear):
+                raise ValueError(
+                    f"InfSAAttention.multihead_state_dict: {name} is a {type(projection).__qualname__} that computes more than "
+                    "its weight and bias say, expected a plain nn.Linear; merge or remove what was added to it"
+                )
         query, value = self.q_proj, self.v_proj
         key = query if self.tied else self.k_proj
         weights = [p.weight.detach() for p in (query, key, value)]
@@ -416,9 +447,3 @@ class InfSAAttention(Leaf):
             "rho_per_head": self.rho_per_head,
         }
         return ", ".join([text, *(f"{name}={value}" for name, value in shown.items() if value)])
-
-
-def is_only(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a module is of that very class, not one that adapts it, and calling it does nothing beside it."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return type(module) is kind and not any(hooks)

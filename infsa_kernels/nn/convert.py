@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import nn
 
+from ._arguments import number
 from ._families import Options, Plan, dispatches, is_known, note_on, plan_of
 from ._host import LEAVE_OUT, class_path
 from .attention import VARIANTS
@@ -75,7 +76,7 @@ def convert(
 
     Raises:
         ValueError: an unknown variant, rho_init out of range, a model that is already wrapped for distributed training.
-        NotImplementedError: strict, and a module is refused.
+        TypeError: rho_init is no number. NotImplementedError: strict, and a module is refused.
 
     Example::
 
@@ -159,6 +160,7 @@ def replace_attention(
 def _checked_options(variant, rho_init, rho_trainable, copy_weights) -> Options:
     if variant not in VARIANTS:
         raise ValueError(f"convert: variant is {variant!r}, expected 'linear_infsa' or 'pure_infsa'")
+    number("convert", "rho_init", rho_init)
     if not 0 < rho_init < 1:
         raise ValueError(f"convert: rho_init is {rho_init}, expected a number between 0 and 1, both excluded")
     return Options(variant, rho_init, rho_trainable, copy_weights)

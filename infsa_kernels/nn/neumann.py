@@ -6,6 +6,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from ._arguments import integer, number
+
 
 class NeumannSum(nn.Module):
     """out = sum_{l=1..L} gamma_l^l O_l, with gamma = sigmoid(logit) learnable.
@@ -19,6 +21,9 @@ class NeumannSum(nn.Module):
             one gamma per layer.
         gamma_init: every gamma at the start, between 0 and 1.
 
+    Raises:
+        ValueError: an argument out of range. TypeError: one of another type.
+
     Example::
 
         >>> NeumannSum(4)([torch.randn(1, 197, 1024) for _ in range(4)]).shape
@@ -29,10 +34,10 @@ class NeumannSum(nn.Module):
         self, num_layers: int, num_heads: int | None = None, gamma_init: float = 0.9, device=None, dtype=None
     ):  # fmt: skip
         super().__init__()
-        if num_layers < 1:
-            raise ValueError(f"NeumannSum: num_layers is {num_layers}, expected a number above 0")
-        if num_heads is not None and num_heads < 1:
-            raise ValueError(f"NeumannSum: num_heads is {num_heads}, expected a number above 0, or None")
+        integer("NeumannSum", "num_layers", num_layers)
+        if num_heads is not None:
+            integer("NeumannSum", "num_heads", num_heads)
+        number("NeumannSum", "gamma_init", gamma_init)
         if not 0 < gamma_init < 1:
             raise ValueError(
                 f"NeumannSum: gamma_init is {gamma_init}, expected a number between 0 and 1, both excluded"

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from ..ops.attention import infsa_attention
 from ..ops.linear_layer import pooled_linear_infsa
 from ._host import Leaf, attach_rho, padding_of_scores_mask
-from .attention import is_only
+from ._plain import is_plain
 
 
 class InfSAAttention(Leaf, Attention):
@@ -49,19 +49,20 @@ class InfSAAttention(Leaf, Attention):
         ignore = None
         if attn_mask is not None:
             ignore = padding_of_scores_mask(type(self).__name__, attn_mask, (B, self.num_heads, N, N))
-        out = (self._pool if self._pools() else self._attend)(x, ignore).expand(-1, N, -1)
+        out = (self._pool if self._pools(x.device) else self._attend)(x, ignore).expand(-1, N, -1)
         if ignore is not None:
             out = out.masked_fill(ignore[..., None], 0)
-        return self.proj_drop(out)
+        # Linear's one row, written out: what comes next may work in place, as timm's LayerScale does.
+        return self.proj_drop(out.contiguous())
 
-    def _pools(self) -> bool:
+    def _pools(self, device: torch.device) -> bool:
         """Whether all of this is a call of pooled_linear_infsa: the projections are then only data."""
         return (
             self.variant == "linear_infsa"
             and not (self.training and self.attn_drop.p > 0)
             and getattr(self, "gate", None) is None
-            and all(is_only(part, nn.Linear) for part in (self.qkv, self.proj))
-            and all(is_only(part, nn.Identity) for part in (self.q_norm, self.k_norm, self.norm))
+            and all(is_plain(part, nn.Linear, device) for part in (self.qkv, self.proj))
+            and all(is_plain(part, nn.Identity, device) for part in (self.q_norm, self.k_norm, self.norm))
         )
 
     def _pool(self, x: Tensor, ignore: Tensor | None) -> Tensor:

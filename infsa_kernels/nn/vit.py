@@ -17,8 +17,10 @@ from torch.fx import Proxy
 from torch.utils.checkpoint import checkpoint
 
 from ..ops._public import overridable
+from ._arguments import integer, number
 from ._host import Leaf
-from .attention import InfSAAttention, is_only
+from ._plain import is_plain
+from .attention import InfSAAttention
 from .neumann import NeumannSum
 
 # Tokens that patch embedding and MLP take at a time without gradients: enough to fill a GPU with matrix products.
@@ -49,7 +51,7 @@ class InfViT(nn.Module):
         rho_init, rho_trainable, rho_per_head: as in :class:`InfSAAttention`.
 
     Raises:
-        ValueError: an argument out of range.
+        ValueError: an argument out of range. TypeError: one of another type.
     """
 
     def __init__(
@@ -82,7 +84,13 @@ class InfViT(nn.Module):
             raise ValueError(
                 "InfViT: tied is True, expected False with variant='softmax': its keys have their own projection"
             )
-        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+        height, width = (img_size, img_size) if not isinstance(img_size, (tuple, list)) else img_size
+        for name, size in (("img_size", height), ("img_size", width), ("patch_size", patch_size), ("in_chans", in_chans),
+                           ("embed_dim", embed_dim), ("num_heads", 1 if num_heads is None else num_heads)):  # fmt: skip
+            integer("InfViT", name, size)
+        for name, size in (("num_classes", num_classes), ("depth", depth)):
+            integer("InfViT", name, size, at_least=0)
+        number("InfViT", "mlp_ratio", mlp_ratio)
         if height % patch_size or width % patch_size:
             raise ValueError(f"InfViT: img_size is {img_size}, expected a multiple of patch_size = {patch_size}")
         self.variant, self.pool, self.patch_size, self.embed_dim = variant, pool, patch_size, embed_dim
@@ -247,7 +255,11 @@ class Block(nn.Module):
     def _attend(self, x: Tensor, first_only: bool) -> Tensor:
         if isinstance(self.attn, SoftmaxAttention):
             return self.attn(self.norm1(x), queries=1 if first_only else None)
-        attention = self.attn(x, norm=self.norm1)[0]
+        norm = self.norm1
+        if not is_plain(norm, nn.LayerNorm, x.device):
+            # Called here, not handed over: what tools hook onto attn may move or look into its arguments.
+            x, norm = norm(x), None
+        attention = self.attn(x, norm=norm, expanded=True)[0]
         return attention[:, :1] if first_only else attention
 
 
@@ -303,8 +315,7 @@ def _project(x: Tensor, layer: nn.Linear) -> Tensor:
         or x.numel() == 0
         or torch.is_grad_enabled()
         or torch.compiler.is_compiling()
-        or not is_only(layer, nn.Linear)
-        or type(layer.weight) is not nn.Parameter
+        or not is_plain(layer, nn.Linear, x.device)
     ):
         return layer(x)
     row_of_pixels = x.flatten(0, -2)[None].mT.unsqueeze(-2)

@@ -124,7 +124,7 @@ class Operator(RawOps):
         return 1.0, head_rho.expand(q.shape[:2]) if q.dim() == 4 else head_rho
 
 
-def _cast(cast, args, kwargs):
+def _cast(dtype_of, args, kwargs):
     q, k, v, *rest = args
-    cast_q = cast(q)
-    return (cast_q, cast_q if k is q else cast(k), cast(v), *rest), kwargs
+    cast_q = q.to(dtype_of(q))
+    return (cast_q, cast_q if k is q else k.to(dtype_of(k)), v.to(dtype_of(v)), *rest), kwargs

@@ -38,7 +38,8 @@ def define(name: str, schemas: dict[str, str], call, cast_arguments) -> list[tor
 
     Args:
         schemas: argument list (which ends with "str backend=''") by overload name, "" for the default one.
-        cast_arguments: (cast, args, kwargs) -> the args and kwargs of the same call with what autocast concerns cast.
+        cast_arguments: (dtype_of, args, kwargs) -> the args and kwargs of the same call with what autocast concerns cast;
+            dtype_of says in which dtype autocast takes a tensor.
     """
     for overload, arguments in schemas.items():
         library.define(f"{name}{overload and '.'}{overload}({arguments}) -> Tensor")
@@ -70,13 +71,13 @@ def _naming_real_tensors(op, names, call):
 
 
 def _autocast(overload, device, cast_arguments):
-    def cast(t):
+    def dtype_of(t):
         eligible = t.is_floating_point() and t.dtype != torch.float64 and t.device.type == device
-        return t.to(torch.get_autocast_dtype(device)) if eligible else t
+        return torch.get_autocast_dtype(device) if eligible else t.dtype
 
     def autocast(*args, **kwargs):
         with torch._C._ExcludeDispatchKeyGuard(AUTOCAST_KEYS):
-            args, kwargs = cast_arguments(cast, args, kwargs)
+            args, kwargs = cast_arguments(dtype_of, args, kwargs)
             return overload(*args, **kwargs)
 
     return autocast

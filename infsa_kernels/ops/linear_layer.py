@@ -85,8 +85,8 @@ def _call(
     _dtensor.register_waiting()
     _check_arguments(
         x, num_heads, {"q_weight": q_weight, "k_weight": k_weight, "v_weight": v_weight, "out_weight": out_weight},
-        {"q_bias": q_bias, "k_bias": k_bias, "v_bias": v_bias, "out_bias": out_bias, "norm_weight": norm_weight,
-         "norm_bias": norm_bias}, rho, norm_eps, padding_mask,
+        {"q_bias": q_bias, "k_bias": k_bias, "v_bias": v_bias, "out_bias": out_bias},
+        {"norm_weight": norm_weight, "norm_bias": norm_bias, "norm_eps": norm_eps}, rho, padding_mask,
     )  # fmt: skip
     d, acc = q_weight.shape[0] // num_heads, _check.acc_dtype(x)
     forced = backend or backend_of_backward()
@@ -134,13 +134,11 @@ def _call(
         return torch.nn.functional.linear(z.flatten(1), out_weight.to(acc), out_bias).to(x.dtype)
 
 
-def _check_arguments(x, num_heads, weights, vectors, rho, norm_eps, padding_mask):
-    for name, t in {"x": x, **weights, **vectors, "rho": rho, "padding_mask": padding_mask}.items():
-        if isinstance(t, Tensor) or name in ("x", "q_weight", "v_weight", "out_weight"):
+def _check_arguments(x, num_heads, weights, biases, norm, rho, padding_mask):
+    for name, t in {**weights, **biases, "rho": rho}.items():
+        if isinstance(t, Tensor) or name in ("q_weight", "v_weight", "out_weight"):
             _check.dense(OP, name, t)
-    _check.floating(OP, "x", x)
-    if x.dim() != 3:
-        raise ValueError(f"{OP}: x has shape {list(x.shape)}, expected (B, N, D); view it with 3 dimensions")
+    _check_tokens(x, **norm, padding_mask=padding_mask)
     if num_heads < 1:
         raise ValueError(f"{OP}: num_heads is {num_heads}, expected at least 1")
     D = x.shape[2]
@@ -162,40 +160,71 @@ def _check_arguments(x, num_heads, weights, vectors, rho, norm_eps, padding_mask
     _check.shape(OP, "q_weight", weights["q_weight"], (q_width, D), "(H*d, D)")
     if weights["k_weight"] is not None:
         _check.shape(OP, "k_weight", weights["k_weight"], (q_width, D), "(H*d, D)")
-    elif vectors["k_bias"] is not None:
+    elif biases["k_bias"] is not None:
         raise ValueError(f"{OP}: k_bias is given without k_weight; keys tied to the queries have q_bias")
     _check.shape(OP, "v_weight", weights["v_weight"], (v_width, D), "(H*dv, D)")
     _check.shape(OP, "out_weight", weights["out_weight"], (out_width, v_width), "(D_out, H*dv)")
     lengths = {"q_bias": (q_width, "(H*d,)"), "k_bias": (q_width, "(H*d,)"), "v_bias": (v_width, "(H*dv,)")}
     lengths["out_bias"] = out_width, "(D_out,)"
-    for name, t in vectors.items():
-        if t is None:
-            continue
-        if t.dtype not in (x.dtype, _check.acc_dtype(x)):
-            _check.dtype(OP, name, t, x.dtype)
-        _check.device(OP, name, t, x, "x")
-        length, letters = lengths.get(name, (D, "(D,)"))
-        _check.shape(OP, name, t, (length,), letters)
-    if norm_eps is not None:
-        norm_eps_number(OP, norm_eps)
-    elif vectors["norm_weight"] is not None or vectors["norm_bias"] is not None:
-        raise ValueError(f"{OP}: norm_weight or norm_bias is given without norm_eps; give LayerNorm's eps, as 1e-5")
-    _check.mask(OP, "padding_mask", padding_mask, x, x.shape[:2], "(B, N)", "x")
+    for name, t in biases.items():
+        _check_vector(name, t, x, *lengths[name])
     if isinstance(rho, Tensor):
         _check.rho_tensor(OP, rho, x, num_heads, "(H,)", "x")
     elif rho is not None:
         _check.finite_rho(OP, rho)
 
 
-def _cast(cast, args, kwargs):
+def _check_tokens(x, norm_weight, norm_bias, norm_eps, padding_mask):
+    """The tokens, and what concerns them before any projection."""
+    for name, t in {"x": x, "norm_weight": norm_weight, "norm_bias": norm_bias, "padding_mask": padding_mask}.items():
+        if t is not None or name == "x":
+            _check.dense(OP, name, t)
+    _check.floating(OP, "x", x)
+    if x.dim() != 3:
+        raise ValueError(f"{OP}: x has shape {list(x.shape)}, expected (B, N, D); view it with 3 dimensions")
+    for name, t in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
+        _check_vector(name, t, x, x.shape[2], "(D,)")
+    if norm_eps is not None:
+        norm_eps_number(OP, norm_eps)
+    elif norm_weight is not None or norm_bias is not None:
+        raise ValueError(f"{OP}: norm_weight or norm_bias is given without norm_eps; give LayerNorm's eps, as 1e-5")
+    _check.mask(OP, "padding_mask", padding_mask, x, x.shape[:2], "(B, N)", "x")
+
+
+def _check_vector(name, t, x, length, letters):
+    if t is None:
+        return
+    if t.dtype not in (x.dtype, _check.acc_dtype(x)):
+        _check.dtype(OP, name, t, x.dtype)
+    _check.device(OP, name, t, x, "x")
+    _check.shape(OP, name, t, (length,), letters)
+
+
+def _cast(dtype_of, args, kwargs):
     """Tokens and matrices take autocast's dtype; float32 vectors stay, since they are used in float32."""
     given = dict(zip((a.name for a in tensor_rho._schema.arguments), args)) | kwargs
+    if given.get("norm_eps") is not None and dtype_of(given["x"]) != given["x"].dtype:
+        given |= {"x": _normalised(given), "norm_weight": None, "norm_bias": None, "norm_eps": None}
 
     def concerned(name, t):
         matrix = name in ("x", "q_weight", "k_weight", "v_weight", "out_weight")
         return matrix or (name.endswith(("bias", "norm_weight")) and t.dtype != torch.float32)
 
-    return (), {n: cast(t) if isinstance(t, Tensor) and concerned(n, t) else t for n, t in given.items()}
+    return (), {n: t.to(dtype_of(t)) if isinstance(t, Tensor) and concerned(n, t) else t for n, t in given.items()}
+
+
+def _normalised(given):
+    """LayerNorm of the tokens in float32, before they are rounded: a mean or a channel that is large would take the digits."""
+    x, weight, bias = (
+        t.float() if isinstance(t, Tensor) and t.dtype in (torch.bfloat16, torch.float16) else t
+        for t in (given.get(name) for name in ("x", "norm_weight", "norm_bias"))
+    )
+    eps, mask = given["norm_eps"], given.get("padding_mask")
+    _check_tokens(x, weight, bias, eps, mask)
+    if mask is not None:
+        # A removed token may hold anything, but 0 * NaN would reach gradients. Its stand-in has a variance: eps may be 0.
+        x = torch.where(mask[..., None], torch.arange(x.shape[2], dtype=x.dtype, device=x.device), x)
+    return torch.nn.functional.layer_norm(x, x.shape[2:], weight, bias, eps)
 
 
 _ARGUMENTS = (
