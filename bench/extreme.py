@@ -1,8 +1,8 @@
 """`python -m bench.extreme`: a whole InfViT on one picture of 9216 x 9216 pixels, 331,776 tokens, in bounded memory.
 
 The picture goes through patches, layers and head of an untrained model; without gradients, tokens pass patch embedding and MLP
-in chunks and the residual stream is updated in place, so that one (N, D) tensor is all that grows with the picture. Prints the
-time of every part and the peak resident memory of the process. On 2 cores the four layers take a few minutes.
+in chunks, so that a layer's input and output, two (N, D) tensors, are all that grows with the picture. Prints the time of every
+part and the peak resident memory of the process. On 2 cores the four layers take a few minutes.
 """
 
 import argparse
