@@ -71,7 +71,7 @@ op = _Opset()
 
 def _linear(q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask):
     acc = _accumulation(q)
-    s = _number(_scale("infsa::linear", q, 3), acc)
+    s = _number(_scale(_static("infsa::linear", q, 3)), acc)
     u = op.Mul(_keep(op.Cast(q, to=acc), _of_rows(query_padding_mask), acc), s)  # (B, H, N, d)
     kappa = op.Mul(_keep(op.Cast(q if k is None else k, to=acc), _of_rows(key_padding_mask), acc), s)
     v = _keep(op.Cast(v, to=acc), _of_rows(key_padding_mask), acc)
@@ -89,7 +89,7 @@ def _linear(q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask):
 
 def _pure(q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask):
     acc = _accumulation(q)
-    s = _number(_scale("infsa::pure", q, 3), acc)
+    s = _number(_scale(_static("infsa::pure", q, 3)), acc)
     eps = _number(eps, acc)
     q_acc = _keep(op.Cast(q, to=acc), _of_rows(query_padding_mask), acc)
     k = _keep(op.Cast(q if k is None else k, to=acc), _of_rows(key_padding_mask), acc)
@@ -111,11 +111,12 @@ def _pure(q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask):
 
 def _central_query(x, weight, bias, norm_eps, eps, padding_mask):
     acc = _accumulation(x)
-    s = _number(_scale("infsa::central_query", weight, 1), acc)
+    H, d, D = (_static("infsa::central_query", weight, axis) for axis in range(3))
+    s = _number(_scale(d), acc)
     rows = _normalise(x, norm_eps, padding_mask, acc)
     # (B, N, D) @ (D, H d), one product for all heads
-    flat = op.Reshape(op.Cast(weight, to=acc), op.Concat([-1], op.Shape(weight, start=2), axis=0))
-    q = op.Reshape(op.MatMul(rows, op.Transpose(flat, perm=[1, 0])), op.Concat([0, 0], op.Shape(weight, end=2), axis=0))
+    q = op.MatMul(rows, op.Transpose(op.Reshape(op.Cast(weight, to=acc), [H * d, D]), perm=[1, 0]))
+    q = op.Reshape(q, [0, 0, H, d])
     u = op.Transpose(op.Mul(q if bias is None else op.Add(q, bias), s), perm=[0, 2, 1, 3])  # (B, H, N, d)
     energy = op.ReduceL2(u, [3], keepdims=0)
     if padding_mask is not None:
@@ -178,11 +179,18 @@ def _effective_rho(rho, head_rho, axes, acc):
     return rho if head_rho is None else op.Mul(op.Unsqueeze(head_rho, axes), rho)
 
 
-def _scale(name, x, axis) -> float:
-    d = x.shape[axis]
-    if not isinstance(d, int):
-        raise ValueError(f"{name}: the head dimension is dynamic ({d}), expected a number; only B, H, N and M may be")
+def _scale(d: int) -> float:
     return d**-0.5 if d else 1.0
+
+
+def _static(name, x, axis) -> int:
+    size = x.shape[axis]
+    if not isinstance(size, int):
+        raise ValueError(
+            f"{name}: {x.name} has shape {list(x.shape)}, whose dimension {axis} is dynamic, expected a number; "
+            "leave it out of dynamic_shapes: only B, H, N and M may be there"
+        )
+    return size
 
 
 def _number(value, dtype):
