@@ -81,8 +81,8 @@ def _linear(q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask):
     scores = op.Relu(op.MatMul(kappa, op.Unsqueeze(qbar, [3])))  # (B, H, M, 1)
     scores = _keep(scores, _of_rows(key_padding_mask), acc)
     score_sum = op.ReduceSum(scores, [2, 3], keepdims=0)
-    context = op.Squeeze(op.MatMul(op.Transpose(scores, perm=[0, 1, 3, 2]), v), [2])  # (B, H, dv)
-    context = op.Div(context, op.Unsqueeze(op.Add(score_sum, _number(eps, acc)), [2]))
+    weights = op.Div(scores, op.Unsqueeze(op.Add(score_sum, _number(eps, acc)), [2, 3]))
+    context = op.Squeeze(op.MatMul(op.Transpose(weights, perm=[0, 1, 3, 2]), v), [2])  # (B, H, dv)
     out = op.Mul(context, _effective_rho(rho, head_rho, [2], acc))
     return op.Cast(out, to=q.dtype), context, qbar, energy_sum, score_sum
 
@@ -133,7 +133,7 @@ def _score_pool(x, keys, key_bias, norm_eps, eps, padding_mask):
         scores = _keep(scores, op.Unsqueeze(padding_mask, [1]), acc)
     score_sum = op.ReduceSum(scores, [2], keepdims=0)
     R = op.Add(score_sum, _number(eps, acc))
-    return op.Div(op.MatMul(scores, rows), op.Unsqueeze(R, [2])), op.Div(score_sum, R), score_sum
+    return op.MatMul(op.Div(scores, op.Unsqueeze(R, [2])), rows), op.Div(score_sum, R), score_sum
 
 
 def _centre(u, energy, eps, acc):
