@@ -102,6 +102,8 @@ def _pure(q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask):
     eps = op.Max(op.Div(op.Div(eps, a), b), _number(torch.finfo(_torch_dtype(acc)).tiny, acc))
 
     scores = op.Relu(op.MatMul(u, op.Transpose(kappa, perm=[0, 1, 3, 2])))  # (B, H, N, M)
+    # Removed rows are 0, but 0 times an Inf is NaN.
+    scores = _keep(scores, _of_pairs(query_padding_mask, key_padding_mask), acc)
     # Row by row and then over the rows: a float32 sum of N M squares in one go loses digits.
     norm = op.ReduceL2(op.ReduceL2(scores, [3], keepdims=1), [2], keepdims=1)  # (B, H, 1, 1)
     gain = op.Div(_effective_rho(rho, head_rho, [2, 3], acc), op.Add(norm, eps))
@@ -166,6 +168,15 @@ def _keep(x, mask, acc):
 def _of_rows(mask):
     """A mask (B, L) for rows (B, H, L, .)."""
     return None if mask is None else op.Unsqueeze(mask, [1, 3])
+
+
+def _of_pairs(queries, keys):
+    """Masks (B, N) and (B, M) for scores (B, H, N, M)."""
+    queries = None if queries is None else op.Unsqueeze(queries, [1, 3])
+    keys = None if keys is None else op.Unsqueeze(keys, [1, 2])
+    if queries is None or keys is None:
+        return keys if queries is None else queries
+    return op.Or(queries, keys)
 
 
 def _largest(x, acc):
