@@ -27,7 +27,6 @@ def translation_table() -> dict[torch._ops.OpOverload, Callable]:
 
     Example::
 
-        >>> import infsa_kernels.onnx
         >>> attention = InfSAAttention(64, 4, batch_first=True).eval()
         >>> program = torch.onnx.export(
         ...     attention, (torch.randn(2, 197, 64),), "attention.onnx", dynamo=True,
