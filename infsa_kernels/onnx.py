@@ -179,9 +179,10 @@ def _of_pairs(queries, keys):
 
 
 def _largest(x, acc):
-    """The largest absolute value of each head, if above 1, else 1: (B, H, 1, 1). Finite, so that Inf stays Inf."""
-    bound = 1e300 if _torch_dtype(acc) == torch.float64 else 1e36
-    return op.Clip(op.ReduceMax(op.Abs(x), [2, 3]), _number(1.0, acc), _number(bound, acc))
+    """The largest absolute value of each head, if above 1, else 1: (B, H, 1, 1). Finite, and so Inf and NaN stay in x."""
+    bound = _number(1e300 if _torch_dtype(acc) == torch.float64 else 1e36, acc)
+    largest = op.ReduceMax(op.Abs(x), [2, 3])
+    return op.Where(op.LessOrEqual(largest, bound), op.Max(largest, _number(1.0, acc)), bound)
 
 
 def _effective_rho(rho, head_rho, axes, acc):

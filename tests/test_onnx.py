@@ -105,13 +105,15 @@ def test_where_no_score_is_positive_the_result_is_zero(operators):
 def test_ignored_tokens_do_not_leak(operators):
     q, k, v, rho, keys_out, queries_out = operator_inputs()
     keys_out[:, 3:5], queries_out[:, 5] = True, True
-    nothing = q.clone(), k.clone(), v.clone()
+    intact = q.clone(), k.clone(), v.clone()
     k[:, :, 3], v[:, :, 4], q[:, :, 5] = torch.nan, torch.inf, torch.nan
     masked = [out for name, out in both(operators, q, k, v, rho, keys_out, queries_out) if "masked" in name]
-    clean = [out for name, out in both(operators, *nothing, rho, keys_out, queries_out) if "masked" in name]
+    clean = [out for name, out in both(operators, *intact, rho, keys_out, queries_out) if "masked" in name]
     assert len(masked) == 2 * len(DTYPES) and all(map(torch.equal, masked, clean))
     keys_out[0], queries_out[1] = True, True
-    hold_to_the_rule(operators, [*nothing, rho, keys_out, queries_out])
+    hold_to_the_rule(operators, [*intact, rho, keys_out, queries_out])
+    intact[0][0] = torch.nan  # queries without a key
+    hold_to_the_rule(operators, [*intact, rho, keys_out, queries_out])
 
 
 @pytest.mark.parametrize("argument", range(3), ids="qkv")
@@ -145,13 +147,15 @@ class Raw(nn.Module):
         q = x.unflatten(-1, (4, 6)).transpose(1, 2)
         outputs = [*self.op("linear_fwd", q, None, q, 1e-6, 0.5, None, None, None)]
         outputs += self.op("pure_fwd", 9 * q, None, q, 1e-6, 1.0, None, mask, mask)
-        outputs += self.of_tokens(*tokens_and_weights[:2], bias, None, None)
+        outputs += self.of_tokens(*tokens_and_weights[:2], None, None, None)
         for x, weight in zip(tokens_and_weights[::2], tokens_and_weights[1::2]):
-            outputs += self.of_tokens(x, weight, None, 1e-5, mask)
+            outputs += self.of_tokens(x, weight, bias, 1e-5, mask)
         return outputs
 
     def of_tokens(self, x, weight, bias, norm_eps, mask):
-        keys = weight.to(torch.promote_types(x.dtype, torch.float32)).sum(1).expand(len(x), -1, -1)
+        acc = torch.promote_types(x.dtype, torch.float32)
+        bias = None if bias is None else bias.to(acc)
+        keys = weight.to(acc).sum(1).expand(len(x), -1, -1)
         key_bias = None if bias is None else bias.sum(1).expand(len(x), -1)
         queries = self.op("central_query_fwd", x, weight, bias, norm_eps, 1e-6, mask)
         return *queries, *self.op("score_pool_fwd", x, keys, key_bias, norm_eps, 1e-6, mask)
