@@ -4,6 +4,9 @@
 // A head's score matrix is cut into cells (key chunk, query chunk). The cells of one round share no chunk, so they run
 // in parallel and each adds to sums that no other cell of the round touches. The cut and the order of the rounds depend
 // on the shape alone: the bits do not depend on the number of threads.
+//
+// A head whose numbers left the range of the accumulation type on the way is run once more, in units that bring it to
+// order one: q, k, v and dout times powers of two, which change no digit. Nobody else pays for it.
 #include "pure.h"
 
 #include <ATen/ATen.h>
@@ -31,6 +34,7 @@ constexpr int64_t kSumsBytes = 32 << 20;
 constexpr int64_t kOwnSumsBytes = 1 << 20;
 // The cells that a round should have, for machines with many cores.
 constexpr int64_t kCells = 32;
+
 const PureKernels& kernels_for(at::ScalarType dtype) {
   const int row = dtype == at::kFloat ? 0 : dtype == at::kDouble ? 1 : dtype == at::kBFloat16 ? 2 : 3;
 #if defined(__x86_64__)
@@ -69,6 +73,7 @@ struct Call {
   const bool symmetric;  // k is q, and the same tokens count on both sides
   const bool partial;    // some outputs are not written by the kernels: they start as 0
   const PureKernels& kernels;
+  std::vector<PureUnits> units;  // of the heads, once one needs them
 
   Call(const char* op, const Tensor& q, const OptTensor& k, const Tensor& v, double eps, double rho,
        const OptTensor& head_rho, const OptTensor& key_mask, const OptTensor& query_mask)
@@ -99,7 +104,33 @@ struct Call {
     p.N = queries.count(b), p.M = keys.count(b), p.d = size.d, p.d_v = size.dv;
     p.q = tokens(q, index, queries), p.k = tokens(k, index, keys), p.v = tokens(v, index, keys);
     p.tied = symmetric, p.rho = head_rho ? rho * get(*head_rho, b, index % size.H) : rho;
+    p.few_keys = p.M <= kFewKeys;
+    p.few_scores = std::max(p.N, p.M) <= kPureStride && p.N * p.M <= kFewScores;
+    if (!units.empty()) p.unit = units[index];
     return p;
+  }
+
+  // Whether a number of this size may be squared or divided by in the accumulation type with all its digits kept.
+  bool ordinary(double x) const {
+    const int most = acc_dtype(q) == at::kDouble ? 300 : 50;
+    return x == 0 || (std::isfinite(x) && std::abs(std::ilogb(x)) <= most);
+  }
+
+  // Brings q, k and v of a head to order one, and g = dout / norm where given. False where that is no help: one is not
+  // finite.
+  bool scale_head(int64_t index, const Tensor* dout = nullptr, double norm = 1) {
+    PureHead p = head(index);
+    const auto unit = [&](const Tokens& t, int64_t rows, int64_t columns) {
+      const double most = kernels.largest(t, columns, {0, rows});
+      const int limit = acc_dtype(q) == at::kDouble ? 1000 : 120;
+      return !std::isfinite(most) ? 0 : most == 0 ? 1 : std::ldexp(1, std::clamp(-std::ilogb(most), -limit, limit));
+    };
+    PureUnits u{unit(p.q, p.N, p.d), unit(p.k, p.M, p.d), unit(p.v, p.M, p.d_v), 1};
+    if (dout) u.dout = unit(tokens(*dout, index, queries), p.N, p.d_v) * std::ldexp(1, std::ilogb(norm * u.q * u.k));
+    if (u.q * u.k * u.v * u.dout == 0) return false;
+    units.resize(heads());
+    units[index] = u;
+    return true;
   }
 };
 
@@ -127,13 +158,13 @@ Range chunk(int64_t tokens, int64_t n, int64_t i) {
   return {bound(i), bound(i + 1)};
 }
 
-// For every head: begin(head, chunk), then cell(head, round, query chunk, key chunk, sums, scratch) round by round,
+// For every head of a range: begin(head, chunk), then cell(head, round, query chunk, key chunk, sums, scratch) round by round,
 // then end(head, chunk, sums).
-template <typename Begin, typename Cell, typename End> void run_heads(const Call& call, Cut cut, int64_t head_bytes,
-                                                                      bool backward, const Begin& begin,
-                                                                      const Cell& cell, const End& end) {
+template <typename Begin, typename Cell, typename End>
+void run_heads(const Call& call, Range range, Cut cut, int64_t head_bytes, bool backward, const Begin& begin,
+               const Cell& cell, const End& end) {
   const auto [n, rounds] = cut;
-  const int64_t heads = call.heads();
+  const int64_t heads = range.end - range.begin;
   PureHead largest = call.head(0);
   largest.N = call.size.N, largest.M = call.size.M;
   const int64_t scratch = call.kernels.scratch_bytes(largest, backward);
@@ -145,7 +176,8 @@ template <typename Begin, typename Cell, typename End> void run_heads(const Call
   };
 
   if (head_bytes <= kOwnSumsBytes && heads >= at::get_num_threads()) {
-    run_tasks(heads, heads * head_work, scratch + head_bytes, [&](int64_t head, char* memory) {
+    run_tasks(heads, heads * head_work, scratch + head_bytes, [&](int64_t task, char* memory) {
+      const int64_t head = range.begin + task;
       char* sums = memory + scratch;
       for (int64_t i = 0; i < n; ++i) begin(head, i);
       for (int64_t round = 0; round < rounds; ++round) {
@@ -157,8 +189,8 @@ template <typename Begin, typename Cell, typename End> void run_heads(const Call
   }
   const int64_t together = std::clamp<int64_t>(kSumsBytes / std::max<int64_t>(head_bytes, 1), 1, heads);
   const Tensor all_sums = with_huge_pages(at::detail::empty_cpu({together * head_bytes}, at::kByte));
-  for (int64_t first = 0; first < heads; first += together) {
-    const int64_t tasks = std::min(together, heads - first) * n;
+  for (int64_t first = range.begin; first < range.end; first += together) {
+    const int64_t tasks = std::min(together, range.end - first) * n;
     const double work = tasks / n * head_work;
     const auto sums = [&](int64_t task) { return static_cast<char*>(all_sums.data_ptr()) + task / n * head_bytes; };
     run_tasks(tasks, work, 0, [&](int64_t task, char*) { begin(first + task / n, task % n); });
@@ -183,7 +215,7 @@ double sum(const double* x, int64_t n) {
 std::tuple<Tensor, Tensor> pure_fwd(const Tensor& q, const OptTensor& k, const Tensor& v, double eps, double rho,
                                     const OptTensor& head_rho, const OptTensor& key_padding_mask,
                                     const OptTensor& query_padding_mask) {
-  const Call call("infsa::pure", q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask);
+  Call call("infsa::pure", q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask);
   const auto [B, H, N, M, d, dv] = call.size;
   const bool token_major = q.stride(1) < q.stride(2);
   Tensor out =
@@ -197,23 +229,38 @@ std::tuple<Tensor, Tensor> pure_fwd(const Tensor& q, const OptTensor& k, const T
   const Cut cells = cut(call, N * row_bytes, !call.symmetric);
   const int64_t n = cells.n, squares_per_head = n * cells.rounds;
   std::vector<double> squares(call.heads() * squares_per_head);  // of P, by cell
+  std::vector<double> largest(call.heads() * n);                 // of P v, by chunk
+  const auto square_sum = [&](int64_t head) { return sum(&squares[head * squares_per_head], squares_per_head); };
 
-  run_heads(
-      call, cells, N * row_bytes, false, [](int64_t, int64_t) {},
-      [&](int64_t head, int64_t round, int64_t i, int64_t j, char* sums, char* scratch) {
-        const PureHead h = call.head(head);
-        const Range queries = chunk(h.N, n, i), keys = call.symmetric ? chunk(h.M, n, j) : Range{0, h.M};
-        if (round == 0) clear(sums, queries, row_bytes);
-        if (round == 0 && i != j) clear(sums, keys, row_bytes);
-        squares[head * squares_per_head + round * n + i] =
-            call.kernels.forward(h, {sums, nullptr, nullptr, nullptr}, keys, queries, i != j, scratch);
-      },
-      [&](int64_t head, int64_t i, char* sums) {
-        const PureHead h = call.head(head);
-        const double F = std::sqrt(sum(&squares[head * squares_per_head], squares_per_head));
-        call.kernels.finish(call.tokens(out, head, call.queries), sums, dv, h.rho / (F + eps), chunk(h.N, n, i));
-        if (i == 0) set(norm, head, F);
-      });
+  const auto run = [&](Range heads) {
+    run_heads(
+        call, heads, cells, N * row_bytes, false, [](int64_t, int64_t) {},
+        [&](int64_t head, int64_t round, int64_t i, int64_t j, char* sums, char* scratch) {
+          const PureHead h = call.head(head);
+          const Range queries = chunk(h.N, n, i), keys = call.symmetric ? chunk(h.M, n, j) : Range{0, h.M};
+          if (round == 0) clear(sums, queries, row_bytes);
+          if (round == 0 && i != j) clear(sums, keys, row_bytes);
+          squares[head * squares_per_head + round * n + i] =
+              call.kernels.forward(h, {sums, nullptr, nullptr, nullptr}, keys, queries, i != j, scratch);
+        },
+        [&](int64_t head, int64_t i, char* sums) {
+          const PureHead h = call.head(head);
+          const Range queries = chunk(h.N, n, i);
+          const PureUnits& u = h.unit;
+          const double F = std::sqrt(square_sum(head));
+          call.kernels.finish(call.tokens(out, head, call.queries), sums, dv, h.rho / (F + eps * u.q * u.k) / u.v,
+                              queries);
+          largest[head * n + i] = call.kernels.largest_sum(sums, dv, queries);
+          if (i == 0) set(norm, head, F / u.q / u.k);
+        });
+  };
+  run({0, call.heads()});
+  for (int64_t head = 0; head < call.heads(); ++head) {
+    const double F = std::sqrt(square_sum(head)), all = sum(&largest[head * n], n);
+    // F is 0 where no score is positive, and where squares were too small: then they count beside eps, or P v is not 0.
+    const bool lost = F == 0 && (all != 0 || !call.ordinary(eps));
+    if ((lost || !call.ordinary(F) || !std::isfinite(all)) && call.scale_head(head)) run({head, head + 1});
+  }
   return {out, norm};
 }
 
@@ -224,7 +271,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pure_bwd(const Tensor& dout, const Te
                                                     const OptTensor& query_padding_mask,
                                                     std::array<bool, 4> output_mask) {
   const char* op = "infsa::pure";
-  const Call call(op, q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask);
+  Call call(op, q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask);
   const auto [B, H, N, M, d, dv] = call.size;
   for (const auto& [name, t] : {std::pair<const char*, const Tensor&>("dout", dout), {"out", out}}) {
     check::dtype(op, name, t, q.scalar_type());
@@ -263,38 +310,56 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pure_bwd(const Tensor& dout, const Te
   const int64_t n = cells.n;
   std::vector<double> dout_out(call.heads() * n), v_dv(call.heads() * n);  // <dout, out> and <v, dv>, by chunk
 
-  run_heads(
-      call, cells, q_bytes + k_bytes + v_bytes, true,
-      [&](int64_t head, int64_t i) {
-        const Range queries = chunk(call.queries.count(head / H), n, i);
-        dout_out[head * n + i] =
-            call.kernels.dot(call.tokens(dout, head, call.queries), call.tokens(out, head, call.queries), dv, queries);
-      },
-      [&](int64_t head, int64_t round, int64_t i, int64_t j, char* memory, char* scratch) {
-        PureHead h = call.head(head);
-        const double F = get(norm, head / H, head % H);
-        h.dout = call.tokens(dout, head, call.queries);
-        h.inverse_norm = 1 / (F + eps);
-        h.c = F == 0 ? 0 : sum(&dout_out[head * n], n) / (F * (F + eps));
-        const PureSums sums = parts(memory);
-        const Range queries = chunk(h.N, n, i), keys = chunk(h.M, n, j);
-        if (round == 0) {
-          clear(sums.dq, queries, row_bytes);
-          clear(sums.dk, keys, row_bytes);
-          clear(sums.dv, keys, v_row_bytes);
-          if (call.symmetric && i != j) clear(sums.dq, keys, row_bytes), clear(sums.dv, queries, v_row_bytes);
-        }
-        call.kernels.backward(h, sums, keys, queries, i != j, scratch);
-      },
-      [&](int64_t head, int64_t i, char* memory) {
-        const PureHead h = call.head(head);
-        const PureSums sums = parts(memory);
-        const Range queries = chunk(h.N, n, i), keys = chunk(h.M, n, i);
-        if (want_q) call.kernels.finish(call.tokens(grad_q, head, call.queries), sums.dq, d, 1, queries);
-        if (sums.dk) call.kernels.finish(call.tokens(grad_k, head, call.keys), sums.dk, d, 1, keys);
-        if (want_v) call.kernels.finish(call.tokens(grad_v, head, call.keys), sums.dv, dv, h.rho, keys);
-        if (want_rho) v_dv[head * n + i] = call.kernels.dot_sums(h.v, sums.dv, dv, keys);
-      });
+  const auto head_of = [&](int64_t index) {
+    PureHead h = call.head(index);
+    const PureUnits& u = h.unit;
+    const double F = get(norm, index / H, index % H) * u.q * u.k;
+    h.dout = call.tokens(dout, index, call.queries);
+    h.eps = eps * u.q * u.k;
+    h.inverse_norm = 1 / (F + h.eps);
+    h.c = F == 0 ? 0 : sum(&dout_out[index * n], n) * u.dout * u.v / (F * (F + h.eps));
+    return h;
+  };
+  const auto run = [&](Range heads) {
+    run_heads(
+        call, heads, cells, q_bytes + k_bytes + v_bytes, true,
+        [&](int64_t head, int64_t i) {
+          const Range queries = chunk(call.queries.count(head / H), n, i);
+          dout_out[head * n + i] = call.kernels.dot(call.tokens(dout, head, call.queries),
+                                                    call.tokens(out, head, call.queries), dv, queries);
+        },
+        [&](int64_t head, int64_t round, int64_t i, int64_t j, char* memory, char* scratch) {
+          const PureHead h = head_of(head);
+          const PureSums sums = parts(memory);
+          const Range queries = chunk(h.N, n, i), keys = chunk(h.M, n, j);
+          if (round == 0) {
+            clear(sums.dq, queries, row_bytes);
+            clear(sums.dk, keys, row_bytes);
+            clear(sums.dv, keys, v_row_bytes);
+            if (call.symmetric && i != j) clear(sums.dq, keys, row_bytes), clear(sums.dv, queries, v_row_bytes);
+          }
+          call.kernels.backward(h, sums, keys, queries, i != j, scratch);
+        },
+        [&](int64_t head, int64_t i, char* memory) {
+          const PureHead h = call.head(head);
+          const PureUnits& u = h.unit;
+          const PureSums sums = parts(memory);
+          const Range queries = chunk(h.N, n, i), keys = chunk(h.M, n, i);
+          // dS came out times (u.dout u.v) / (u.q u.k).
+          const double per_v = 1 / u.dout, per_score = per_v / u.v;
+          if (want_q)
+            call.kernels.finish(call.tokens(grad_q, head, call.queries), sums.dq, d, per_score * u.q, queries);
+          if (sums.dk) call.kernels.finish(call.tokens(grad_k, head, call.keys), sums.dk, d, per_score * u.k, keys);
+          if (want_v) call.kernels.finish(call.tokens(grad_v, head, call.keys), sums.dv, dv, h.rho * per_v, keys);
+          if (want_rho) v_dv[head * n + i] = per_v * call.kernels.dot_sums(h.v, sums.dv, dv, keys);
+        });
+  };
+  run({0, call.heads()});
+  for (int64_t head = 0; head < call.heads(); ++head) {
+    const double F = get(norm, head / H, head % H);
+    const bool ordinary = call.ordinary(F) && call.ordinary(head_of(head).c);
+    if (!ordinary && call.scale_head(head, &dout, F + eps)) run({head, head + 1});
+  }
   for (int64_t head = 0; want_rho && head < call.heads(); ++head) set(grad_rho, head, rho * sum(&v_dv[head * n], n));
   return results();
 }
