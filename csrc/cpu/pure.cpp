@@ -110,10 +110,11 @@ struct Call {
     return p;
   }
 
-  // Whether a number of this size may be squared or divided by in the accumulation type with all its digits kept.
-  bool ordinary(double x) const {
-    const int most = acc_dtype(q) == at::kDouble ? 300 : 50;
-    return x == 0 || (std::isfinite(x) && std::abs(std::ilogb(x)) <= most);
+  // Whether |x| is 0 or within 2^-most .. 2^most, for double six times as far. Up to kMostNorm a number may be squared
+  // or divided by in the accumulation type with all its digits kept.
+  static constexpr int kMostNorm = 50, kMostSum = 100;
+  bool within(double x, int most) const {
+    return x == 0 || (std::isfinite(x) && std::abs(std::ilogb(x)) <= (acc_dtype(q) == at::kDouble ? 6 * most : most));
   }
 
   // Brings q, k and v of a head to order one, and g = dout / norm where given. False where that is no help: one is not
@@ -158,8 +159,8 @@ Range chunk(int64_t tokens, int64_t n, int64_t i) {
   return {bound(i), bound(i + 1)};
 }
 
-// For every head of a range: begin(head, chunk), then cell(head, round, query chunk, key chunk, sums, scratch) round by round,
-// then end(head, chunk, sums).
+// For every head of a range: begin(head, chunk), then cell(head, round, query chunk, key chunk, sums, scratch) round by
+// round, then end(head, chunk, sums).
 template <typename Begin, typename Cell, typename End>
 void run_heads(const Call& call, Range range, Cut cut, int64_t head_bytes, bool backward, const Begin& begin,
                const Cell& cell, const End& end) {
@@ -256,10 +257,11 @@ std::tuple<Tensor, Tensor> pure_fwd(const Tensor& q, const OptTensor& k, const T
   };
   run({0, call.heads()});
   for (int64_t head = 0; head < call.heads(); ++head) {
-    const double F = std::sqrt(square_sum(head)), all = sum(&largest[head * n], n);
-    // F is 0 where no score is positive, and where squares were too small: then they count beside eps, or P v is not 0.
-    const bool lost = F == 0 && (all != 0 || !call.ordinary(eps));
-    if ((lost || !call.ordinary(F) || !std::isfinite(all)) && call.scale_head(head)) run({head, head + 1});
+    const double F = std::sqrt(square_sum(head)), most = sum(&largest[head * n], n);
+    // F is 0 where no score is positive, and where the squares were too small: then P v is not 0, or eps is as small.
+    const bool lost = F == 0 && (most != 0 || !call.within(eps, Call::kMostNorm));
+    const bool ordinary = !lost && call.within(F, Call::kMostNorm) && call.within(most, Call::kMostSum);
+    if (!ordinary && call.scale_head(head)) run({head, head + 1});
   }
   return {out, norm};
 }
@@ -357,7 +359,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pure_bwd(const Tensor& dout, const Te
   run({0, call.heads()});
   for (int64_t head = 0; head < call.heads(); ++head) {
     const double F = get(norm, head / H, head % H);
-    const bool ordinary = call.ordinary(F) && call.ordinary(head_of(head).c);
+    if (!std::isfinite(F)) continue;  // what it was is lost
+    const bool ordinary = call.within(F, Call::kMostNorm) && call.within(head_of(head).c, Call::kMostSum);
     if (!ordinary && call.scale_head(head, &dout, F + eps)) run({head, head + 1});
   }
   for (int64_t head = 0; want_rho && head < call.heads(); ++head) set(grad_rho, head, rho * sum(&v_dv[head * n], n));

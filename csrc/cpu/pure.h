@@ -8,8 +8,8 @@
 
 namespace infsa::cpu {
 
-// Powers of two by which the rows of a head are multiplied as they are read: 1, or what brings a head to order one whose
-// numbers would leave the range of the accumulation type on the way.
+// Powers of two by which the rows of a head are multiplied as they are read: 1, or what brings a head to order one
+// whose numbers would leave the range of the accumulation type on the way.
 struct PureUnits {
   double q = 1, k = 1, v = 1, dout = 1;
 };

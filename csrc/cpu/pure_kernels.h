@@ -94,26 +94,26 @@ template <bool kSquares, bool kRuns, typename A> void make_scores(int64_t keys, 
                                                                   const A* k_rows, int64_t stride, const A* q_panels,
                                                                   A* p, A* squares) {
   each_tile<kRuns>(keys, queries, d, k_rows, stride, q_panels, kPanel<A> * d,
-            [&](auto& c, int64_t i, int64_t j, int64_t rows) INFSA_LAMBDA {
-              constexpr int vectors = sizeof(c[0]) / sizeof(c[0][0]);
-              Vec<A> sum[vectors] = {};
+                   [&](auto& c, int64_t i, int64_t j, int64_t rows) INFSA_LAMBDA {
+                     constexpr int vectors = sizeof(c[0]) / sizeof(c[0][0]);
+                     Vec<A> sum[vectors] = {};
 #pragma GCC unroll 12
-              for (int r = 0; r < kTileRows; ++r) {
-                if (r >= rows) break;
+                     for (int r = 0; r < kTileRows; ++r) {
+                       if (r >= rows) break;
 #pragma GCC unroll 2
-                for (int v = 0; v < vectors; ++v) {
-                  const Vec<A> x = relu(c[r][v]);
-                  store(p + (i + r) * kPureStride + j + v * kLanes<A>, x);
-                  if (kSquares) sum[v] += x * x;
-                }
-              }
-              if (kSquares) {
-                for (int v = 0; v < vectors; ++v) {
-                  A* at = squares + j + v * kLanes<A>;
-                  store(at, load(at) + sum[v]);
-                }
-              }
-            });
+                       for (int v = 0; v < vectors; ++v) {
+                         const Vec<A> x = relu(c[r][v]);
+                         store(p + (i + r) * kPureStride + j + v * kLanes<A>, x);
+                         if (kSquares) sum[v] += x * x;
+                       }
+                     }
+                     if (kSquares) {
+                       for (int v = 0; v < vectors; ++v) {
+                         A* at = squares + j + v * kLanes<A>;
+                         store(at, load(at) + sum[v]);
+                       }
+                     }
+                   });
 }
 
 // The same scores in both directions: whether in runs is a matter of the head.
