@@ -5,13 +5,15 @@ TORCH ?= torch==2.13.0
 GPU_VENV ?= .venv-gpu
 GPU_TORCH ?= torch==2.14.1
 BENCH_ARGS ?=
+MINUTES ?= 1
+SEED ?= 0
 GPU_PYTHON ?= $(PYTHON)
 GPU_ARGS ?=
 
 bin := $(VENV)/bin
 csrc := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: bench bench-operator bench-layer bench-model bench-field bench-vs bench-extreme report test test-gpu-build lint format sanitize gpu-check clean
+.PHONY: bench bench-operator bench-layer bench-model bench-field bench-vs bench-extreme report test fuzz test-gpu-build lint format sanitize gpu-check clean
 
 bench: $(VENV)/built
 	$(bin)/python -m bench.run $(BENCH_ARGS)
@@ -37,6 +39,10 @@ bench-extreme: $(VENV)/built
 
 test: $(VENV)/built
 	$(bin)/python -m pytest $(TEST_ARGS)
+
+# Random calls against float64 for MINUTES, drawn from SEED; each failure with the command that repeats it.
+fuzz: $(VENV)/built
+	$(bin)/python tests/fuzz.py --minutes $(MINUTES) --seed $(SEED)
 
 # The GPU extension, built, imported and taken apart on a machine that has nvcc and needs no GPU.
 test-gpu-build: $(GPU_VENV)/built

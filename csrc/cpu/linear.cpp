@@ -26,6 +26,7 @@
 #include <array>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <tuple>
 #include <vector>
 
@@ -219,7 +220,9 @@ template <typename T> class Units {
     heads_[head] = u;
     const double gradient = 1 / (u.dout * u.score);
     const double values[] = {u.q, u.k, u.v, u.q * gradient / u.v, u.k * gradient / u.v, gradient};
-    for (int i = 0; i < 6; ++i) rows_[i * stride + head] = static_cast<A>(values[i]);
+    // One that overflows would turn a sum of 0 into NaN.
+    constexpr double most = std::numeric_limits<A>::max();
+    for (int i = 0; i < 6; ++i) rows_[i * stride + head] = static_cast<A>(std::min(values[i], most));
     return true;
   }
 

@@ -135,6 +135,12 @@ struct Call {
   }
 };
 
+// A scale that overflows would turn a sum of 0 into NaN.
+double finite(double scale, const Tensor& norm) {
+  const double most = norm.scalar_type() == at::kDouble ? 1e308 : 3.4e38;
+  return scale > most ? most : scale < -most ? -most : scale;
+}
+
 // Cells of a head: n query chunks; as many key chunks and rounds, or one.
 struct Cut {
   int64_t n, rounds;
@@ -249,8 +255,8 @@ std::tuple<Tensor, Tensor> pure_fwd(const Tensor& q, const OptTensor& k, const T
           const Range queries = chunk(h.N, n, i);
           const PureUnits& u = h.unit;
           const double F = std::sqrt(square_sum(head));
-          call.kernels.finish(call.tokens(out, head, call.queries), sums, dv, h.rho / (F + eps * u.q * u.k) / u.v,
-                              queries);
+          call.kernels.finish(call.tokens(out, head, call.queries), sums, dv,
+                              finite(h.rho / (F + eps * u.q * u.k) / u.v, norm), queries);
           largest[head * n + i] = call.kernels.largest_sum(sums, dv, queries);
           if (i == 0) set(norm, head, F / u.q / u.k);
         });
@@ -350,9 +356,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pure_bwd(const Tensor& dout, const Te
           // dS came out times (u.dout u.v) / (u.q u.k).
           const double per_v = 1 / u.dout, per_score = per_v / u.v;
           if (want_q)
-            call.kernels.finish(call.tokens(grad_q, head, call.queries), sums.dq, d, per_score * u.q, queries);
-          if (sums.dk) call.kernels.finish(call.tokens(grad_k, head, call.keys), sums.dk, d, per_score * u.k, keys);
-          if (want_v) call.kernels.finish(call.tokens(grad_v, head, call.keys), sums.dv, dv, h.rho * per_v, keys);
+            call.kernels.finish(call.tokens(grad_q, head, call.queries), sums.dq, d, finite(per_score * u.q, norm),
+                                queries);
+          if (sums.dk)
+            call.kernels.finish(call.tokens(grad_k, head, call.keys), sums.dk, d, finite(per_score * u.k, norm), keys);
+          if (want_v)
+            call.kernels.finish(call.tokens(grad_v, head, call.keys), sums.dv, dv, finite(h.rho * per_v, norm), keys);
           if (want_rho) v_dv[head * n + i] = per_v * call.kernels.dot_sums(h.v, sums.dv, dv, keys);
         });
   };
@@ -360,7 +369,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pure_bwd(const Tensor& dout, const Te
   for (int64_t head = 0; head < call.heads(); ++head) {
     const double F = get(norm, head / H, head % H);
     if (!std::isfinite(F)) continue;  // what it was is lost
-    const bool ordinary = call.within(F, Call::kMostNorm) && call.within(head_of(head).c, Call::kMostSum);
+    const bool ordinary = call.within(F, Call::kMostNorm) && call.within(F + eps, Call::kMostNorm) &&
+                          call.within(head_of(head).c, Call::kMostSum);
     if (!ordinary && call.scale_head(head, &dout, F + eps)) run({head, head + 1});
   }
   for (int64_t head = 0; want_rho && head < call.heads(); ++head) set(grad_rho, head, rho * sum(&v_dv[head * n], n));

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..ops._check import acc_dtype
-from ._common import effective_rho, like, remove, scale, split, unit
+from ._common import effective_rho, like, remove, rows, scale, split, unit
 
 # Scores held at a time, over all heads. Large enough to keep matrix products efficient, small enough that a block's
 # float32 sum of squares is exact to its last digits.
@@ -22,12 +22,12 @@ def forward(q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask):
     out = u.new_empty(*u.shape[:3], v.shape[3])
     squares = u.new_zeros(u.shape[:2])
     for block in _blocks(u, kappa):
-        scores = torch.relu(u[:, :, block] @ kappa.mT)
+        scores = _scores(u, kappa, block, key_padding_mask, query_padding_mask)
         squares += scores.square().sum((-2, -1))
         out[:, :, block] = scores @ v_acc
     norm = squares.sqrt()
     out *= effective_rho(rho, head_rho, 2) / (norm + eps * u_unit * k_unit)[..., None, None]
-    return output_like(q, v).copy_(out), norm / u_unit / k_unit
+    return output_like(q, v).copy_(remove(out, query_padding_mask)), norm / u_unit / k_unit
 
 
 def backward(
@@ -48,7 +48,7 @@ def backward(
     du, dkappa, dv = torch.zeros_like(u), torch.zeros_like(kappa), torch.zeros_like(v_acc)
     drho = torch.zeros_like(norm)
     for block in _blocks(u, kappa):
-        scores = torch.relu(u[:, :, block] @ kappa.mT)
+        scores = _scores(u, kappa, block, key_padding_mask, query_padding_mask)
         dout_v = dout[:, :, block] @ v_acc.mT
         if few:
             dout_out = gain[..., 0, 0] * (scores * dout_v).sum((-2, -1))
@@ -90,6 +90,14 @@ def _inputs(q, k, v, key_padding_mask, query_padding_mask) -> tuple[Tensor, Tens
     units = unit(u), unit(kappa)
     u, kappa = (x * (s * x_unit) for x, x_unit in zip((u, kappa), units))
     return u, kappa, remove(v, key_padding_mask).to(acc), *(x[..., 0, 0] for x in units)
+
+
+def _scores(u, kappa, block, key_padding_mask, query_padding_mask) -> Tensor:
+    """ReLU(u kappa^T) of a block of queries; 0 for what is removed, though the other side be infinite or NaN."""
+    scores = torch.relu(u[:, :, block] @ kappa.mT)
+    if key_padding_mask is not None:
+        scores.masked_fill_(rows(key_padding_mask)[..., None, :], 0)
+    return remove(scores, None if query_padding_mask is None else query_padding_mask[:, block])
 
 
 def _blocks(u: Tensor, kappa: Tensor) -> Iterator[slice]:
