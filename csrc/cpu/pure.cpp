@@ -288,19 +288,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pure_bwd(const Tensor& dout, const Te
   }
   check::statistic(op, "norm", norm, q, {B, H}, "(B, H)");
 
-  const auto gradient = [&](bool wanted, const Tensor& like) {
-    const Tensor t = wanted ? with_huge_pages(at::empty_like(like)) : at::empty({0}, like.options());
-    return call.partial ? t.zero_() : t;
-  };
   const bool want_q = output_mask[0], want_k = output_mask[1] && k, want_v = output_mask[2],
              want_rho = output_mask[3] && head_rho;
-  // Masks that differ make the scores of a tied k asymmetric: its half of the gradient is then made apart, and added.
+  // Masks that differ make the scores of a tied k asymmetric: its half of the gradient is then made apart, and added
+  // before the sum is rounded.
   const bool apart = want_q && !k && !call.symmetric;
-  const Tensor grad_q = gradient(want_q, q), grad_k = gradient(want_k || apart, call.k), grad_v = gradient(want_v, v);
+  const at::ScalarType half = apart ? acc_dtype(q) : q.scalar_type();
+  const auto finish_half = kernels_for(half).finish;
+  const auto gradient = [&](bool wanted, const Tensor& like, at::ScalarType dtype) {
+    const at::TensorOptions options = like.options().dtype(dtype);
+    const Tensor t = wanted ? with_huge_pages(at::empty_like(like, options)) : at::empty({0}, options);
+    return call.partial ? t.zero_() : t;
+  };
+  const Tensor grad_q = gradient(want_q, q, half), grad_k = gradient(want_k || apart, call.k, half),
+               grad_v = gradient(want_v, v, v.scalar_type());
   const Tensor grad_rho = want_rho ? at::zeros({B, H}, norm.options()) : at::empty({0}, norm.options());
   const auto results = [&] {
-    if (apart) grad_q.add_(grad_k);
-    return std::make_tuple(grad_q, apart ? at::empty({0}, q.options()) : grad_k, grad_v, grad_rho);
+    if (!apart) return std::make_tuple(grad_q, grad_k, grad_v, grad_rho);
+    return std::make_tuple(grad_q.add_(grad_k).to(q.scalar_type()), at::empty({0}, q.options()), grad_v, grad_rho);
   };
   if (call.empty() || !(want_q || want_k || want_v || want_rho)) return results();
 
@@ -356,10 +361,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pure_bwd(const Tensor& dout, const Te
           // dS came out times (u.dout u.v) / (u.q u.k).
           const double per_v = 1 / u.dout, per_score = per_v / u.v;
           if (want_q)
-            call.kernels.finish(call.tokens(grad_q, head, call.queries), sums.dq, d, finite(per_score * u.q, norm),
-                                queries);
+            finish_half(call.tokens(grad_q, head, call.queries), sums.dq, d, finite(per_score * u.q, norm), queries);
           if (sums.dk)
-            call.kernels.finish(call.tokens(grad_k, head, call.keys), sums.dk, d, finite(per_score * u.k, norm), keys);
+            finish_half(call.tokens(grad_k, head, call.keys), sums.dk, d, finite(per_score * u.k, norm), keys);
           if (want_v)
             call.kernels.finish(call.tokens(grad_v, head, call.keys), sums.dv, dv, finite(h.rho * per_v, norm), keys);
           if (want_rho) v_dv[head * n + i] = per_v * call.kernels.dot_sums(h.v, sums.dv, dv, keys);

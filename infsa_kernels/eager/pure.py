@@ -83,7 +83,7 @@ def output_like(q: Tensor, v: Tensor) -> Tensor:
 
 
 def _inputs(q, k, v, key_padding_mask, query_padding_mask) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """u = s q, kappa = s k and v in the accumulation dtype, ignored rows 0; u and kappa in units of their heads, (B, H), given."""
+    """u = s q, kappa = s k and v in the accumulation dtype, ignored rows 0; u and kappa in units, (B, H), that follow."""
     s, acc = scale(q), acc_dtype(q)
     u = remove(q, query_padding_mask).to(acc)
     kappa = remove(q if k is None else k, key_padding_mask).to(acc)

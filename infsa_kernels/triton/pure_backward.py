@@ -22,7 +22,6 @@ from .tiles import (
     where_am_i,
 )
 
-
 # Keys at a time where the preparation meets them.
 FEW_KEYS = tl.constexpr(16)
 
@@ -335,7 +334,11 @@ def backward(
     masks = query_padding_mask, key_padding_mask
     per_head = H, blocks, B * H, scale(q) ** 2, eps, rho
     few = N * v.shape[2] <= eager.FEW_SCORES
-    seen = (k if k is not None else q, v, *masks, norm, head_rho) if few else (None, None, query_padding_mask, None, None, None)
+    seen = (
+        (k if k is not None else q, v, *masks, norm, head_rho)
+        if few
+        else (None, None, query_padding_mask, None, None, None)
+    )
     launch(
         pure_bwd_prepare_kernel, B * H * blocks, q.device, dout, out, q, *seen, parts,
         dout.stride(), out.stride(), q.stride(), *(strides(t, 4) for t in seen[:2]), *(strides(t, 2) for t in seen[2:4]),
