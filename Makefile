@@ -7,6 +7,8 @@ GPU_VENV ?= .venv-gpu
 GPU_TORCH ?= torch==2.14.1
 LOCKED_TORCH ?= 2.11.0 2.13.0 2.14.1
 BENCH_ARGS ?=
+MINUTES ?= 1
+SEED ?= 0
 GPU_PYTHON ?= $(PYTHON)
 GPU_ARGS ?=
 
@@ -15,7 +17,7 @@ bin := $(VENV)/bin
 lock_of = $(wildcard requirements/torch-$(subst $() ,.,$(wordlist 1,2,$(subst ., ,$(subst torch==,,$(1))))).txt)
 csrc := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: bench bench-operator bench-layer bench-model bench-field bench-vs bench-extreme report test test-all test-newest test-gpu-build lock lint format sanitize gpu-check clean
+.PHONY: bench bench-operator bench-layer bench-model bench-field bench-vs bench-extreme report test test-all test-newest fuzz test-gpu-build lock lint format sanitize gpu-check clean
 
 bench: $(VENV)/built
 	$(bin)/python -m bench.run $(BENCH_ARGS)
@@ -77,6 +79,10 @@ lock:
 	  printf "%s\n" torch==$$torch ninja "setuptools>=77" | $(VENV)-lock/bin/uv pip compile -q - pyproject.toml --all-extras \
 	    --config-file requirements/uv.toml --no-header --no-annotate --universal --python-version 3.10 >> $$lock || exit 1; \
 	done
+
+# Random calls against float64 for MINUTES, drawn from SEED; each failure with the command that repeats it.
+fuzz: $(VENV)/built
+	$(bin)/python tests/fuzz.py --minutes $(MINUTES) --seed $(SEED)
 
 # The GPU extension, built, imported and taken apart on a machine that has nvcc and needs no GPU.
 test-gpu-build: $(GPU_VENV)/built

@@ -77,8 +77,9 @@ def pure(
     key_padding_mask: Tensor | None = None,
     query_padding_mask: Tensor | None = None,
 ) -> Tensor:
-    """O = rho P v / (||P||_F + eps): (..., N, dv)."""
-    return pure_scores(q, k, rho, eps, key_padding_mask, query_padding_mask) @ _remove(v, key_padding_mask)
+    """O = rho P v / (||P||_F + eps): (..., N, dv). Rows of ignored queries are 0."""
+    scores = pure_scores(q, k, rho, eps, key_padding_mask, query_padding_mask)
+    return _remove(scores @ _remove(v, key_padding_mask), query_padding_mask)
 
 
 def _scale(x: Tensor) -> float:

@@ -5,9 +5,10 @@ import sys
 
 import pytest
 import torch
-from calls import DTYPES, OPS, REFERENCE, Call, call_of_one_key, check, output_gradient, raw_op
+from calls import DTYPES, OPS, REFERENCE, Call, call_of_one_key, check, expected, output_gradient, raw_op
 from conftest import backends_of
 from layouts import LAYOUTS
+from tolerance import FORWARD, GRADIENT, assert_within
 
 import infsa_kernels
 
@@ -34,6 +35,19 @@ def test_half_precision_rounds_once(op, dtype, N, device, backend):
         # Half a unit of the last place of each element, and float32 noise of the largest.
         ulp = torch.finfo(dtype).eps * 2.0 ** truth.abs().clamp_min(torch.finfo(dtype).smallest_normal).log2().floor()
         assert ((call.run().double() - truth).abs() <= 0.5 * ulp + 3e-6 * truth.abs().max()).all()
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_two_halves_of_a_tied_gradient_round_once(op, dtype, device, backend):
+    """With masks that differ, what a token gets as a query and what it gets as a key may be made apart."""
+    call = make(op, device, H=4, N=20, d=24, dtype=dtype, tied=True, eps=1.0)
+    call.key_padding_mask = torch.arange(20, device=device)[None] % 3 == 0
+    dout = output_gradient(call)
+    truth = call.reference_gradients(dout, torch.float64)["q"]
+    ulp = torch.finfo(dtype).eps * 2.0 ** truth.abs().clamp_min(torch.finfo(dtype).smallest_normal).log2().floor()
+    error = (call.gradients(dout)["q"].double() - truth).abs()
+    assert (error <= 0.5 * ulp + 1e-5 * truth.abs().max()).all()
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "token_major"])
@@ -72,6 +86,98 @@ def test_scales(op, scale, device, backend):
         call.q *= scale
         call.k *= scale
         check(call, output_gradient(call))
+
+
+# Of q and of k: both large, both small, and one by the other with scores of order one.
+FAR = [(1e9, 1e9), (1e15, 1e2), (1e18, 1.0), (1e18, 1e-18), (1e-18, 1e18), (1e-9, 1e-9), (1e-15, 1e-3)]
+
+
+@both
+@pytest.mark.parametrize("far", [*FAR, (1e9, None), (1e18, None), (1e-9, None)], ids=str)
+@pytest.mark.parametrize("compiled", [name for name in backends_of("cpu") if name != "triton"])
+def test_range(op, far, compiled):
+    """What plain code keeps inside float32 the operators do too, though they multiply before they divide."""
+    tied = far[1] is None
+    for dtype in (torch.float32, torch.bfloat16):
+        eps = max(far[0] * (far[0] if tied else far[1]), 1e-37)
+        call = make(op, "cpu", N=50, M=None if tied else 60, dtype=dtype, tied=tied, eps=eps)
+        call.q *= far[0]
+        if not tied:
+            call.k *= far[1]
+        for size in (1.0, 1e-10, 1e10):
+            call.v, dout = torch.randn_like(call.v) * size, output_gradient(call)
+            with infsa_kernels.backend(compiled):
+                check(call, dout)
+
+
+@pytest.mark.parametrize("compiled", [name for name in backends_of("cpu") if name != "triton"])
+def test_the_norm_of_large_scores(compiled):
+    """Squares of 1e36 and more: float32 holds the norm, and the scores' shares of it."""
+    call = make("pure", "cpu", N=300, M=260, d=64)
+    call.q *= 1e9
+    call.k *= 1e9
+    out, norm = raw_op("pure_fwd", compiled)(*call.raw())
+    S = call.q.double() @ call.k.double().mT / 64
+    torch.testing.assert_close(norm.double(), torch.relu(S).norm(dim=(-2, -1)), rtol=1e-6, atol=0)
+    assert (out.abs().amax((-2, -1)) > 1e-3).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("compiled", [name for name in backends_of("cpu") if name == "cpu"])
+def test_gradient_of_one_score(dtype, compiled):
+    """Of N = M = 1 the gradients of q and k are what is left of two terms that cancel; the rule, on this very input."""
+    strictly("pure", dtype, compiled, (1, 1, 64), ("q", "k"))
+
+
+@pytest.mark.parametrize("N, M, d", [(1023, 1, 64), (300, 2, 100)])
+@pytest.mark.parametrize("compiled", [name for name in backends_of("cpu") if name == "cpu"])
+def test_scores_of_few_keys(N, M, d, compiled):
+    """No sum over keys averages their rounding."""
+    strictly("pure", torch.float32, compiled, (N, M, d), ("out",))
+
+
+def strictly(op, dtype, backend, sizes, names):
+    """The rule on sixty inputs, by the error of plain code on that input alone."""
+    N, M, d = sizes
+    for _ in range(60):
+        call = make(op, "cpu", H=1, N=N, M=M, d=d, dtype=dtype)
+        dout = output_gradient(call)
+        wanted = expected(call, dout, draws=1)
+        with infsa_kernels.backend(backend):
+            found = {"out": call.run(), **call.gradients(dout)}
+        for name in names:
+            factor = FORWARD if name == "out" else GRADIENT
+            assert_within(found[name], wanted[name].truth, wanted[name].eager_error, factor, name)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1), (1, 2), (3, 2)], ids=str)
+def test_c_of_few_scores_is_not_from_the_rounded_output(sizes, device, backend):
+    """With one query and one key dq and dk are eps / F of their terms; the output's rounding would leave 2^-9 of them."""
+    for dtype in (torch.bfloat16, torch.float16):
+        call = make("pure", device, H=8, N=sizes[0], M=sizes[1], d=64, dtype=dtype)
+        dout = output_gradient(call)
+        truth = call.reference_gradients(dout, torch.float64)
+        size = max(truth[name].abs().max().item() for name in ("q", "k"))
+        for name in ("q", "k"):
+            error = (call.gradients(dout)[name].double() - truth[name]).abs().max().item()
+            assert error <= torch.finfo(dtype).eps * size + 3e-6, name
+
+
+def test_ignored_rows_are_zero_whatever_v_holds(device, backend):
+    call = make("pure", device, N=20, M=18)
+    call.v[0, 1, 3, 2] = torch.inf
+    call.query_padding_mask = torch.arange(20, device=device)[None] % 3 == 0
+    out = call.run()
+    assert (out[:, :, ::3] == 0).all()
+    assert torch.equal(out.isfinite(), call.reference(torch.float64).isfinite())
+
+
+def test_a_removed_side_hides_what_the_other_holds(device, backend):
+    """All keys ignored: no score counts, not even that of a NaN."""
+    call = make("pure", device, N=20, M=18)
+    call.q[0, 0, 4, 1], call.q[0, 1, 5, 2] = torch.nan, torch.inf
+    call.key_padding_mask = torch.ones(1, 18, dtype=torch.bool, device=device)
+    assert (call.run() == 0).all()
 
 
 @pytest.mark.parametrize("N", [4097, 8192])

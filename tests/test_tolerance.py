@@ -42,6 +42,15 @@ def test_small_results_are_held_to_as_many_digits(example):
     fails(torch.zeros_like(actual), *small[1:])
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_subnormal_results_are_held_to_the_digits_that_they_have(dtype):
+    spacing = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    truth = torch.linspace(0.4, 9.3, 50, dtype=torch.float64) * spacing
+    assert_within(truth.to(dtype), truth, 0.0, FORWARD, "out")
+    with pytest.raises(AssertionError, match="above the bound"):
+        assert_within((truth + spacing).to(dtype), truth, 0.0, FORWARD, "out")
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_nan_and_inf_fail_where_the_truth_has_none(example, value):
     actual, eager_low, truth = example

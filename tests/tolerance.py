@@ -3,7 +3,8 @@
     max|actual - truth| <= factor * error of plain code + 2 max|t + 0.3 - 0.3 - t|
 
 The error of plain code is that of the reference in the dtype of ``actual``; t is the truth in that dtype, brought to
-order one by a power of two if it is smaller, so that small results are held to as many digits as large ones.
+order one by a power of two if it is smaller, so that small results are held to as many digits as large ones: to the digits
+that the dtype has there, where they are subnormal.
 """
 
 import math
@@ -68,7 +69,8 @@ def rounding(truth: Tensor, dtype: torch.dtype) -> float:
     largest = _max(truth.abs())
     scale = min(1.0, 2.0 ** math.floor(math.log2(largest))) if largest else 1.0
     t = (truth / scale).to(dtype)
-    return 2 * _max((t + 0.3 - 0.3 - t).abs()) * scale
+    half_a_subnormal = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps / 2
+    return max(2 * _max((t + 0.3 - 0.3 - t).abs()) * scale, half_a_subnormal if largest else 0.0)
 
 
 def _max(t: Tensor) -> float:

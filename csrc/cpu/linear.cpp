@@ -9,6 +9,9 @@
 // Forward and backward are two passes over the tokens each (linear_kernels.h), in chunks over all threads. Chunks
 // depend on the shape alone and their partial sums are added in their order, in double: the same bits for any number of
 // threads.
+//
+// A head whose numbers left the range of the accumulation type on the way is run once more, in units that bring it to
+// order one: q, k, v and dout times powers of two, which change no digit. Nobody else pays for it.
 #include "linear.h"
 
 #include <ATen/Dispatch.h>
@@ -23,7 +26,9 @@
 #include <array>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <tuple>
+#include <vector>
 
 #include "../check.h"
 #include "alloc.h"
@@ -120,6 +125,18 @@ struct Plan {
     });
   }
 
+  // Runs the units again that have a strange head, once set(head) has found units for one.
+  template <typename Set, typename Run>
+  void for_strange(const std::vector<char>& strange, const Set& set, const Run& run) const {
+    std::vector<char> found(units);
+    for (int64_t head = 0; head < s.B * s.H; ++head) {
+      if (strange[head] && set(head)) found[head / heads] = true;
+    }
+    for (int64_t unit = 0; unit < units; ++unit) {
+      if (found[unit]) run(unit, unit + 1);
+    }
+  }
+
   // Adds the chunks' sums up and calls body(head, vector sum, weight sum) for every head of the units.
   template <typename Body>
   void for_heads(int64_t begin, int64_t end, int64_t tokens, double* sums, int64_t width, const Body& body) const {
@@ -145,6 +162,92 @@ double rho_of(double rho, const OptTensor& head_rho, const Sizes& s, int64_t hea
   return rho * (head_rho->scalar_type() == at::kDouble ? head_rho->const_data_ptr<double>()[at]
                                                        : head_rho->const_data_ptr<float>()[at]);
 }
+
+// Whether |x| is 0 or within 2^-most .. 2^most, for double six times as far.
+template <typename A> bool within(double x, int most) {
+  return x == 0 || (std::isfinite(x) && std::abs(std::ilogb(x)) <= (sizeof(A) == 8 ? 6 * most : most));
+}
+
+// The normalisers E and R divide products of two rows, which keep their digits while these are not extreme; sums of
+// products may go further.
+constexpr int kMostNormaliser = 50;
+constexpr int kMostSum = 100;
+
+template <typename A, typename X> bool sums_within(const X* x, int64_t n) {
+  double most = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    if (!(std::abs(x[i]) <= most)) most = std::abs(x[i]);
+  }
+  return within<A>(most, kMostSum);
+}
+
+// What the rows of a head are multiplied by as they are read, and score_scale with them.
+struct HeadUnits {
+  double q = 1, k = 1, v = 1, dout = 1, score = 1;
+};
+
+// The units of a call's heads, once one needs them.
+template <typename T> class Units {
+ public:
+  using A = at::opmath_type<T>;
+
+  Units(LinearArgs& args, const Sizes& s) : args_(args), s_(s) {}
+
+  HeadUnits operator[](int64_t head) const { return heads_.empty() ? HeadUnits{} : heads_[head]; }
+
+  // Brings a head to order one: q, k and v, and with dout (B, H, dv) that and norm = R + eps. False where that is no
+  // help: one is not finite.
+  bool set(int64_t head, const T* dout = nullptr, double norm = 1) {
+    const int64_t b = head / s_.H, h = head % s_.H;
+    HeadUnits u;
+    u.q = unit(args_.q, b, h, s_.N, s_.d, args_.query_mask);
+    u.k = unit(args_.k, b, h, s_.M, s_.d, args_.key_mask);
+    u.v = unit(args_.v, b, h, s_.M, s_.dv, args_.key_mask);
+    if (args_.k.data == args_.q.data) u.q = u.k = std::min(u.q, u.k);
+    if (dout) {
+      u.dout = unit({const_cast<T*>(dout) + head * s_.dv, 0, 0, 0, 1}, 0, 0, 1, s_.dv, {});
+      u.score = std::ldexp(1, std::ilogb(norm * u.q * u.k));
+    }
+    if (u.q * u.k * u.v * u.dout == 0) return false;
+    const int64_t all = s_.B * s_.H, stride = all + kLinearSlack / sizeof(A);
+    if (heads_.empty()) {
+      heads_.resize(all);
+      rows_.assign(6 * stride, A(1));
+      const void** parts[] = {&args_.unit.q,  &args_.unit.k,  &args_.unit.v,
+                              &args_.unit.dq, &args_.unit.dk, &args_.unit.dv};
+      for (int i = 0; i < 6; ++i) *parts[i] = rows_.data() + i * stride;
+    }
+    heads_[head] = u;
+    const double gradient = 1 / (u.dout * u.score);
+    const double values[] = {u.q, u.k, u.v, u.q * gradient / u.v, u.k * gradient / u.v, gradient};
+    // One that overflows would turn a sum of 0 into NaN.
+    constexpr double most = std::numeric_limits<A>::max();
+    for (int i = 0; i < 6; ++i) rows_[i * stride + head] = static_cast<A>(std::min(values[i], most));
+    return true;
+  }
+
+ private:
+  static double unit(const LinearRows& rows, int64_t b, int64_t h, int64_t tokens, int64_t columns,
+                     const LinearMask& mask) {
+    constexpr int limit = sizeof(A) == 8 ? 1000 : 120;
+    double most = 0;
+    for (int64_t n = 0; n < tokens; ++n) {
+      if (mask.data && mask.data[b * mask.batch + n * mask.token]) continue;
+      const T* row = static_cast<const T*>(rows.data) + b * rows.batch + h * rows.head + n * rows.token;
+      for (int64_t c = 0; c < columns; ++c) {
+        const double x = std::abs(static_cast<double>(static_cast<A>(row[c * rows.channel])));
+        if (!std::isfinite(x)) return 0;
+        most = std::max(most, x);
+      }
+    }
+    return most == 0 ? 1 : std::ldexp(1, std::clamp(-std::ilogb(most), -limit, limit));
+  }
+
+  LinearArgs& args_;
+  const Sizes& s_;
+  std::vector<HeadUnits> heads_;
+  std::vector<A> rows_;
+};
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_fwd(const Tensor& q, const OptTensor& k_, const Tensor& v,
                                                               double eps, double rho, const OptTensor& head_rho,
@@ -174,33 +277,42 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_fwd(const Tensor& q, c
 
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, q.scalar_type(), "linear_fwd", [&] {
     using A = at::opmath_type<scalar_t>;
-    for (int64_t begin = 0; begin < plan.units; begin += plan.wave) {
-      const int64_t end = std::min(begin + plan.wave, plan.units);
+    Units<scalar_t> units(args, s);
+    std::vector<char> strange(s.B * s.H);
+    const auto run = [&](int64_t begin, int64_t end) {
       plan.run(plan.kernels.fwd_queries, args, begin, end, s.N, sums, plan.d, nullptr);
       plan.for_heads(begin, end, s.N, sums, plan.d, [&](int64_t head, const double* sum, double norm_sum) {
+        const HeadUnits u = units[head];
         A* qbar = central_query.mutable_data_ptr<A>() + head * s.d;
         A* query = score_query.as<A>() + head * plan.d;
         const double energy = scale * norm_sum;
-        energy_sum.mutable_data_ptr<A>()[head] = static_cast<A>(energy);
+        strange[head] = !within<A>(energy, kMostNormaliser) || !sums_within<A>(sum, s.d);
+        energy_sum.mutable_data_ptr<A>()[head] = static_cast<A>(energy / u.q);
         std::fill(query + s.d, query + plan.d, A(0));
         for (int64_t c = 0; c < s.d; ++c) {
-          qbar[c] = static_cast<A>(scale * scale * sum[c] / (energy + eps));
+          qbar[c] = static_cast<A>(scale * scale * sum[c] / (energy + eps * u.q) / u.q);
           // From qbar as it is saved, as in the backward: scores have the same bits there, and their rounding cancels
           // in r_j / R where few keys share the weight.
-          query[c] = static_cast<A>(scale * qbar[c]);
+          query[c] = static_cast<A>(scale * qbar[c] * u.q);
         }
       });
       plan.run(plan.kernels.fwd_keys, args, begin, end, s.M, sums, plan.dv, nullptr);
       plan.for_heads(begin, end, s.M, sums, plan.dv, [&](int64_t head, const double* sum, double scores) {
+        const HeadUnits u = units[head];
         const double head_scale = rho_of(rho, head_rho, s, head);
-        score_sum.mutable_data_ptr<A>()[head] = static_cast<A>(scores);
+        strange[head] |= !within<A>(scores, kMostNormaliser) || !sums_within<A>(sum, s.dv);
+        score_sum.mutable_data_ptr<A>()[head] = static_cast<A>(scores / u.q / u.k);
         for (int64_t c = 0; c < s.dv; ++c) {
-          const double x = sum[c] / (scores + eps);
+          const double x = sum[c] / (scores + eps * u.q * u.k) / u.v;
           context.mutable_data_ptr<A>()[head * s.dv + c] = static_cast<A>(x);
           out.mutable_data_ptr<scalar_t>()[head * s.dv + c] = static_cast<scalar_t>(static_cast<A>(head_scale * x));
         }
       });
+    };
+    for (int64_t begin = 0; begin < plan.units; begin += plan.wave) {
+      run(begin, std::min(begin + plan.wave, plan.units));
     }
+    plan.for_strange(strange, [&](int64_t head) { return units.set(head); }, run);
   });
   return {out, context, central_query, energy_sum, score_sum};
 }
@@ -259,9 +371,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_bwd(const Tensor& dout_, const
 
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, q.scalar_type(), "linear_bwd", [&] {
     using A = at::opmath_type<scalar_t>;
+    Units<scalar_t> units(args, s);
+    std::vector<char> strange(s.B * s.H);
     const A* qbar = central_query.const_data_ptr<A>();
-    at::parallel_for(0, s.B * s.H, kGrain / (s.d + s.dv + 1) + 1, [&](int64_t first, int64_t last) {
+    const auto prepare = [&](int64_t first, int64_t last) {
       for (int64_t head = first; head < last; ++head) {
+        const HeadUnits u = units[head];
         const scalar_t* dz = dout.const_data_ptr<scalar_t>() + head * s.dv;
         const A* z = context.const_data_ptr<A>() + head * s.dv;
         A* query = score_query.as<A>() + head * plan.d;
@@ -270,34 +385,51 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_bwd(const Tensor& dout_, const
         double dot = 0;
         for (int64_t c = 0; c < s.dv; ++c) {
           dot += static_cast<double>(static_cast<A>(dz[c])) * z[c];
-          rho_dz[c] = static_cast<A>(head_scale * static_cast<A>(dz[c]));
+          rho_dz[c] = static_cast<A>(head_scale * static_cast<A>(dz[c]) * u.dout);
         }
-        for (int64_t c = 0; c < s.d; ++c) query[c] = static_cast<A>(scale * qbar[head * s.d + c]);
+        for (int64_t c = 0; c < s.d; ++c) query[c] = static_cast<A>(scale * qbar[head * s.d + c] * u.q);
         std::fill(rho_dz + s.dv, rho_dz + plan.dv, A(0));
         std::fill(query + s.d, query + plan.d, A(0));
-        dcontext_dot.as<A>()[head] = static_cast<A>(head_scale * dot);
-        score_scale.as<A>()[head] = static_cast<A>(1 / (score_sum.const_data_ptr<A>()[head] + eps));
+        const double E = energy_sum.const_data_ptr<A>()[head], R = score_sum.const_data_ptr<A>()[head];
+        strange[head] = !within<A>(E, kMostNormaliser) || !within<A>(R, kMostNormaliser);
+        dcontext_dot.as<A>()[head] = static_cast<A>(head_scale * dot * u.dout * u.v);
+        score_scale.as<A>()[head] = static_cast<A>(1 / (R + eps) / u.q / u.k * u.score);
         if (want_drho) dhead_rho.mutable_data_ptr<A>()[head] = static_cast<A>(rho * dot);
       }
-    });
-    if (!(want_dq || want_dk || want_dv)) return;
-    for (int64_t begin = 0; begin < plan.units; begin += plan.wave) {
-      const int64_t end = std::min(begin + plan.wave, plan.units);
+    };
+    const auto run = [&](int64_t begin, int64_t end) {
       plan.run(plan.kernels.bwd_keys, args, begin, end, s.M, sums, plan.d, dscores);
-      if (!want_dq) continue;
+      if (!want_dq) return;
       plan.for_heads(begin, end, s.M, sums, plan.d, [&](int64_t head, const double* sum, double) {
+        const HeadUnits u = units[head];
         A* f = query_vector.as<A>() + head * plan.d;
-        const double factor = scale * scale * scale / (energy_sum.const_data_ptr<A>()[head] + eps);
+        const double factor = scale * scale * scale / ((energy_sum.const_data_ptr<A>()[head] + eps) * u.q);
         double dot = 0;
         for (int64_t c = 0; c < s.d; ++c) {
           f[c] = static_cast<A>(factor * sum[c]);
-          dot += factor * sum[c] * qbar[head * s.d + c];
+          dot += factor * sum[c] * qbar[head * s.d + c] * u.q;
         }
+        strange[head] |= !sums_within<A>(f, s.d);
         std::fill(f + s.d, f + plan.d, A(0));
         query_dot.as<A>()[head] = static_cast<A>(dot / scale);
       });
       plan.run(plan.kernels.bwd_queries, args, begin, end, s.N, nullptr, 0, dscores);
+    };
+    at::parallel_for(0, s.B * s.H, kGrain / (s.d + s.dv + 1) + 1, prepare);
+    if (!(want_dq || want_dk || want_dv)) return;
+    for (int64_t begin = 0; begin < plan.units; begin += plan.wave) {
+      run(begin, std::min(begin + plan.wave, plan.units));
     }
+    plan.for_strange(
+        strange,
+        [&](int64_t head) {
+          const double norm = score_sum.const_data_ptr<A>()[head] + eps;
+          return units.set(head, dout.const_data_ptr<scalar_t>(), norm);
+        },
+        [&](int64_t begin, int64_t end) {
+          prepare(begin * plan.heads, end * plan.heads);
+          run(begin, end);
+        });
   });
   return {dq, dk, dv, dhead_rho};
 }

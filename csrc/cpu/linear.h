@@ -19,6 +19,13 @@ struct LinearMask {
   int64_t batch, token;
 };
 
+// Powers of two per head, of the accumulation type: what the rows of an input are multiplied by as they are read and
+// the rows of a gradient as they are written. Null: 1. They bring a head to order one whose numbers would leave the
+// range of the accumulation type on the way.
+struct LinearUnits {
+  const void *q, *k, *v, *dq, *dk, *dv;
+};
+
 // One call. Vectors per head are (B, H, padded(d or dv)) and scalars per head (B, H), all of the accumulation type,
 // contiguous, the padding 0 and kLinearSlack bytes readable behind each of them.
 struct LinearArgs {
@@ -31,6 +38,7 @@ struct LinearArgs {
   const void* score_scale;   // 1 / (score_sum + eps)
   const void* query_vector;  // s^2 dqbar / (energy_sum + eps)
   const void* query_dot;     // query_vector . qbar / s
+  LinearUnits unit;
 };
 
 // The part of a call that one kernel call does: tokens [begin, end) of `heads` consecutive heads.

@@ -40,9 +40,24 @@ INFSA_INLINE Group<T> group_at(const LinearRows& rows, const LinearTask& task, i
           kOneHead ? rows.token : rows.head};
 }
 
-// Copies rows that are no whole vectors (odd d, strided channels) to a tile that is, zero padded, ...
-template <typename T>
-INFSA_INLINE void pack(Group<T> from, int64_t channel, int64_t rows, int64_t d, Group<Acc<T>> tile) {
+// The units of a group's rows, which begins at head h: `stride` apart, 0 where they share a head.
+template <typename A> struct RowUnits {
+  const A* data;
+  int64_t stride;
+
+  INFSA_INLINE A operator[](int64_t r) const { return data ? data[r * stride] : A(1); }
+};
+
+template <bool kOneHead, typename A>
+INFSA_INLINE RowUnits<A> units_at(const LinearArgs& args, const LinearTask& task, const void* units, int64_t h) {
+  const A* data = static_cast<const A*>(units);
+  return {data ? data + task.batch * args.H + task.head + h : nullptr, kOneHead ? 0 : 1};
+}
+
+// Copies rows that are no whole vectors (odd d, strided channels) or not in their units to a tile that is, zero padded,
+// ...
+template <typename T> INFSA_INLINE void pack(Group<T> from, int64_t channel, int64_t rows, int64_t d,
+                                             Group<Acc<T>> tile, RowUnits<Acc<T>> unit) {
   constexpr int64_t lanes = kLanes<Acc<T>>;
   for (int64_t r = 0; r < rows; ++r) {
     const T* row = from.data + r * from.stride;
@@ -55,19 +70,19 @@ INFSA_INLINE void pack(Group<T> from, int64_t channel, int64_t rows, int64_t d, 
         for (int64_t i = 0; i < smaller(lanes, d - c); ++i) gathered[i] = row[(c + i) * channel];
         x = load(gathered);
       }
-      store(tile.data + r * tile.stride + c, x);
+      store(tile.data + r * tile.stride + c, x * unit[r]);
     }
   }
 }
 
 // ... and back.
-template <typename T>
-INFSA_INLINE void unpack(Group<Acc<T>> tile, int64_t rows, int64_t d, Group<T> to, int64_t channel) {
+template <typename T> INFSA_INLINE void unpack(Group<Acc<T>> tile, int64_t rows, int64_t d, Group<T> to,
+                                               int64_t channel, RowUnits<Acc<T>> unit) {
   constexpr int64_t lanes = kLanes<Acc<T>>;
   for (int64_t r = 0; r < rows; ++r) {
     T* row = to.data + r * to.stride;
     for (int64_t c = 0; c < d; c += lanes) {
-      const Vec<Acc<T>> x = load(tile.data + r * tile.stride + c);
+      const Vec<Acc<T>> x = load(tile.data + r * tile.stride + c) * unit[r];
       if (channel == 1 && c + lanes <= d) {
         store(row + c, x);
       } else {
@@ -241,7 +256,8 @@ INFSA_INLINE void for_blocks(const LinearTask& task, const LinearMask& mask, int
 
 // Sums of y weighted by the norm of x (kNorm) or by x's positive score: both passes of the forward.
 template <typename V, bool kNorm> void forward(const LinearArgs& args, const LinearTask& task, const LinearRows& x_rows,
-                                               const LinearRows& y_rows, const LinearMask& mask) {
+                                               const LinearRows& y_rows, const LinearMask& mask, const void* x_unit,
+                                               const void* y_unit) {
   using T = typename V::T;
   using A = typename V::A;
   constexpr int64_t lanes = kLanes<A>;
@@ -273,8 +289,8 @@ template <typename V, bool kNorm> void forward(const LinearArgs& args, const Lin
         };
         if constexpr (V::kPacked) {
           const Group<A> x{tiles, layout.d}, y{kNorm ? tiles : tiles + lanes * layout.d, width};
-          pack(x_group, x_rows.channel, rows, args.d, x);
-          if (!kNorm) pack(y_group, y_rows.channel, rows, y_size, y);
+          pack(x_group, x_rows.channel, rows, args.d, x, units_at<V::kOneHead, A>(args, task, x_unit, h));
+          if (!kNorm) pack(y_group, y_rows.channel, rows, y_size, y, units_at<V::kOneHead, A>(args, task, y_unit, h));
           sum(x, y);
         } else {
           sum(x_group, y_group);
@@ -285,7 +301,8 @@ template <typename V, bool kNorm> void forward(const LinearArgs& args, const Lin
 
 // Rows of ignored tokens: weight * vector, or 0 without weights. Not hot, so one way for every layout.
 template <typename T, bool kOneHead> void write_ignored(const LinearRows& rows, const LinearTask& task, int64_t begin,
-                                                        int64_t end, int64_t d, const Acc<T>* vector) {
+                                                        int64_t end, int64_t d, const Acc<T>* vector,
+                                                        RowUnits<Acc<T>> unit) {
   using A = Acc<T>;
   constexpr int64_t lanes = kLanes<A>;
   const A* weights = static_cast<const A*>(task.dscores);
@@ -295,7 +312,7 @@ template <typename T, bool kOneHead> void write_ignored(const LinearRows& rows, 
       T* row = group_at<T, kOneHead>(rows, task, n, h).data;
       for (int64_t c = 0; c < d; c += lanes) {
         T out[lanes];
-        store(out, vector ? weights[n * task.heads + h] * load(vector + h * padded(d, lanes) + c) : Vec<A>{});
+        store(out, vector ? weights[n * task.heads + h] * load(vector + h * padded(d, lanes) + c) * unit[h] : Vec<A>{});
         for (int64_t i = 0; i < smaller(lanes, d - c); ++i) row[(c + i) * rows.channel] = out[i];
       }
     }
@@ -326,6 +343,8 @@ template <typename V> void backward_keys(const LinearArgs& args, const LinearTas
       [&](int64_t n, int64_t h, int64_t rows) __attribute__((always_inline)) {
         const auto at = [&](const LinearRows& r)
                             __attribute__((always_inline)) { return group_at<T, kOneHead>(r, task, n, h); };
+        const auto units = [&](const void* p)
+                               __attribute__((always_inline)) { return units_at<kOneHead, A>(args, task, p, h); };
         const A* h_score_query = score_query + h * layout.d;
         const A* h_dcontext = dcontext + h * layout.dv;
         const auto per_head = [&](const A* p)
@@ -338,7 +357,9 @@ template <typename V> void backward_keys(const LinearArgs& args, const LinearTas
         const auto differentiate = [&](auto k, auto v) __attribute__((always_inline)) {
           const Vec<A> score = dots(k, h_score_query, d_stride, rows, d_vecs);
           if (want_dscores) {
-            if constexpr (V::kPacked) pack(at(args.v), args.v.channel, rows, args.dv_size, dv_tile);
+            if constexpr (V::kPacked) {
+              pack(at(args.v), args.v.channel, rows, args.dv_size, dv_tile, units(args.unit.v));
+            }
             const Vec<A> dweight = dots(v, h_dcontext, dv_stride, rows, dv_vecs) - per_head(dcontext_dot);
             // score <= 0 and not score > 0: a score that is NaN passes its gradient on, as in torch.
             const Vec<A> dscore = score <= 0 ? Vec<A>{} : dweight * per_head(score_scale);
@@ -353,7 +374,7 @@ template <typename V> void backward_keys(const LinearArgs& args, const LinearTas
             if (args.dk.data) {
               if constexpr (V::kPacked) {
                 write_rank_one(d_tile, dscore, h_score_query, d_stride, rows, d_vecs);
-                unpack(d_tile, rows, args.d, at(args.dk), args.dk.channel);
+                unpack(d_tile, rows, args.d, at(args.dk), args.dk.channel, units(args.unit.dk));
               } else {
                 write_rank_one(at(args.dk), dscore, h_score_query, d_stride, rows, d_vecs);
               }
@@ -363,14 +384,14 @@ template <typename V> void backward_keys(const LinearArgs& args, const LinearTas
             const Vec<A> weight = relu(score) * per_head(score_scale);
             if constexpr (V::kPacked) {
               write_rank_one(dv_tile, weight, h_dcontext, dv_stride, rows, dv_vecs);
-              unpack(dv_tile, rows, args.dv_size, at(args.dv), args.dv.channel);
+              unpack(dv_tile, rows, args.dv_size, at(args.dv), args.dv.channel, units(args.unit.dv));
             } else {
               write_rank_one(at(args.dv), weight, h_dcontext, dv_stride, rows, dv_vecs);
             }
           }
         };
         if constexpr (V::kPacked) {
-          pack(at(args.k), args.k.channel, rows, args.d, d_tile);
+          pack(at(args.k), args.k.channel, rows, args.d, d_tile, units(args.unit.k));
           differentiate(d_tile, dv_tile);
         } else {
           differentiate(at(args.k), at(args.v));
@@ -378,8 +399,8 @@ template <typename V> void backward_keys(const LinearArgs& args, const LinearTas
       },
       [&](int64_t begin, int64_t end) {
         if (dscores) __builtin_memset(dscores + begin * task.heads, 0, (end - begin) * task.heads * sizeof(A));
-        write_ignored<T, kOneHead>(args.dk, task, begin, end, args.d, nullptr);
-        write_ignored<T, kOneHead>(args.dv, task, begin, end, args.dv_size, nullptr);
+        write_ignored<T, kOneHead>(args.dk, task, begin, end, args.d, nullptr, {});
+        write_ignored<T, kOneHead>(args.dv, task, begin, end, args.dv_size, nullptr, {});
       });
 }
 
@@ -429,27 +450,28 @@ template <typename V> void backward_queries(const LinearArgs& args, const Linear
         };
         if constexpr (V::kPacked) {
           const Group<A> tile{tile_data, layout.d};
-          pack(q_group, args.q.channel, rows, args.d, tile);
+          pack(q_group, args.q.channel, rows, args.d, tile, units_at<kOneHead, A>(args, task, args.unit.q, h));
           differentiate(tile, tile);
-          unpack(tile, rows, args.d, dq_group, args.dq.channel);
+          unpack(tile, rows, args.d, dq_group, args.dq.channel, units_at<kOneHead, A>(args, task, args.unit.dq, h));
         } else {
           differentiate(q_group, dq_group);
         }
       },
       [&](int64_t begin, int64_t end) {
-        write_ignored<T, kOneHead>(args.dq, task, begin, end, args.d, dscores ? score_query : nullptr);
+        write_ignored<T, kOneHead>(args.dq, task, begin, end, args.d, dscores ? score_query : nullptr,
+                                   units_at<kOneHead, A>(args, task, args.unit.dq, 0));
       });
 }
 
 struct FwdQueries {
   template <typename V> static void run(const LinearArgs& args, const LinearTask& task) {
-    forward<V, true>(args, task, args.q, args.q, args.query_mask);
+    forward<V, true>(args, task, args.q, args.q, args.query_mask, args.unit.q, args.unit.q);
   }
 };
 
 struct FwdKeys {
   template <typename V> static void run(const LinearArgs& args, const LinearTask& task) {
-    forward<V, false>(args, task, args.k, args.v, args.key_mask);
+    forward<V, false>(args, task, args.k, args.v, args.key_mask, args.unit.k, args.unit.v);
   }
 };
 
@@ -468,7 +490,7 @@ struct BwdQueries {
 template <typename Kernel, typename T, bool kOneHead>
 INFSA_INLINE void run_variant(const LinearArgs& args, const LinearTask& task) {
   constexpr int64_t lanes = kLanes<Acc<T>>;
-  bool packed = args.d % lanes || args.dv_size % lanes;
+  bool packed = args.d % lanes || args.dv_size % lanes || args.unit.q;
   const LinearRows* const all[] = {&args.q, &args.k, &args.v, &args.dq, &args.dk, &args.dv};
   for (const LinearRows* rows : all) packed |= rows->data && rows->channel != 1;
   const int64_t vecs = args.d == args.dv_size ? args.d / lanes : 0;

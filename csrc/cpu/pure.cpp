@@ -4,6 +4,9 @@
 // A head's score matrix is cut into cells (key chunk, query chunk). The cells of one round share no chunk, so they run
 // in parallel and each adds to sums that no other cell of the round touches. The cut and the order of the rounds depend
 // on the shape alone: the bits do not depend on the number of threads.
+//
+// A head whose numbers left the range of the accumulation type on the way is run once more, in units that bring it to
+// order one: q, k, v and dout times powers of two, which change no digit. Nobody else pays for it.
 #include "pure.h"
 
 #include <ATen/ATen.h>
@@ -31,6 +34,7 @@ constexpr int64_t kSumsBytes = 32 << 20;
 constexpr int64_t kOwnSumsBytes = 1 << 20;
 // The cells that a round should have, for machines with many cores.
 constexpr int64_t kCells = 32;
+
 const PureKernels& kernels_for(at::ScalarType dtype) {
   const int row = dtype == at::kFloat ? 0 : dtype == at::kDouble ? 1 : dtype == at::kBFloat16 ? 2 : 3;
 #if defined(__x86_64__)
@@ -69,6 +73,7 @@ struct Call {
   const bool symmetric;  // k is q, and the same tokens count on both sides
   const bool partial;    // some outputs are not written by the kernels: they start as 0
   const PureKernels& kernels;
+  std::vector<PureUnits> units;  // of the heads, once one needs them
 
   Call(const char* op, const Tensor& q, const OptTensor& k, const Tensor& v, double eps, double rho,
        const OptTensor& head_rho, const OptTensor& key_mask, const OptTensor& query_mask)
@@ -99,9 +104,42 @@ struct Call {
     p.N = queries.count(b), p.M = keys.count(b), p.d = size.d, p.d_v = size.dv;
     p.q = tokens(q, index, queries), p.k = tokens(k, index, keys), p.v = tokens(v, index, keys);
     p.tied = symmetric, p.rho = head_rho ? rho * get(*head_rho, b, index % size.H) : rho;
+    p.few_keys = p.M <= kFewKeys;
+    p.few_scores = std::max(p.N, p.M) <= kPureStride && p.N * p.M <= kFewScores;
+    if (!units.empty()) p.unit = units[index];
     return p;
   }
+
+  // Whether |x| is 0 or within 2^-most .. 2^most, for double six times as far. Up to kMostNorm a number may be squared
+  // or divided by in the accumulation type with all its digits kept.
+  static constexpr int kMostNorm = 50, kMostSum = 100;
+  bool within(double x, int most) const {
+    return x == 0 || (std::isfinite(x) && std::abs(std::ilogb(x)) <= (acc_dtype(q) == at::kDouble ? 6 * most : most));
+  }
+
+  // Brings q, k and v of a head to order one, and g = dout / norm where given. False where that is no help: one is not
+  // finite.
+  bool scale_head(int64_t index, const Tensor* dout = nullptr, double norm = 1) {
+    PureHead p = head(index);
+    const auto unit = [&](const Tokens& t, int64_t rows, int64_t columns) {
+      const double most = kernels.largest(t, columns, {0, rows});
+      const int limit = acc_dtype(q) == at::kDouble ? 1000 : 120;
+      return !std::isfinite(most) ? 0 : most == 0 ? 1 : std::ldexp(1, std::clamp(-std::ilogb(most), -limit, limit));
+    };
+    PureUnits u{unit(p.q, p.N, p.d), unit(p.k, p.M, p.d), unit(p.v, p.M, p.d_v), 1};
+    if (dout) u.dout = unit(tokens(*dout, index, queries), p.N, p.d_v) * std::ldexp(1, std::ilogb(norm * u.q * u.k));
+    if (u.q * u.k * u.v * u.dout == 0) return false;
+    units.resize(heads());
+    units[index] = u;
+    return true;
+  }
 };
+
+// A scale that overflows would turn a sum of 0 into NaN.
+double finite(double scale, const Tensor& norm) {
+  const double most = norm.scalar_type() == at::kDouble ? 1e308 : 3.4e38;
+  return scale > most ? most : scale < -most ? -most : scale;
+}
 
 // Cells of a head: n query chunks; as many key chunks and rounds, or one.
 struct Cut {
@@ -127,13 +165,13 @@ Range chunk(int64_t tokens, int64_t n, int64_t i) {
   return {bound(i), bound(i + 1)};
 }
 
-// For every head: begin(head, chunk), then cell(head, round, query chunk, key chunk, sums, scratch) round by round,
-// then end(head, chunk, sums).
-template <typename Begin, typename Cell, typename End> void run_heads(const Call& call, Cut cut, int64_t head_bytes,
-                                                                      bool backward, const Begin& begin,
-                                                                      const Cell& cell, const End& end) {
+// For every head of a range: begin(head, chunk), then cell(head, round, query chunk, key chunk, sums, scratch) round by
+// round, then end(head, chunk, sums).
+template <typename Begin, typename Cell, typename End>
+void run_heads(const Call& call, Range range, Cut cut, int64_t head_bytes, bool backward, const Begin& begin,
+               const Cell& cell, const End& end) {
   const auto [n, rounds] = cut;
-  const int64_t heads = call.heads();
+  const int64_t heads = range.end - range.begin;
   PureHead largest = call.head(0);
   largest.N = call.size.N, largest.M = call.size.M;
   const int64_t scratch = call.kernels.scratch_bytes(largest, backward);
@@ -145,7 +183,8 @@ template <typename Begin, typename Cell, typename End> void run_heads(const Call
   };
 
   if (head_bytes <= kOwnSumsBytes && heads >= at::get_num_threads()) {
-    run_tasks(heads, heads * head_work, scratch + head_bytes, [&](int64_t head, char* memory) {
+    run_tasks(heads, heads * head_work, scratch + head_bytes, [&](int64_t task, char* memory) {
+      const int64_t head = range.begin + task;
       char* sums = memory + scratch;
       for (int64_t i = 0; i < n; ++i) begin(head, i);
       for (int64_t round = 0; round < rounds; ++round) {
@@ -157,8 +196,8 @@ template <typename Begin, typename Cell, typename End> void run_heads(const Call
   }
   const int64_t together = std::clamp<int64_t>(kSumsBytes / std::max<int64_t>(head_bytes, 1), 1, heads);
   const Tensor all_sums = with_huge_pages(at::detail::empty_cpu({together * head_bytes}, at::kByte));
-  for (int64_t first = 0; first < heads; first += together) {
-    const int64_t tasks = std::min(together, heads - first) * n;
+  for (int64_t first = range.begin; first < range.end; first += together) {
+    const int64_t tasks = std::min(together, range.end - first) * n;
     const double work = tasks / n * head_work;
     const auto sums = [&](int64_t task) { return static_cast<char*>(all_sums.data_ptr()) + task / n * head_bytes; };
     run_tasks(tasks, work, 0, [&](int64_t task, char*) { begin(first + task / n, task % n); });
@@ -183,7 +222,7 @@ double sum(const double* x, int64_t n) {
 std::tuple<Tensor, Tensor> pure_fwd(const Tensor& q, const OptTensor& k, const Tensor& v, double eps, double rho,
                                     const OptTensor& head_rho, const OptTensor& key_padding_mask,
                                     const OptTensor& query_padding_mask) {
-  const Call call("infsa::pure", q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask);
+  Call call("infsa::pure", q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask);
   const auto [B, H, N, M, d, dv] = call.size;
   const bool token_major = q.stride(1) < q.stride(2);
   Tensor out =
@@ -197,23 +236,39 @@ std::tuple<Tensor, Tensor> pure_fwd(const Tensor& q, const OptTensor& k, const T
   const Cut cells = cut(call, N * row_bytes, !call.symmetric);
   const int64_t n = cells.n, squares_per_head = n * cells.rounds;
   std::vector<double> squares(call.heads() * squares_per_head);  // of P, by cell
+  std::vector<double> largest(call.heads() * n);                 // of P v, by chunk
+  const auto square_sum = [&](int64_t head) { return sum(&squares[head * squares_per_head], squares_per_head); };
 
-  run_heads(
-      call, cells, N * row_bytes, false, [](int64_t, int64_t) {},
-      [&](int64_t head, int64_t round, int64_t i, int64_t j, char* sums, char* scratch) {
-        const PureHead h = call.head(head);
-        const Range queries = chunk(h.N, n, i), keys = call.symmetric ? chunk(h.M, n, j) : Range{0, h.M};
-        if (round == 0) clear(sums, queries, row_bytes);
-        if (round == 0 && i != j) clear(sums, keys, row_bytes);
-        squares[head * squares_per_head + round * n + i] =
-            call.kernels.forward(h, {sums, nullptr, nullptr, nullptr}, keys, queries, i != j, scratch);
-      },
-      [&](int64_t head, int64_t i, char* sums) {
-        const PureHead h = call.head(head);
-        const double F = std::sqrt(sum(&squares[head * squares_per_head], squares_per_head));
-        call.kernels.finish(call.tokens(out, head, call.queries), sums, dv, h.rho / (F + eps), chunk(h.N, n, i));
-        if (i == 0) set(norm, head, F);
-      });
+  const auto run = [&](Range heads) {
+    run_heads(
+        call, heads, cells, N * row_bytes, false, [](int64_t, int64_t) {},
+        [&](int64_t head, int64_t round, int64_t i, int64_t j, char* sums, char* scratch) {
+          const PureHead h = call.head(head);
+          const Range queries = chunk(h.N, n, i), keys = call.symmetric ? chunk(h.M, n, j) : Range{0, h.M};
+          if (round == 0) clear(sums, queries, row_bytes);
+          if (round == 0 && i != j) clear(sums, keys, row_bytes);
+          squares[head * squares_per_head + round * n + i] =
+              call.kernels.forward(h, {sums, nullptr, nullptr, nullptr}, keys, queries, i != j, scratch);
+        },
+        [&](int64_t head, int64_t i, char* sums) {
+          const PureHead h = call.head(head);
+          const Range queries = chunk(h.N, n, i);
+          const PureUnits& u = h.unit;
+          const double F = std::sqrt(square_sum(head));
+          call.kernels.finish(call.tokens(out, head, call.queries), sums, dv,
+                              finite(h.rho / (F + eps * u.q * u.k) / u.v, norm), queries);
+          largest[head * n + i] = call.kernels.largest_sum(sums, dv, queries);
+          if (i == 0) set(norm, head, F / u.q / u.k);
+        });
+  };
+  run({0, call.heads()});
+  for (int64_t head = 0; head < call.heads(); ++head) {
+    const double F = std::sqrt(square_sum(head)), most = sum(&largest[head * n], n);
+    // F is 0 where no score is positive, and where the squares were too small: then P v is not 0, or eps is as small.
+    const bool lost = F == 0 && (most != 0 || !call.within(eps, Call::kMostNorm));
+    const bool ordinary = !lost && call.within(F, Call::kMostNorm) && call.within(most, Call::kMostSum);
+    if (!ordinary && call.scale_head(head)) run({head, head + 1});
+  }
   return {out, norm};
 }
 
@@ -224,7 +279,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pure_bwd(const Tensor& dout, const Te
                                                     const OptTensor& query_padding_mask,
                                                     std::array<bool, 4> output_mask) {
   const char* op = "infsa::pure";
-  const Call call(op, q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask);
+  Call call(op, q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask);
   const auto [B, H, N, M, d, dv] = call.size;
   for (const auto& [name, t] : {std::pair<const char*, const Tensor&>("dout", dout), {"out", out}}) {
     check::dtype(op, name, t, q.scalar_type());
@@ -233,19 +288,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pure_bwd(const Tensor& dout, const Te
   }
   check::statistic(op, "norm", norm, q, {B, H}, "(B, H)");
 
-  const auto gradient = [&](bool wanted, const Tensor& like) {
-    const Tensor t = wanted ? with_huge_pages(at::empty_like(like)) : at::empty({0}, like.options());
-    return call.partial ? t.zero_() : t;
-  };
   const bool want_q = output_mask[0], want_k = output_mask[1] && k, want_v = output_mask[2],
              want_rho = output_mask[3] && head_rho;
-  // Masks that differ make the scores of a tied k asymmetric: its half of the gradient is then made apart, and added.
+  // Masks that differ make the scores of a tied k asymmetric: its half of the gradient is then made apart, and added
+  // before the sum is rounded.
   const bool apart = want_q && !k && !call.symmetric;
-  const Tensor grad_q = gradient(want_q, q), grad_k = gradient(want_k || apart, call.k), grad_v = gradient(want_v, v);
+  const at::ScalarType half = apart ? acc_dtype(q) : q.scalar_type();
+  const auto finish_half = kernels_for(half).finish;
+  const auto gradient = [&](bool wanted, const Tensor& like, at::ScalarType dtype) {
+    const at::TensorOptions options = like.options().dtype(dtype);
+    const Tensor t = wanted ? with_huge_pages(at::empty_like(like, options)) : at::empty({0}, options);
+    return call.partial ? t.zero_() : t;
+  };
+  const Tensor grad_q = gradient(want_q, q, half), grad_k = gradient(want_k || apart, call.k, half),
+               grad_v = gradient(want_v, v, v.scalar_type());
   const Tensor grad_rho = want_rho ? at::zeros({B, H}, norm.options()) : at::empty({0}, norm.options());
   const auto results = [&] {
-    if (apart) grad_q.add_(grad_k);
-    return std::make_tuple(grad_q, apart ? at::empty({0}, q.options()) : grad_k, grad_v, grad_rho);
+    if (!apart) return std::make_tuple(grad_q, grad_k, grad_v, grad_rho);
+    return std::make_tuple(grad_q.add_(grad_k).to(q.scalar_type()), at::empty({0}, q.options()), grad_v, grad_rho);
   };
   if (call.empty() || !(want_q || want_k || want_v || want_rho)) return results();
 
@@ -263,38 +323,60 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pure_bwd(const Tensor& dout, const Te
   const int64_t n = cells.n;
   std::vector<double> dout_out(call.heads() * n), v_dv(call.heads() * n);  // <dout, out> and <v, dv>, by chunk
 
-  run_heads(
-      call, cells, q_bytes + k_bytes + v_bytes, true,
-      [&](int64_t head, int64_t i) {
-        const Range queries = chunk(call.queries.count(head / H), n, i);
-        dout_out[head * n + i] =
-            call.kernels.dot(call.tokens(dout, head, call.queries), call.tokens(out, head, call.queries), dv, queries);
-      },
-      [&](int64_t head, int64_t round, int64_t i, int64_t j, char* memory, char* scratch) {
-        PureHead h = call.head(head);
-        const double F = get(norm, head / H, head % H);
-        h.dout = call.tokens(dout, head, call.queries);
-        h.inverse_norm = 1 / (F + eps);
-        h.c = F == 0 ? 0 : sum(&dout_out[head * n], n) / (F * (F + eps));
-        const PureSums sums = parts(memory);
-        const Range queries = chunk(h.N, n, i), keys = chunk(h.M, n, j);
-        if (round == 0) {
-          clear(sums.dq, queries, row_bytes);
-          clear(sums.dk, keys, row_bytes);
-          clear(sums.dv, keys, v_row_bytes);
-          if (call.symmetric && i != j) clear(sums.dq, keys, row_bytes), clear(sums.dv, queries, v_row_bytes);
-        }
-        call.kernels.backward(h, sums, keys, queries, i != j, scratch);
-      },
-      [&](int64_t head, int64_t i, char* memory) {
-        const PureHead h = call.head(head);
-        const PureSums sums = parts(memory);
-        const Range queries = chunk(h.N, n, i), keys = chunk(h.M, n, i);
-        if (want_q) call.kernels.finish(call.tokens(grad_q, head, call.queries), sums.dq, d, 1, queries);
-        if (sums.dk) call.kernels.finish(call.tokens(grad_k, head, call.keys), sums.dk, d, 1, keys);
-        if (want_v) call.kernels.finish(call.tokens(grad_v, head, call.keys), sums.dv, dv, h.rho, keys);
-        if (want_rho) v_dv[head * n + i] = call.kernels.dot_sums(h.v, sums.dv, dv, keys);
-      });
+  const auto head_of = [&](int64_t index) {
+    PureHead h = call.head(index);
+    const PureUnits& u = h.unit;
+    const double F = get(norm, index / H, index % H) * u.q * u.k;
+    h.dout = call.tokens(dout, index, call.queries);
+    h.eps = eps * u.q * u.k;
+    h.inverse_norm = 1 / (F + h.eps);
+    h.c = F == 0 ? 0 : sum(&dout_out[index * n], n) * u.dout * u.v / (F * (F + h.eps));
+    return h;
+  };
+  const auto run = [&](Range heads) {
+    run_heads(
+        call, heads, cells, q_bytes + k_bytes + v_bytes, true,
+        [&](int64_t head, int64_t i) {
+          const Range queries = chunk(call.queries.count(head / H), n, i);
+          dout_out[head * n + i] = call.kernels.dot(call.tokens(dout, head, call.queries),
+                                                    call.tokens(out, head, call.queries), dv, queries);
+        },
+        [&](int64_t head, int64_t round, int64_t i, int64_t j, char* memory, char* scratch) {
+          const PureHead h = head_of(head);
+          const PureSums sums = parts(memory);
+          const Range queries = chunk(h.N, n, i), keys = chunk(h.M, n, j);
+          if (round == 0) {
+            clear(sums.dq, queries, row_bytes);
+            clear(sums.dk, keys, row_bytes);
+            clear(sums.dv, keys, v_row_bytes);
+            if (call.symmetric && i != j) clear(sums.dq, keys, row_bytes), clear(sums.dv, queries, v_row_bytes);
+          }
+          call.kernels.backward(h, sums, keys, queries, i != j, scratch);
+        },
+        [&](int64_t head, int64_t i, char* memory) {
+          const PureHead h = call.head(head);
+          const PureUnits& u = h.unit;
+          const PureSums sums = parts(memory);
+          const Range queries = chunk(h.N, n, i), keys = chunk(h.M, n, i);
+          // dS came out times (u.dout u.v) / (u.q u.k).
+          const double per_v = 1 / u.dout, per_score = per_v / u.v;
+          if (want_q)
+            finish_half(call.tokens(grad_q, head, call.queries), sums.dq, d, finite(per_score * u.q, norm), queries);
+          if (sums.dk)
+            finish_half(call.tokens(grad_k, head, call.keys), sums.dk, d, finite(per_score * u.k, norm), keys);
+          if (want_v)
+            call.kernels.finish(call.tokens(grad_v, head, call.keys), sums.dv, dv, finite(h.rho * per_v, norm), keys);
+          if (want_rho) v_dv[head * n + i] = per_v * call.kernels.dot_sums(h.v, sums.dv, dv, keys);
+        });
+  };
+  run({0, call.heads()});
+  for (int64_t head = 0; head < call.heads(); ++head) {
+    const double F = get(norm, head / H, head % H);
+    if (!std::isfinite(F)) continue;  // what it was is lost
+    const bool ordinary = call.within(F, Call::kMostNorm) && call.within(F + eps, Call::kMostNorm) &&
+                          call.within(head_of(head).c, Call::kMostSum);
+    if (!ordinary && call.scale_head(head, &dout, F + eps)) run({head, head + 1});
+  }
   for (int64_t head = 0; want_rho && head < call.heads(); ++head) set(grad_rho, head, rho * sum(&v_dv[head * n], n));
   return results();
 }

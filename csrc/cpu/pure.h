@@ -8,14 +8,24 @@
 
 namespace infsa::cpu {
 
+// Powers of two by which the rows of a head are multiplied as they are read: 1, or what brings a head to order one
+// whose numbers would leave the range of the accumulation type on the way.
+struct PureUnits {
+  double q = 1, k = 1, v = 1, dout = 1;
+};
+
 // One head of one call. N and M count the tokens that are not masked.
 struct PureHead {
   int64_t N, M, d, d_v;
   Tokens q, k, v, dout;  // (N, d), (M, d), (M, d_v), (N, d_v)
   bool tied;             // k is q, and the same tokens count on both sides
-  double rho;            // rho * head_rho
-  double inverse_norm;   // backward: 1 / (F + eps)
-  double c;              // backward: <dO, O> / (F (F + eps))
+  bool few_keys, few_scores;
+  double rho;  // rho * head_rho
+  // In the units, as are F and eps below. A head of few scores makes its own F and c.
+  PureUnits unit;
+  double eps;
+  double inverse_norm;  // backward: 1 / (F + eps)
+  double c;             // backward: <dO, O> / (F (F + eps))
 };
 
 // Sums of one head, in the accumulation type and in the order of its tokens that count; rows are padded to whole
@@ -34,6 +44,9 @@ struct PureKernels {
   void (*backward)(const PureHead&, const PureSums&, Range keys, Range queries, bool mirrored, void* scratch);
   // to[i] = scale * sums[i], rounded to the dtype, over these tokens.
   void (*finish)(const Tokens& to, const void* sums, int64_t columns, double scale, Range);
+  // The largest |x|, and of the sums; NaN where one is.
+  double (*largest)(const Tokens& x, int64_t columns, Range);
+  double (*largest_sum)(const void* sums, int64_t columns, Range);
   // <x, y>, and <x, sums>.
   double (*dot)(const Tokens& x, const Tokens& y, int64_t columns, Range);
   double (*dot_sums)(const Tokens& x, const void* sums, int64_t columns, Range);
@@ -56,6 +69,13 @@ extern const PureKernels pure_kernels[4];
 constexpr int64_t kPureBlock = 192;
 constexpr int64_t kPureSlack = 48;
 constexpr int64_t kPureStride = kPureBlock + kPureSlack;
+
+// The gradient of few scores may be a small difference of two terms, of which c, taken from the rounded output, would
+// leave its rounding (docs/pure.md): c is made from P and G there, which are one block.
+constexpr int64_t kFewScores = 32 * 32;
+// With so few keys nothing averages the rounding of a score: its products are summed in runs of kRun.
+constexpr int64_t kFewKeys = 16;
+constexpr int64_t kRun = 8;
 
 constexpr int64_t pure_block(int64_t left) { return left <= kPureStride ? left : kPureBlock; }
 

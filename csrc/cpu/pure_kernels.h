@@ -52,46 +52,77 @@ template <typename A> struct PureScratch {
   }
 };
 
+// One tile of products over the depth, in runs of kRun where that is asked for.
+template <int kVectors, bool kRuns, typename A, typename Done>
+INFSA_INLINE void row_tile(const A* rows, int64_t stride, const A* panel, int64_t depth, Done&& done) {
+  if constexpr (kRuns) {
+    Vec<A> total[kTileRows][kVectors] = {};
+    for (int64_t l = 0; l < depth; l += kRun) {
+      tile<kVectors>(rows + l, stride, 1, panel + l * kPanel<A>, kPanel<A>, least(depth - l, kRun),
+                     [&](auto& c) INFSA_LAMBDA {
+#pragma GCC unroll 12
+                       for (int r = 0; r < kTileRows; ++r) {
+#pragma GCC unroll 2
+                         for (int v = 0; v < kVectors; ++v) total[r][v] += c[r][v];
+                       }
+                     });
+    }
+    done(total);
+  } else {
+    tile<kVectors>(rows, stride, 1, panel, kPanel<A>, depth, done);
+  }
+}
+
 // epilogue(tile, key, query, rows) for every tile of rows(keys) x panels(queries).
-template <typename A, typename Epilogue> INFSA_INLINE void each_tile(int64_t keys, int64_t queries, int64_t depth,
-                                                                     const A* rows, int64_t stride, const A* panels,
-                                                                     int64_t panel_size, Epilogue&& epilogue) {
+template <bool kRuns = false, typename A, typename Epilogue>
+INFSA_INLINE void each_tile(int64_t keys, int64_t queries, int64_t depth, const A* rows, int64_t stride,
+                            const A* panels, int64_t panel_size, Epilogue&& epilogue) {
   for (int64_t j = 0; j < queries; j += kPanel<A>, panels += panel_size) {
     for (int64_t i = 0; i < keys; i += kTileRows) {
       const auto done = [&](auto& c) INFSA_LAMBDA { epilogue(c, i, j, least(keys - i, kTileRows)); };
       if (queries - j > kLanes<A>) {
-        tile<kTileVectors>(rows + i * stride, stride, 1, panels, kPanel<A>, depth, done);
+        row_tile<kTileVectors, kRuns>(rows + i * stride, stride, panels, depth, done);
       } else {
-        tile<1>(rows + i * stride, stride, 1, panels, kPanel<A>, depth, done);
+        row_tile<1, kRuns>(rows + i * stride, stride, panels, depth, done);
       }
     }
   }
 }
 
 // P^T = ReLU(k q^T) of one block, s^2 already in q; sum_j P_ij^2 of query i is added to squares[i] when asked for.
-template <bool kSquares, typename A> void scores(int64_t keys, int64_t queries, int64_t d, const A* k_rows,
-                                                 int64_t stride, const A* q_panels, A* p, A* squares) {
-  each_tile(keys, queries, d, k_rows, stride, q_panels, kPanel<A> * d,
-            [&](auto& c, int64_t i, int64_t j, int64_t rows) INFSA_LAMBDA {
-              constexpr int vectors = sizeof(c[0]) / sizeof(c[0][0]);
-              Vec<A> sum[vectors] = {};
+template <bool kSquares, bool kRuns, typename A> void make_scores(int64_t keys, int64_t queries, int64_t d,
+                                                                  const A* k_rows, int64_t stride, const A* q_panels,
+                                                                  A* p, A* squares) {
+  each_tile<kRuns>(keys, queries, d, k_rows, stride, q_panels, kPanel<A> * d,
+                   [&](auto& c, int64_t i, int64_t j, int64_t rows) INFSA_LAMBDA {
+                     constexpr int vectors = sizeof(c[0]) / sizeof(c[0][0]);
+                     Vec<A> sum[vectors] = {};
 #pragma GCC unroll 12
-              for (int r = 0; r < kTileRows; ++r) {
-                if (r >= rows) break;
+                     for (int r = 0; r < kTileRows; ++r) {
+                       if (r >= rows) break;
 #pragma GCC unroll 2
-                for (int v = 0; v < vectors; ++v) {
-                  const Vec<A> x = relu(c[r][v]);
-                  store(p + (i + r) * kPureStride + j + v * kLanes<A>, x);
-                  if (kSquares) sum[v] += x * x;
-                }
-              }
-              if (kSquares) {
-                for (int v = 0; v < vectors; ++v) {
-                  A* at = squares + j + v * kLanes<A>;
-                  store(at, load(at) + sum[v]);
-                }
-              }
-            });
+                       for (int v = 0; v < vectors; ++v) {
+                         const Vec<A> x = relu(c[r][v]);
+                         store(p + (i + r) * kPureStride + j + v * kLanes<A>, x);
+                         if (kSquares) sum[v] += x * x;
+                       }
+                     }
+                     if (kSquares) {
+                       for (int v = 0; v < vectors; ++v) {
+                         A* at = squares + j + v * kLanes<A>;
+                         store(at, load(at) + sum[v]);
+                       }
+                     }
+                   });
+}
+
+// The same scores in both directions: whether in runs is a matter of the head.
+template <bool kSquares, typename A> void scores(const PureHead& h, int64_t keys, int64_t queries, const A* k_rows,
+                                                 int64_t stride, const A* q_panels, A* p, A* squares) {
+  if (h.few_keys)
+    make_scores<kSquares, true>(keys, queries, h.d, k_rows, stride, q_panels, p, squares);
+  else
+    make_scores<kSquares, false>(keys, queries, h.d, k_rows, stride, q_panels, p, squares);
 }
 
 // dS^T = [P > 0] (v g^T - c P), the scales already in g and c. A NaN score keeps its NaN.
@@ -112,6 +143,34 @@ template <typename A> void score_gradients(int64_t keys, int64_t queries, int64_
                 }
               }
             });
+}
+
+// The same for a head of few scores, which are this block: F and c = <P, G> / (F (F + eps)) from P and G = v g^T, in
+// float64, where the two terms may cancel to the size of eps / F and keep their digits.
+template <typename A> void few_score_gradients(const PureHead& h, const A* v_rows, int64_t stride, const A* g_panels,
+                                               int64_t panel_size, const A* p, A* ds) {
+  each_tile(h.M, h.N, h.d_v, v_rows, stride, g_panels, panel_size,
+            [&](auto& g, int64_t i, int64_t j, int64_t rows) INFSA_LAMBDA {
+              constexpr int vectors = sizeof(g[0]) / sizeof(g[0][0]);
+              for (int r = 0; r < rows; ++r) {
+                for (int v = 0; v < vectors; ++v) store(ds + (i + r) * kPureStride + j + v * kLanes<A>, g[r][v]);
+              }
+            });
+  double squares = 0, products = 0;
+  for (int64_t j = 0; j < h.M; ++j) {
+    for (int64_t i = 0; i < h.N; ++i) {
+      const double x = p[j * kPureStride + i];
+      squares += x * x;
+      products += x * ds[j * kPureStride + i];
+    }
+  }
+  const double F = __builtin_sqrt(squares), c = F == 0 ? 0 : products / (F * (F + h.eps));
+  for (int64_t j = 0; j < h.M; ++j) {
+    for (int64_t i = 0; i < h.N; ++i) {
+      const int64_t at = j * kPureStride + i;
+      ds[at] = p[at] <= A(0) ? A(0) : A(ds[at] - c * p[at]);
+    }
+  }
 }
 
 // With a block X^T: to (queries, columns) += X b for b (keys, columns), and to (keys, columns) += X^T b for b (queries,
@@ -136,17 +195,17 @@ double pure_forward(const PureHead& h, const PureSums& sums, Range keys, Range q
   double total = 0;
   for (int64_t i = queries.begin, rows; i < queries.end; i += rows) {
     rows = pure_block(queries.end - i);
-    copy_rows<T>(h.q, i, rows, h.d, A(1), s.q_rows, s.wide);
+    copy_rows<T>(h.q, i, rows, h.d, A(h.unit.q), s.q_rows, s.wide);
     make_panels(s.q_rows, s.wide, rows, h.d, A(1.0 / h.d), s.q_panels, kPanel<A> * h.d);
-    if (h.tied) copy_rows<T>(h.v, i, rows, h.d_v, A(1), s.query_rows, s.wide_v);
+    if (h.tied) copy_rows<T>(h.v, i, rows, h.d_v, A(h.unit.v), s.query_rows, s.wide_v);
     const int64_t key_end = diagonal ? i + rows : keys.end;
     for (int64_t j = keys.begin, count; j < key_end; j += count) {
       count = pure_block(key_end - j);
       const bool twice = h.tied && j != i;
-      copy_rows<T>(h.k, j, count, h.d, A(1), s.k_rows, s.wide);
-      copy_rows<T>(h.v, j, count, h.d_v, A(1), s.v_rows, s.wide_v);
+      copy_rows<T>(h.k, j, count, h.d, A(h.unit.k), s.k_rows, s.wide);
+      copy_rows<T>(h.v, j, count, h.d_v, A(h.unit.v), s.v_rows, s.wide_v);
       for (int64_t r = 0; r < rows; ++r) s.squares[r] = 0;
-      scores<true>(count, rows, h.d, s.k_rows, s.wide, s.q_panels, s.p, s.squares);
+      scores<true>(h, count, rows, s.k_rows, s.wide, s.q_panels, s.p, s.squares);
       // float32 holds no longer sum than one query's over one block.
       double square = 0;
       for (int64_t r = 0; r < rows; ++r) square += s.squares[r];
@@ -177,29 +236,33 @@ void pure_backward(const PureHead& h, const PureSums& sums, Range keys, Range qu
   const A* g_rows = s.v_rows + s.wide_v;
   for (int64_t i = queries.begin, rows; i < queries.end; i += rows) {
     rows = pure_block(queries.end - i);
-    copy_rows<T>(h.q, i, rows, h.d, A(1), s.q_rows, s.wide);
+    copy_rows<T>(h.q, i, rows, h.d, A(h.unit.q), s.q_rows, s.wide);
     make_panels(s.q_rows, s.wide, rows, h.d, q_scale, s.q_panels, kPanel<A> * h.d);
     if (h.tied) {
-      copy_rows<T>(h.v, i, rows, h.d_v, A(1), s.query_rows, s.wide_v);
+      copy_rows<T>(h.v, i, rows, h.d_v, A(h.unit.v), s.query_rows, s.wide_v);
       make_panels(s.query_rows, s.wide_v, rows, h.d_v, g_scale, s.g_panels + s.wide_v * kPanel<A>, panel);
     }
-    copy_rows<T>(h.dout, i, rows, h.d_v, A(h.inverse_norm), s.query_rows, s.wide_v);
+    copy_rows<T>(h.dout, i, rows, h.d_v, A(h.unit.dout * h.inverse_norm), s.query_rows, s.wide_v);
     make_panels(s.query_rows, s.wide_v, rows, h.tied ? s.wide_v : h.d_v, g_scale, s.g_panels, panel);
     const int64_t key_end = diagonal ? i + rows : keys.end;
     for (int64_t j = keys.begin, count; j < key_end; j += count) {
       count = pure_block(key_end - j);
       const bool twice = h.tied && j != i;
-      copy_rows<T>(h.k, j, count, h.d, A(1), s.k_rows, s.wide);
-      copy_rows<T>(h.v, j, count, h.d_v, A(1), s.v_rows, v_stride);
-      if (twice) copy_rows<T>(h.dout, j, count, h.d_v, A(h.inverse_norm), s.v_rows + s.wide_v, v_stride);
-      scores<false>(count, rows, h.d, s.k_rows, s.wide, s.q_panels, s.p, s.squares);
+      copy_rows<T>(h.k, j, count, h.d, A(h.unit.k), s.k_rows, s.wide);
+      copy_rows<T>(h.v, j, count, h.d_v, A(h.unit.v), s.v_rows, v_stride);
+      if (twice) copy_rows<T>(h.dout, j, count, h.d_v, A(h.unit.dout * h.inverse_norm), s.v_rows + s.wide_v, v_stride);
+      scores<false>(h, count, rows, s.k_rows, s.wide, s.q_panels, s.p, s.squares);
       // d(P v): out += P v, and its mirror.
       if (sums.dv) add_to_keys(count, rows, s.p, s.query_rows, s.wide_v, s.wide_v, dv(j));
       if (sums.dv && twice) add_to_queries(count, rows, s.p, g_rows, v_stride, s.wide_v, dv(i));
       if (!sums.dq && !dk_sums) continue;
       // d(ReLU), d(F): P = ReLU(k q^T).
-      score_gradients(count, rows, twice ? depth : h.d_v, s.v_rows, v_stride, s.g_panels, panel,
-                      A((twice ? 2 : 1) * h.c / h.d), s.p, s.ds);
+      if (h.few_scores) {
+        few_score_gradients(h, s.v_rows, v_stride, s.g_panels, panel, s.p, s.ds);
+      } else {
+        score_gradients(count, rows, twice ? depth : h.d_v, s.v_rows, v_stride, s.g_panels, panel,
+                        A((twice ? 2 : 1) * h.c / h.d), s.p, s.ds);
+      }
       if (dk_sums) add_to_keys(count, rows, s.ds, s.q_rows, s.wide, s.wide, dk(j));
       if (sums.dq) add_to_queries(count, rows, s.ds, s.k_rows, s.wide, s.wide, dq(i));
     }
@@ -212,6 +275,36 @@ template <typename T> void finish(const Tokens& to, const void* sums, int64_t co
   const int64_t stride = row_length<A>(columns);
   store_rows<T>(to, range.begin, range.end - range.begin, columns, A(scale),
                 static_cast<const A*>(sums) + range.begin * stride, stride);
+}
+
+// The largest |x| of whole vectors, so far and in these rows; NaN once one is.
+template <typename A> double largest_of(const A* rows, int64_t count, int64_t stride) {
+  Vec<A> most = {};
+  for (int64_t i = 0; i < count * stride; i += kLanes<A>) {
+    const Vec<A> x = load(rows + i), size = x < A(0) ? -x : x;
+    most = size <= most ? most : size + most * A(0);
+  }
+  A result = 0;
+  for (int l = 0; l < kLanes<A>; ++l) result = most[l] <= result ? result : most[l] + result * A(0);
+  return result;
+}
+
+template <typename T> double largest(const Tokens& x, int64_t columns, Range range) {
+  using A = Acc<T>;
+  constexpr int64_t kAtOnce = 512;  // columns in a row's part
+  A part[kAtOnce];
+  double most = 0;
+  for (int64_t r = range.begin; r < range.end; ++r) {
+    for (int64_t c = 0; c < columns; c += kAtOnce) {
+      const int64_t n = least(columns - c, kAtOnce);
+      const Tokens from{static_cast<T*>(x.data) + c * x.col, x.row, x.col, x.kept};
+      copy_rows<T>(from, r, 1, n, A(1), part, kAtOnce);
+      const double size = largest_of(part, 1, row_length<A>(n));
+      if (!(size <= most)) most = size;
+      if (most != most) return most;
+    }
+  }
+  return most;
 }
 
 // The products are exact in float64: two float32 factors have 48 bits.
@@ -253,6 +346,11 @@ template <typename T> constexpr PureKernels pure_kernels_of() {
       pure_forward<T>,
       pure_backward<T>,
       finish<T>,
+      largest<T>,
+      [](const void* sums, int64_t columns, Range range) {
+        const int64_t stride = row_length<Acc<T>>(columns);
+        return largest_of(static_cast<const Acc<T>*>(sums) + range.begin * stride, range.end - range.begin, stride);
+      },
       [](const Tokens& x, const Tokens& y, int64_t columns, Range range) {
         return dot<T, false>(x, y, nullptr, columns, range);
       },

@@ -4,57 +4,57 @@ import torch
 from torch import Tensor
 
 from ..ops._check import acc_dtype
-from ._common import effective_rho, like, remove, rows, scale
+from ._common import effective_rho, like, remove, rows, scale, split, unit
 
 
 def forward(q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask):
-    s, acc = scale(q), acc_dtype(q)
-    u = remove(q, query_padding_mask).to(acc) * s  # (B, H, N, d)
-    kappa = remove(q if k is None else k, key_padding_mask).to(acc) * s
-    v = remove(v, key_padding_mask).to(acc)
+    u, kappa, u_unit, k_unit = _inputs(q, k, key_padding_mask, query_padding_mask)
+    v = remove(v, key_padding_mask).to(u.dtype)
 
     energy = torch.linalg.vector_norm(u, dim=-1)  # (B, H, N)
     energy_sum = energy.sum(-1)
-    weights = energy / (energy_sum + eps)[..., None]
+    weights = energy / (energy_sum + eps * u_unit)[..., None]
     central_query = (weights[..., None, :] @ u).squeeze(-2)  # (B, H, d)
 
     scores = _scores(kappa, central_query, key_padding_mask)  # (B, H, M)
     score_sum = scores.sum(-1)
-    context = (scores[..., None, :] @ v).squeeze(-2) / (score_sum + eps)[..., None]  # (B, H, dv)
+    context = (scores[..., None, :] @ v).squeeze(-2) / (score_sum + eps * u_unit * k_unit)[..., None]  # (B, H, dv)
     out = (effective_rho(rho, head_rho, 1) * context).to(q.dtype)
-    return out, context, central_query, energy_sum, score_sum
+    return out, context, central_query / u_unit[..., None], energy_sum / u_unit, score_sum / u_unit / k_unit
 
 
 def backward(
     dout, q, k, v, context, central_query, energy_sum, score_sum, eps, rho, head_rho, key_padding_mask, query_padding_mask,
     output_mask,
 ):  # fmt: skip
-    s, acc = scale(q), acc_dtype(q)
-    u = remove(q, query_padding_mask).to(acc) * s
-    kappa = remove(q if k is None else k, key_padding_mask).to(acc) * s
-    v_acc = remove(v, key_padding_mask).to(acc)
-    dout = dout.to(acc)  # (B, H, dv)
-    E = (energy_sum + eps)[..., None]
-    R = (score_sum + eps)[..., None]
+    u, kappa, u_unit, k_unit = _inputs(q, k, key_padding_mask, query_padding_mask)
+    v_acc = remove(v, key_padding_mask).to(u.dtype)
+    dout = dout.to(u.dtype)  # (B, H, dv)
+    central_query = central_query * u_unit[..., None]
+    E = ((energy_sum + eps) * u_unit)[..., None]
+    R, per_score = (t[..., None] for t in split((score_sum + eps) * u_unit * k_unit))
+    # What takes dq and dk back from these units and R's.
+    s = scale(q)
+    s_u, s_k = (s * (per_score * x_unit[..., None])[..., None] for x_unit in (u_unit, k_unit))
     want_q, want_k, want_v, want_rho = output_mask
 
     # z = rho sum_j a_j v_j,  a_j = r_j / R,  r_j = ReLU(qbar . kappa_j)
     scores = _scores(kappa, central_query, key_padding_mask)
     dcontext = effective_rho(rho, head_rho, 1) * dout
-    dv = (scores / R)[..., None] * dcontext[..., None, :] if want_v else None
+    dv = (scores / R * per_score)[..., None] * dcontext[..., None, :] if want_v else None
     drho = rho * (dout * context).sum(-1) if want_rho else None
     dq = dk = None
     if want_q or want_k:
         dscores = ((v_acc @ dcontext[..., None]).squeeze(-1) - (dcontext * context).sum(-1, keepdim=True)) / R
         dscores = dscores.masked_fill(scores <= 0, 0)  # (B, H, M)
-        dk = s * dscores[..., None] * central_query[..., None, :]
+        dk = s_k * dscores[..., None] * central_query[..., None, :]
     if want_q:
         # qbar = sum_i e_i u_i / E,  e_i = ||u_i||
         dcentral = (dscores[..., None, :] @ kappa).squeeze(-2)
         energy = torch.linalg.vector_norm(u, dim=-1)
         denergy = ((u - central_query[..., None, :]) @ dcentral[..., None]).squeeze(-1) / E
         direction = torch.where(energy > 0, denergy / energy, 0)
-        dq = s * ((energy / E)[..., None] * dcentral[..., None, :] + direction[..., None] * u)
+        dq = s_u * ((energy / E)[..., None] * dcentral[..., None, :] + direction[..., None] * u)
         dq = remove(dq, query_padding_mask)
         if k is None:
             dq = dq + dk
@@ -62,8 +62,17 @@ def backward(
         like(dq, q) if want_q else q.new_empty(0),
         like(dk, k) if want_k and k is not None else q.new_empty(0),
         like(dv, v) if want_v else q.new_empty(0),
-        drho if want_rho and head_rho is not None else q.new_empty(0, dtype=acc),
+        drho if want_rho and head_rho is not None else q.new_empty(0, dtype=u.dtype),
     )
+
+
+def _inputs(q, k, key_padding_mask, query_padding_mask) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """u = s q and kappa = s k in the accumulation dtype, ignored rows 0, both in the units of their heads, (B, H), given."""
+    s, acc = scale(q), acc_dtype(q)
+    u = remove(q, query_padding_mask).to(acc)
+    kappa = remove(q if k is None else k, key_padding_mask).to(acc)
+    u_unit, k_unit = unit(u), unit(kappa)
+    return u * (s * u_unit), kappa * (s * k_unit), u_unit[..., 0, 0], k_unit[..., 0, 0]
 
 
 def _scores(kappa: Tensor, central_query: Tensor, key_padding_mask: Tensor | None) -> Tensor:

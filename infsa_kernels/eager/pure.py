@@ -6,44 +6,53 @@ import torch
 from torch import Tensor
 
 from ..ops._check import acc_dtype
-from ._common import effective_rho, like, remove, scale
+from ._common import effective_rho, like, remove, rows, scale, split, unit
 
 # Scores held at a time, over all heads. Large enough to keep matrix products efficient, small enough that a block's
 # float32 sum of squares is exact to its last digits.
 BLOCK_SCORES = 1 << 22
 
+# The gradient of so few scores may be a small difference of two terms, of which c, taken from the rounded output, would leave
+# its rounding (docs/pure.md): c is made from P and G there.
+FEW_SCORES = 32 * 32
+
 
 def forward(q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask):
-    u, kappa, v_acc = _inputs(q, k, v, key_padding_mask, query_padding_mask)
+    u, kappa, v_acc, u_unit, k_unit = _inputs(q, k, v, key_padding_mask, query_padding_mask)
     out = u.new_empty(*u.shape[:3], v.shape[3])
     squares = u.new_zeros(u.shape[:2])
     for block in _blocks(u, kappa):
-        scores = torch.relu(u[:, :, block] @ kappa.mT)
+        scores = _scores(u, kappa, block, key_padding_mask, query_padding_mask)
         squares += scores.square().sum((-2, -1))
         out[:, :, block] = scores @ v_acc
     norm = squares.sqrt()
-    out *= effective_rho(rho, head_rho, 2) / (norm + eps)[..., None, None]
-    return output_like(q, v).copy_(out), norm
+    out *= effective_rho(rho, head_rho, 2) / (norm + eps * u_unit * k_unit)[..., None, None]
+    return output_like(q, v).copy_(remove(out, query_padding_mask)), norm / u_unit / k_unit
 
 
 def backward(
     dout, q, k, v, out, norm, eps, rho, head_rho, key_padding_mask, query_padding_mask, output_mask
 ):  # fmt: skip
-    u, kappa, v_acc = _inputs(q, k, v, key_padding_mask, query_padding_mask)
+    u, kappa, v_acc, u_unit, k_unit = _inputs(q, k, v, key_padding_mask, query_padding_mask)
     dout = remove(dout, query_padding_mask).to(u.dtype)
     want_q, want_k, want_v, want_rho = output_mask
     s = scale(q)
-    F = norm + eps
+    norm = norm * u_unit * k_unit
+    F = norm + eps * u_unit * k_unit
 
     # O = rho P v / F: the norm's own gradient is one scalar per head, c, times P.
-    gain = effective_rho(rho, head_rho, 2) / F[..., None, None]
-    c = (dout * remove(out, query_padding_mask)).sum((-2, -1)) / (F * norm)
-    c = torch.where(norm > 0, c, 0)[..., None, None]
+    mantissa, per_norm = (t[..., None, None] for t in split(F))
+    gain = effective_rho(rho, head_rho, 2) / mantissa
+    few = _few(u, kappa)
+    dout_out = (dout * remove(out, query_padding_mask)).sum((-2, -1)) / per_norm[..., 0, 0]
     du, dkappa, dv = torch.zeros_like(u), torch.zeros_like(kappa), torch.zeros_like(v_acc)
     drho = torch.zeros_like(norm)
     for block in _blocks(u, kappa):
-        scores = torch.relu(u[:, :, block] @ kappa.mT)
+        scores = _scores(u, kappa, block, key_padding_mask, query_padding_mask)
         dout_v = dout[:, :, block] @ v_acc.mT
+        if few:
+            dout_out = gain[..., 0, 0] * (scores * dout_v).sum((-2, -1))
+        c = torch.where(norm > 0, dout_out / F / norm, 0)[..., None, None]
         dscores = (gain * dout_v - c * scores).masked_fill_(scores <= 0, 0)
         if want_q:
             du[:, :, block] = dscores @ kappa
@@ -53,11 +62,14 @@ def backward(
             dv += scores.mT @ dout[:, :, block]
         if want_rho:
             drho += (scores * dout_v).sum((-2, -1))
-    dq = s * du + s * dkappa if k is None else s * du
+    # dS came out divided by both units, kappa and u multiplied by their own.
+    du *= s * per_norm * u_unit[..., None, None]
+    dkappa *= s * per_norm * k_unit[..., None, None]
+    dq = du + dkappa if k is None else du
     return (
         like(dq, q) if want_q else q.new_empty(0),
-        like(s * dkappa, k) if want_k and k is not None else q.new_empty(0),
-        like(gain * dv, v) if want_v else q.new_empty(0),
+        like(dkappa, k) if want_k and k is not None else q.new_empty(0),
+        like(gain * dv * per_norm, v) if want_v else q.new_empty(0),
         rho * drho / F if want_rho and head_rho is not None else q.new_empty(0, dtype=u.dtype),
     )
 
@@ -70,15 +82,30 @@ def output_like(q: Tensor, v: Tensor) -> Tensor:
     return v.new_empty(B, H, N, v.shape[3])
 
 
-def _inputs(q, k, v, key_padding_mask, query_padding_mask) -> tuple[Tensor, Tensor, Tensor]:
-    """u = s q, kappa = s k and v in the accumulation dtype, ignored rows 0."""
+def _inputs(q, k, v, key_padding_mask, query_padding_mask) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """u = s q, kappa = s k and v in the accumulation dtype, ignored rows 0; u and kappa in units, (B, H), that follow."""
     s, acc = scale(q), acc_dtype(q)
-    u = remove(q, query_padding_mask).to(acc) * s
-    kappa = remove(q if k is None else k, key_padding_mask).to(acc) * s
-    return u, kappa, remove(v, key_padding_mask).to(acc)
+    u = remove(q, query_padding_mask).to(acc)
+    kappa = remove(q if k is None else k, key_padding_mask).to(acc)
+    units = unit(u), unit(kappa)
+    u, kappa = (x * (s * x_unit) for x, x_unit in zip((u, kappa), units))
+    return u, kappa, remove(v, key_padding_mask).to(acc), *(x[..., 0, 0] for x in units)
+
+
+def _scores(u, kappa, block, key_padding_mask, query_padding_mask) -> Tensor:
+    """ReLU(u kappa^T) of a block of queries; 0 for what is removed, though the other side be infinite or NaN."""
+    scores = torch.relu(u[:, :, block] @ kappa.mT)
+    if key_padding_mask is not None:
+        scores.masked_fill_(rows(key_padding_mask)[..., None, :], 0)
+    return remove(scores, None if query_padding_mask is None else query_padding_mask[:, block])
 
 
 def _blocks(u: Tensor, kappa: Tensor) -> Iterator[slice]:
     B, H, N, _ = u.shape
-    step = max(1, BLOCK_SCORES // max(1, B * H * kappa.shape[2]))
+    step = N if _few(u, kappa) else BLOCK_SCORES // max(1, B * H * kappa.shape[2])
+    step = max(1, step)
     return (slice(i, i + step) for i in range(0, N, step))
+
+
+def _few(u: Tensor, kappa: Tensor) -> bool:
+    return u.shape[2] * kappa.shape[2] <= FEW_SCORES

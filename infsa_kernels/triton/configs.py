@@ -70,7 +70,7 @@ class Pure:
     num_stages: int
 
     def options(self) -> dict:
-        options = {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "PRECISION": "ieee" if ieee() else "tf32"}
+        options = {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "PRECISION": precision()}
         return options | {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
@@ -78,9 +78,13 @@ def ieee() -> bool:
     return torch.get_float32_matmul_precision() == "highest"
 
 
+def precision() -> str:
+    return "ieee" if ieee() else "tf32"
+
+
 def stream_rows(q: Tensor, v: Tensor) -> int:
     """Rows of a program of the streaming kernels, rescale and prepare: 32 elements of a tensor per thread of 128."""
-    return max(8, 4096 // triton.next_power_of_2(max(16, q.shape[3], v.shape[3])))
+    return max(16, 4096 // triton.next_power_of_2(max(16, q.shape[3], v.shape[3])))
 
 
 # Architectures whose copy engine fetches 16-bit tiles by descriptor, which spares the registers that addresses take. Masked or

@@ -22,23 +22,46 @@ from .tiles import (
     where_am_i,
 )
 
+# Keys at a time where the preparation meets them.
+FEW_KEYS = tl.constexpr(16)
+
 
 @triton.jit
 def pure_bwd_prepare_kernel(
-    dout, out, q, query_mask, parts,  # (B, H, N, dv), like dout, (B, H, N, d), (B, N), (3, B, H, blocks)
-    dout_strides, out_strides, q_strides, query_mask_strides, H, N, blocks, heads,
+    dout, out, q, k, v, query_mask, key_mask, norm,  # (B, H, N, dv), like dout, (B, H, N, d), ..., (B, N), (B, M), (B, H)
+    head_rho, parts,  # (B, H), (3, B, H, blocks)
+    dout_strides, out_strides, q_strides, k_strides, v_strides, query_mask_strides, key_mask_strides, head_rho_strides,
+    H, N, M, blocks, heads, scale, eps, rho,
     d: tl.constexpr, dv: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr,
+    PRECISION: tl.constexpr, FEW: tl.constexpr,
 ):  # fmt: skip
-    """Per block of rows: <dO, O>, and in float16 the longest row of dO and of q, which bound every product."""
+    """Per block of rows: <dO, O>, and in float16 the longest row of dO and of q, which bound every product.
+
+    FEW: <dO, O> = rho s^2 <ReLU(X), G> / (F + eps), whose O no dtype has rounded.
+    """
     b, h, block, head = where_am_i(blocks, H)
     row = block * ROWS
     live = live_rows(row, N, b, query_mask, query_mask_strides, ROWS)
-    b_do = load_rows(dout, dout_strides, b, h, row, live, dv, DV, ROWS, True, False).to(tl.float32)
-    b_out = load_rows(out, out_strides, b, h, row, live, dv, DV, ROWS, True, False).to(tl.float32)
+    b_do = load_rows(dout, dout_strides, b, h, row, live, dv, DV, ROWS, True, False)
     at = parts + head * blocks + block
-    tl.store(at, tl.sum(b_do * b_out))
+    if FEW or HALF:
+        b_q = load_rows(q, q_strides, b, h, row, live, d, D, ROWS, True, False)
+    if FEW:
+        products = tl.zeros([ROWS], tl.float32)
+        for first in range(0, M, FEW_KEYS):
+            keys = live_rows(first, M, b, key_mask, key_mask_strides, FEW_KEYS)
+            b_k = load_rows(k, k_strides, b, h, first, keys, d, D, FEW_KEYS, True, False)
+            b_v = load_rows(v, v_strides, b, h, first, keys, dv, DV, FEW_KEYS, True, False)
+            x = dot(b_q, tl.trans(b_k), None, PRECISION)
+            products += tl.sum(tl.where(x <= 0.0, 0.0, x * dot(b_do, tl.trans(b_v), None, PRECISION)), 1)
+        gain = head_rho_at(rho, head_rho, head_rho_strides, b, h) * scale / (tl.load(norm + head) + eps)
+        tl.store(at, tl.sum(products) * gain)
+    b_do = b_do.to(tl.float32)
+    if not FEW:
+        b_out = load_rows(out, out_strides, b, h, row, live, dv, DV, ROWS, True, False).to(tl.float32)
+        tl.store(at, tl.sum(b_do * b_out))
     if HALF:
-        b_q = load_rows(q, q_strides, b, h, row, live, d, D, ROWS, True, False).to(tl.float32)
+        b_q = b_q.to(tl.float32)
         size = tl.cast(heads, tl.int64) * blocks
         tl.store(at + size, tl.sqrt(tl.max(tl.sum(b_do * b_do, 1))))
         tl.store(at + 2 * size, tl.sqrt(tl.max(tl.sum(b_q * b_q, 1))))
@@ -308,13 +331,20 @@ def backward(
     half = q.dtype == torch.float16
     parts = q.new_empty(3 if half else 1, B, H, blocks, dtype=torch.float32)
     sizes = {"d": d, "dv": dv, "D": padded(d, 16), "DV": padded(dv, 16), "HALF": half}
-    launch(
-        pure_bwd_prepare_kernel, B * H * blocks, q.device, dout, out, q, query_padding_mask, parts,
-        dout.stride(), out.stride(), q.stride(), strides(query_padding_mask, 2), H, N, blocks, B * H,
-        ROWS=rows, num_warps=4, **sizes,
-    )  # fmt: skip
     masks = query_padding_mask, key_padding_mask
     per_head = H, blocks, B * H, scale(q) ** 2, eps, rho
+    few = N * v.shape[2] <= eager.FEW_SCORES
+    seen = (
+        (k if k is not None else q, v, *masks, norm, head_rho)
+        if few
+        else (None, None, query_padding_mask, None, None, None)
+    )
+    launch(
+        pure_bwd_prepare_kernel, B * H * blocks, q.device, dout, out, q, *seen, parts,
+        dout.stride(), out.stride(), q.stride(), *(strides(t, 4) for t in seen[:2]), *(strides(t, 2) for t in seen[2:4]),
+        strides(seen[5], 2), H, N, v.shape[2], blocks, *per_head[2:], ROWS=rows, PRECISION=configs.precision(), FEW=few,
+        num_warps=4, **sizes,
+    )  # fmt: skip
     if k is not None:
         drho_parts = _untied(dout, q, k, v, masks, head_rho, norm, parts, grads, per_head, sizes)
     elif q.element_size() == 2:

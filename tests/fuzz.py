@@ -1,0 +1,404 @@
+"""Random calls: sizes, strides, values, masks, dtypes, forms of a call. The tests run fixed ones, `make fuzz` new ones.
+
+`python tests/fuzz.py --minutes 20 --seed 7` holds what it draws to the rule of tolerance.py against float64, prints for every
+failure the command that repeats that one call, and ends with a count and exit code 1 if anything failed.
+"""
+
+import argparse
+import math
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from random import Random
+
+import layer_calls
+import torch
+from calls import DTYPES, OPS, Call, Expected, accumulation, expected, output_gradient, raw_op
+from conftest import backends_of
+from tolerance import FORWARD, GRADIENT, assert_within
+from torch.utils.checkpoint import checkpoint
+
+import infsa_kernels
+
+
+def size(draw: Random) -> int:
+    return draw.choice([1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 64, 65, draw.randint(1, 70)])
+
+
+def head_dim(draw: Random) -> int:
+    return draw.choice([1, 2, 3, 4, 8, 15, 16, 17, 20, 32, 33, 64, 65, draw.randint(1, 96)])
+
+
+@dataclass
+class Layout:
+    """How a tensor lies in memory: the order of its dimensions, the step along each, where it begins, what is expanded."""
+
+    order: list[int]
+    steps: list[int]
+    offset: int
+    expanded: set[int] = field(default_factory=set)
+
+    def __call__(self, t):
+        ones = t[tuple(slice(0, 1) if i in self.expanded else slice(None) for i in range(t.dim()))]
+        permuted = ones.permute(self.order)
+        spread = [n * step for n, step in zip(permuted.shape, self.steps)]
+        storage = t.new_full((self.offset + math.prod(spread),), True if t.dtype == torch.bool else torch.nan)
+        view = storage[self.offset :].view(spread)[tuple(slice(step - 1, None, step) for step in self.steps)]
+        view.copy_(permuted)
+        inverse = sorted(range(t.dim()), key=self.order.__getitem__)
+        return view.permute(inverse).expand(t.shape)
+
+
+def layout(draw: Random, dim: int) -> Layout:
+    if draw.random() < 0.5:
+        return Layout(list(range(dim)), [1] * dim, 0)
+    order = draw.sample(range(dim), dim)
+    steps = draw.choices([1, 1, 2, 3], k=dim)
+    expanded = {draw.randrange(dim)} if draw.random() < 0.15 else set()
+    return Layout(order, steps, draw.randint(0, 3), expanded)
+
+
+# Scales that keep results and gradients inside the range of the dtype.
+SCALES = {
+    torch.float16: [0.25, 30],
+    torch.bfloat16: [1e-3, 1e3],
+    torch.float32: [1e-3, 1e3],
+    torch.float64: [1e-6, 1e6],
+}
+
+
+LARGE = 100  # how far one token may stand out
+
+
+def values(kind, shape, generator):
+    t = torch.randn(shape, generator=generator, dtype=torch.float64)
+    if kind == "zeros":
+        return torch.zeros_like(t)
+    if kind == "zero_rows":
+        return t * (torch.rand(*shape[:-1], 1, generator=generator) < 0.5)
+    if kind == "constant":
+        return torch.full_like(t, 0.75)
+    if kind == "duplicates":
+        return t[..., torch.randint(0, min(3, shape[-2]), (shape[-2],), generator=generator), :]
+    if kind == "one_large":
+        t[..., -1, :] *= LARGE
+    return t
+
+
+KINDS = ["normal"] * 6 + ["zeros", "zero_rows", "constant", "duplicates", "one_large"]
+
+
+def random_call(draw: Random, op: str, device: str) -> tuple[Call, torch.Tensor]:
+    """A call and a gradient of its output."""
+    dtype = draw.choice(DTYPES)
+    tie = draw.choice(["untied", "untied", "tied", "same_memory"])
+    heads = [draw.randint(1, 3), draw.randint(1, 3)] if draw.random() < 0.8 else [draw.randint(1, 5)]
+    N, d, dv = size(draw), head_dim(draw), head_dim(draw)
+    M = size(draw) if tie == "untied" else N
+    dim = len(heads) + 2
+    generator = torch.Generator().manual_seed(draw.getrandbits(32))
+    kinds = draw.choices(KINDS, k=3)
+    scales = draw.choices([1.0, 1.0, *SCALES[dtype]], k=2)
+
+    def tensor(kind, scale, *shape):
+        return layout(draw, dim)((values(kind, (*heads, *shape), generator) * scale).to(device, dtype))
+
+    def mask(length):
+        kind = draw.choice(["no", "no", "random", "none_ignored", "all_ignored", "padding"])
+        chance = {"random": 0.3, "none_ignored": 0.0, "all_ignored": 1.0}.get(kind)
+        if kind == "no":
+            return None
+        if kind == "padding":
+            m = torch.arange(length) >= torch.randint(0, length + 1, (heads[0], 1), generator=generator)
+        else:
+            m = torch.rand(heads[0], length, generator=generator) < chance
+        return layout(draw, 2)(m.to(device))
+
+    q = tensor(kinds[0], scales[0], N, d)
+    k = {"untied": lambda: tensor(kinds[1], scales[1], M, d), "tied": lambda: None, "same_memory": lambda: q[:]}[tie]()
+    v = tensor(kinds[2], 1.0, M, dv)
+    rho_shape = draw.choice([None, (), (1,), (heads[-1],)])
+    rho = draw.choice([0.95, 1, -2.0, 0.0])
+    if rho_shape is not None:
+        rho = torch.randn(rho_shape, generator=generator).to(device, draw.choice([dtype, accumulation(dtype)]))
+
+    # Where few or equal tokens share all the weight and eps is small, the gradient is a difference of two equal terms and
+    # nothing can be said about its digits: there eps is of the size of the scores.
+    largest = [scale * (LARGE if kind == "one_large" else 1) for scale, kind in zip(scales, kinds)]
+    score = largest[0] * largest[tie == "untied"]
+    few_tokens = min(N, M) < 8 or not {"normal", "zeros"} >= set(kinds)
+    eps = score * (1.0 if few_tokens else draw.choice([1e-6, 1e-2, 1.0]))
+    call = Call(op, q, k, v, rho, max(eps, 1e-6), mask(M), mask(N))
+    if call.key_padding_mask is not None or call.query_padding_mask is not None:
+        call.eps = max(call.eps, score)
+    dout = output_gradient(call)
+    return call, layout(draw, dout.dim())(torch.randn(dout.shape, generator=generator).to(device, dtype))
+
+
+def near_the_kink(call: Call) -> bool:
+    """Whether a score is so close to 0 that float32 may take it for positive or not; the gradient jumps there."""
+    if call.q.dtype != torch.float32:
+        return False
+    q, k = call.q.double(), (call.q if call.k is None else call.k).double()
+    if call.op == "linear":
+        q = (q.norm(dim=-1, keepdim=True) * q).sum(-2, keepdim=True)
+    products = q.norm(dim=-1, keepdim=True) * k.norm(dim=-1, keepdim=True).mT
+    return bool(((q @ k.mT).abs() < 1e-6 * products).logical_and(products > 0).any())
+
+
+# How far the command moves inputs from order one, in powers of two. The measure for float64 is plain code in float32.
+REACH = {torch.float32: 60, torch.bfloat16: 60, torch.float16: 6, torch.float64: 20}
+
+
+def other_scales(draw: Random, call: Call, dout):
+    """The same call at other scales, eps in proportion."""
+    reach = REACH[call.q.dtype]
+    powers = {name: draw.randint(-reach, reach) for name in ("q", "k", "v", "dout")}
+    same = call.k is None or call.k.data_ptr() == call.q.data_ptr()
+    if draw.random() < 0.5:  # scores of order one, by large and small rows or by rows of order one
+        powers["k"] = -powers["q"]
+        powers["q"] *= not same
+    powers["k"] = powers["q"] if same else powers["k"]
+    scaled = {name: t * 2.0 ** powers[name] for name, t in call.qkv().items() if t is not None}
+    eps = call.eps * 2.0 ** (powers["q"] + powers["k"])
+    return replace(call, **scaled, eps=min(max(eps, 1e-37), 1e37)), dout * 2.0 ** powers["dout"]
+
+
+def subnormals(draw: Random, call: Call, dout):
+    """The same call with elements of q, k and v below the smallest normal number of the dtype."""
+    generator = torch.Generator().manual_seed(draw.getrandbits(32))
+    tiny = torch.finfo(call.q.dtype).smallest_normal
+
+    def some(t):
+        return torch.where(torch.rand(t.shape, generator=generator) < 0.3, t.clamp(-1, 1) * tiny, t)
+
+    return replace(call, **{name: some(t) for name, t in call.qkv().items() if t is not None}), dout
+
+
+def special_value(draw: Random, call: Call, dout):
+    """The same call with one NaN or infinity in q, k or v."""
+    name = draw.choice([name for name, t in call.qkv().items() if t is not None])
+    t = call.qkv()[name].clone(memory_format=torch.contiguous_format)
+    t.view(-1)[draw.randrange(t.numel())] = draw.choice([math.nan, math.inf, -math.inf])
+    return replace(call, **{name: t}), dout
+
+
+def results(call: Call, run: Callable, dout) -> dict[str, torch.Tensor]:
+    """The output, and its gradients, of what `run` makes of a call."""
+    call = call.leaves()
+    tensors = call.tensors()
+    out = run(call)
+    return {"out": out.detach(), **dict(zip(tensors, torch.autograd.grad(out, tensors.values(), dout)))}
+
+
+def of_tensors(call: Call) -> Callable:
+    """A call as a function of what can have a gradient."""
+    names = list(call.tensors())
+    return lambda *tensors: replace(call, **dict(zip(names, tensors))).run()
+
+
+def plain_form(draw, call, dout, backend):
+    return results(call, Call.run, dout)
+
+
+def compiled_form(draw, call, dout, backend):
+    torch._dynamo.reset()
+    function = torch.compile(of_tensors(call), backend="aot_eager", fullgraph=True, dynamic=True)
+    return results(call, lambda c: function(*c.tensors().values()), dout)
+
+
+def checkpointed_form(draw, call, dout, backend):
+    return results(call, lambda c: checkpoint(of_tensors(c), *c.tensors().values(), use_reentrant=False), dout)
+
+
+def vmapped_form(draw, call, dout, backend):
+    """One of a batch of three calls, the other two near it."""
+    at, others = draw.randrange(3), [call.nearby() for _ in range(2)]
+    dims = {name: draw.randint(0, t.dim()) for name, t in call.tensors().items()}
+
+    def run(leaf):
+        batch = [c.tensors() for c in (*others[:at], leaf, *others[at:])]
+        stacked = (torch.stack([tensors[name] for tensors in batch], dim) for name, dim in dims.items())
+        return torch.vmap(of_tensors(call), tuple(dims.values()))(*stacked)[at]
+
+    return results(call, run, dout)
+
+
+def raw_form(draw, call, dout, backend):
+    """The raw operators, whose tensors have four dimensions."""
+    heads = call.q.shape[:-2]
+    if len(heads) == 1:
+        qkv = {name: t[None] for name, t in call.qkv().items() if t is not None}
+        # Masks of three-dimensional input are one per head: a batch of heads, each with one.
+        qkv = {name: t.transpose(0, 1) for name, t in qkv.items()}
+        rho = call.rho.expand(heads)[:, None] if isinstance(call.rho, torch.Tensor) else call.rho
+        four = replace(call, **qkv, rho=rho)
+        dout = dout[None].transpose(0, 1)
+    else:
+        four = call
+    q, k, v, *rest = four.raw()
+    outputs = raw_op(f"{call.op}_fwd", backend)(q, k, v, *rest)
+    saved = outputs[1:] if call.op == "linear" else outputs
+    dq, dk, dv, drho = raw_op(f"{call.op}_bwd", backend)(dout, q, k, v, *saved, *rest, [True] * 4)
+    found = {"out": outputs[0], "q": dq, "k": dk, "v": dv}
+    found = {name: t.reshape(*heads, *t.shape[2:]) for name, t in found.items() if t.numel() or name != "k"}
+    if isinstance(call.rho, torch.Tensor):
+        found["rho"] = drho.reshape(heads).sum_to_size(call.rho.shape).to(call.rho.dtype)
+    return {name: t for name, t in found.items() if name == "out" or name in call.tensors()}
+
+
+FORMS = {
+    f.__name__.removesuffix("_form"): f for f in (plain_form, compiled_form, checkpointed_form, vmapped_form, raw_form)
+}
+
+
+def by_hand(call: Call) -> Call:
+    """What a float32 call is under autocast to bfloat16."""
+    return replace(call, **{name: t.bfloat16() for name, t in call.qkv().items() if t is not None})
+
+
+def autocast_form(draw, call, dout, backend):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = results(call, Call.run, dout.bfloat16())
+    return {name: t if name in ("out", "rho") else t.bfloat16() for name, t in found.items()}
+
+
+def demanded(call: Call, dout, truth: dict[str, torch.Tensor]) -> set[str]:
+    """Which results plain code in float32 gets right, of those inside the range of normal numbers of the dtype."""
+    out, gradients = call.reference_results(dout, torch.float64 if call.q.dtype == torch.float64 else torch.float32)
+    names = set()
+    for name, plain in {"out": out, **gradients}.items():
+        range_of = torch.finfo(call.q.dtype if name == "out" else call.tensors()[name].dtype)
+        largest = truth[name].abs().max().item() if truth[name].numel() else 0.0
+        inside = largest == 0 or 2**12 * range_of.smallest_normal < largest < range_of.max / 4
+        if inside and (plain.double() - truth[name]).abs().max() <= 1e-3 * largest:
+            names.add(name)
+    return names
+
+
+def hold(found: dict[str, torch.Tensor], wanted: dict[str, Expected]) -> None:
+    for name, result in found.items():
+        if name in wanted:
+            factor = FORWARD if name == "out" else GRADIENT
+            assert_within(result, wanted[name].truth, wanted[name].eager_error, factor, name)
+
+
+def hold_special(found: dict[str, torch.Tensor], call: Call, dout) -> None:
+    """NaN and infinity come out where they come out of plain code, and no NaN turns into a number in a gradient."""
+    out, gradients = call.reference_results(dout, torch.float64)
+    for kind in (torch.isnan, torch.isinf):
+        wanted, is_so = kind(out.to(found["out"].dtype)), kind(found["out"])
+        assert torch.equal(is_so, wanted), (
+            f"out: {kind.__name__} at {int(is_so.sum())} places, expected {int(wanted.sum())}"
+        )
+    if any(t.isinf().any() for t in call.qkv().values() if t is not None):
+        return  # where infinity meets 0 in a gradient depends on the order of its products
+    for name, truth in gradients.items():
+        lost = truth.isnan() & found[name].isfinite()
+        assert not lost.any(), f"{name}: a number at {int(lost.sum())} places of NaN"
+
+
+def operator_case(draw: Random, op: str) -> tuple[str, Callable]:
+    """A name, and what raises AssertionError if a call is wrong."""
+    call, dout = random_call(draw, op, "cpu")
+    change = draw.choice([None, None, other_scales, other_scales, subnormals, special_value])
+    if change:
+        call, dout = change(draw, call, dout)
+    forms = [*FORMS, "plain", "plain", "raw", "vmapped", "checkpointed"] + ["autocast"] * (
+        call.q.dtype == torch.float32 and change in (None, special_value)
+    )
+    form = draw.choice(forms)
+    backend = draw.choice(backends_of("cpu", op))
+
+    def run():
+        base, low_dout = (by_hand(call), dout.bfloat16()) if form == "autocast" else (call, dout)
+        if change is not special_value and near_the_kink(base):
+            return
+        if change is special_value:
+            wanted = None
+        else:
+            wanted = expected(base, low_dout, draws=16)
+        if change in (other_scales, subnormals):
+            names = demanded(base, low_dout, {name: e.truth for name, e in wanted.items()})
+            wanted = {name: e for name, e in wanted.items() if name in names}
+        with infsa_kernels.backend(backend):
+            found = (autocast_form if form == "autocast" else FORMS[form])(draw, call, dout, backend)
+        if wanted is None:
+            hold_special(found, base, low_dout)
+        else:
+            hold(found, wanted)
+
+    return f"{op} {form} {backend} {change.__name__ if change else 'plain values'} {str(call.q.dtype)[6:]}", run
+
+
+def layer_case(draw: Random) -> tuple[str, Callable]:
+    dtype = draw.choice(DTYPES)
+    shape = draw.randint(1, 3), draw.choice([2, 3, 8, 16, 33, draw.randint(9, 70)]), draw.randint(2, 48)
+    heads, head, v_head = draw.randint(1, 4), draw.randint(1, 20), draw.randint(1, 20)
+    call = layer_calls.layer(
+        dtype, tied=draw.random() < 0.5, bias=draw.random() < 0.5, norm=draw.choice(["affine", "plain", None]),
+        rho=draw.choice(["scalar", "one", "heads", None]), masked=draw.random() < 0.3, shape=shape, heads=heads, head=head,
+        v_head=v_head, out=draw.randint(1, 20),
+    )  # fmt: skip
+    # As above: the gradient of a head with few positive scores is a difference of two equal terms, unless eps is of their size.
+    call["eps"] = draw.choice([1e-1, 1.0])
+    call["x"] = layout(draw, 3)(call["x"].detach()).requires_grad_()
+    dout = layer_calls.output_gradient(call)
+    form = draw.choice(["plain", "compiled", "checkpointed"])
+    backend = draw.choice(backends_of("cpu", "linear_layer"))
+
+    def function(**kwargs):
+        if form == "compiled":
+            torch._dynamo.reset()
+            return torch.compile(infsa_kernels.pooled_linear_infsa, backend="aot_eager", fullgraph=True)(**kwargs)
+        if form == "checkpointed":
+            return checkpoint(infsa_kernels.pooled_linear_infsa, use_reentrant=False, **kwargs)
+        return infsa_kernels.pooled_linear_infsa(**kwargs)
+
+    def run():
+        wanted = layer_calls.expected(call, dout, draws=16)
+        with infsa_kernels.backend(backend):
+            hold(layer_calls.results(function, call, dout), wanted)
+
+    return f"linear_layer {form} {backend} {str(dtype)[6:]}", run
+
+
+def one(seed: str, index: int) -> tuple[str, str | None]:
+    """Draws a call and makes it: its name, and what was wrong."""
+    draw = Random(f"{seed}/{index}")
+    torch.manual_seed(draw.getrandbits(32))
+    op = draw.choice([*OPS, *OPS, "linear_layer"])
+    name, run = layer_case(draw) if op == "linear_layer" else operator_case(draw, op)
+    try:
+        run()
+    except Exception as error:  # any error is a finding
+        return name, f"{type(error).__name__}: {error}".splitlines()[0]
+    return name, None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=1)
+    parser.add_argument("--seed", default="0")
+    parser.add_argument("--only", type=int, help="make this one call of the seed's")
+    args = parser.parse_args()
+    calls, failures, end = Counter(), Counter(), time.monotonic() + 60 * args.minutes
+    index = first = args.only or 0
+    while index == first or (args.only is None and time.monotonic() < end):
+        name, error = one(args.seed, index)
+        kind = " ".join(name.split()[:2])
+        calls[kind] += 1
+        if error:
+            failures[kind] += 1
+            print(f"python tests/fuzz.py --seed {args.seed} --only {index}  # {name}: {error}", flush=True)
+        index += 1
+    for kind in sorted(calls):
+        print(f"{kind:28}{calls[kind]:8} calls{failures[kind]:6} failures")
+    print(f"{calls.total()} calls, {failures.total()} failures")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
