@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from infsa_kernels import linear_infsa, pooled_linear_infsa, reference
-from tests.tolerance import FORWARD, GRADIENT, error_of_eager, rounding
+from infsa_kernels.testing import FORWARD, GRADIENT, error_of_eager, rounding
 
 from . import rows
 from .cases import EPS, HEADS, RHO, short

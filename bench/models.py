@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from infsa_kernels.nn import InfSAAttention, InfViT
-from tests.tolerance import FORWARD, assert_close_to_reference
+from infsa_kernels.testing import FORWARD, assert_close_to_reference
 
 from .extreme import picture
 from .image import PATCH

@@ -1,4 +1,4 @@
-"""The gate: a result counts only if it is as close to float64 as plain torch code of its dtype (tests/tolerance.py).
+"""The gate: a result counts only if it is as close to float64 as plain torch code of its dtype (infsa_kernels/testing.py).
 
 Linear is compared whole. Pure is compared in rows and heads drawn at random: their norm, and so their output and
 gradients, are exact in float64 over all N x N scores, computed a block of queries at a time.
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from infsa_kernels import reference
-from tests.tolerance import FORWARD, GRADIENT, error_of_eager, rounding
+from infsa_kernels.testing import FORWARD, GRADIENT, error_of_eager, rounding
 
 from .cases import EPS, RHO, Case
 

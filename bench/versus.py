@@ -26,7 +26,7 @@ NAMES = ("linear_infsa", "pure_infsa")
 BUDGET = 0.3
 
 # What bench/ takes from elsewhere.
-TOLERANCE = Path("tests/tolerance.py")
+TOLERANCE = Path("infsa_kernels/testing.py")
 
 
 def main(arguments: list[str] | None = None) -> int:

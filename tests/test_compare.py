@@ -104,17 +104,17 @@ def repository(tmp_path):
         command = ["git", "-c", "user.name=n", "-c", "user.email=e@x", *arguments]
         return subprocess.run(command, cwd=root, check=True, capture_output=True, text=True).stdout.strip()
 
-    for folder in ("bench", "tests"):
+    for folder in ("bench", "infsa_kernels"):
         (root / folder).mkdir(parents=True)
     (root / "setup.py").write_text("open('built', 'w').write('by ' + open('kernel').read())")
-    (root / "tests" / "tolerance.py").write_text("old")
+    (root / "infsa_kernels" / "testing.py").write_text("old")
     (root / "bench" / "gone.py").write_text("old")
     git("init", "-q")
     for kernel in ("first", "second"):
         (root / "kernel").write_text(kernel)
         git("add", "-A")
         git("commit", "-q", "-m", kernel)
-    (root / "tests" / "tolerance.py").write_text("new")
+    (root / "infsa_kernels" / "testing.py").write_text("new")
     (root / "bench" / "gone.py").unlink()
     (root / "bench" / "measure.py").write_text("new")
     return root, git
@@ -126,7 +126,7 @@ def test_a_revision_is_checked_out_under_this_trees_harness_and_leaves_nothing(r
         assert commit == git("rev-parse", "HEAD~1")
         versus.build(there)
         assert (there / "built").read_text() == "by first"
-        assert (there / "tests" / "tolerance.py").read_text() == (there / "bench" / "measure.py").read_text() == "new"
+        assert (there / "infsa_kernels" / "testing.py").read_text() == (there / "bench" / "measure.py").read_text() == "new"
         assert not (there / "bench" / "gone.py").exists()
     assert not there.exists()
     assert len(git("worktree", "list").splitlines()) == 1
