@@ -11,48 +11,44 @@ GPU_ARGS ?=
 bin := $(VENV)/bin
 csrc := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: bench bench-operator bench-layer bench-model bench-field bench-vs bench-extreme report test test-gpu-build lint format sanitize gpu-check clean
+.PHONY: help bench bench-all bench-vs bench-extreme report test test-gpu-build lint format sanitize gpu-check clean
 
-bench: $(VENV)/built
-	$(bin)/python -m bench.run $(BENCH_ARGS)
+help: ## every target in a line
+	@sed -n 's/^\([a-z][a-z-]*\):[^#]*## \(.*\)/  \1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{ printf "%-18s%s\n", $$1, $$2 }'
 
-# InfSA among the mechanisms of the field, on three levels; a run goes on where the last one ended.
-bench-operator bench-layer bench-model: bench-%: $(VENV)/built
-	$(bin)/python -m bench.field $* $(BENCH_ARGS)
+bench: $(VENV)/built ## the main figures, in 3 minutes of measuring: table, plots, what limits what
+	$(bin)/python -m bench $(BENCH_ARGS)
 
-bench-field: $(VENV)/built
-	for level in operator layer model; do $(bin)/python -m bench.field $$level $(BENCH_ARGS) || exit 1; done
+bench-all: $(VENV)/built ## everything, in half an hour on a CPU; goes on where the last run ended
+	$(bin)/python -m bench --all $(BENCH_ARGS)
 
-# All results in bench/out as PNGs and one HTML page.
-report: $(VENV)/built
-	$(bin)/python -m bench.page
+report: $(VENV)/built ## everything measured, as plots and one page: bench/out/report.html
+	$(bin)/python -m bench --report $(BENCH_ARGS)
 
-# This working tree beside revision REV, measured in turn.
-bench-vs: $(VENV)/built
-	$(bin)/python -m bench.versus $(REV) $(BENCH_ARGS)
+bench-vs: $(VENV)/built ## this working tree beside revision REV, in turn
+	$(bin)/python -m bench --versus $(REV) $(BENCH_ARGS)
 
-# A whole model on one picture of 9216 x 9216 pixels: 331,776 tokens.
-bench-extreme: $(VENV)/built
-	$(bin)/python -m bench.extreme $(BENCH_ARGS)
+bench-extreme: $(VENV)/built ## a whole model on one picture of 9216 x 9216 pixels: 331,776 tokens
+	$(bin)/python -m bench --level model --only linear_infsa --sizes 9216 --depth 4 --phase fwd --minutes 30 --limit 1800 $(BENCH_ARGS)
 
-test: $(VENV)/built
+test: $(VENV)/built ## all tests
 	$(bin)/python -m pytest $(TEST_ARGS)
 
 # The GPU extension, built, imported and taken apart on a machine that has nvcc and needs no GPU.
-test-gpu-build: $(GPU_VENV)/built
+test-gpu-build: $(GPU_VENV)/built ## the GPU extension, built and taken apart where there is nvcc
 	cd $(GPU_VENV) && bin/python -m pytest -c ../pyproject.toml ../tests/test_gpu_build.py ../tests/test_build.py
 
-lint: $(VENV)/built
+lint: $(VENV)/built ## what style asks for
 	$(bin)/ruff check . && $(bin)/ruff format --check .
 	$(bin)/clang-format --dry-run --Werror $(csrc) $(wildcard tests/simt/*)
 
-format: $(VENV)/built
+format: $(VENV)/built ## applies it
 	$(bin)/ruff check --fix . && $(bin)/ruff format .
 	$(bin)/clang-format -i $(csrc) $(wildcard tests/simt/*)
 
 # The CPU kernels under AddressSanitizer and UBSan, in a build of their own, driven by the tests that reach every kernel path.
 sanitize := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
-sanitize: $(VENV)/built
+sanitize: $(VENV)/built ## the CPU kernels under AddressSanitizer and UBSan
 	CFLAGS="$(sanitize) -g1" LDFLAGS="-fsanitize=address,undefined" \
 	  $(bin)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
 	for isa in avx512 avx2 portable; do \
@@ -62,11 +58,11 @@ sanitize: $(VENV)/built
 	done
 
 # On a machine with a GPU, in its own Python (torch with CUDA, triton, numpy, pytest, matplotlib, ninja) and without a network.
-gpu-check:
+gpu-check: ## proves and measures everything on a GPU
 	$(GPU_PYTHON) setup.py -q build_ext --inplace
 	$(GPU_PYTHON) -m bench.gpu_check $(GPU_ARGS)
 
-clean:
+clean: ## removes what was built
 	rm -rf build dist *.egg-info $(VENV) $(GPU_VENV) infsa_kernels/_C*.so
 
 $(VENV)/torch:
