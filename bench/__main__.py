@@ -53,7 +53,7 @@ def chosen(args) -> list:
     elif args.own_plan:
         case = {f: getattr(args, f) for f in ("dtype", "layout", "batch") if getattr(args, f)}
         sizes = args.sizes or (cases.QUICK_SIZES if args.quick else (1024,))
-        plans = {level: cases.turns(level, args.only or _names(level), sizes, args.device, args.phase, args.way,
+        plans = {level: cases.turns(level, args.only or cases.FIELD[level], sizes, args.device, args.phase, args.way,
                                     depths=args.depth, **case) for level in args.level or cases.LEVELS}  # fmt: skip
     else:
         plan = cases.main(args.device)
@@ -61,10 +61,6 @@ def chosen(args) -> list:
         plans = {"main": cases.unique(quick) if args.quick else plan}
     given = args.minutes or (cases.QUICK_MINUTES if args.quick else None)
     return [(level, turns, given or minutes.get(level, minutes["main"])) for level, turns in plans.items()]
-
-
-def _names(level: str) -> list[str]:
-    return cases.FIELD[level] if level != "operator" else [*cases.KERNELS, *cases.FIELD[level]]
 
 
 def show(args, what: str) -> int:

@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Iterable
+from itertools import product
 
 from . import peers
 from .engine import passes
@@ -12,21 +13,22 @@ DTYPE = {"cpu": "fp32", "cuda": "bf16"}
 DEPTHS = (4, 24)
 
 # The operators beside their own equations, softmax and the machine; then the mechanisms of the field, level by level.
-KERNELS = ("linear_infsa", "pure_infsa", "linear_plain", "pure_plain", "softmax", "softmax_64")
+KERNELS = ("linear_infsa", "linear_plain", "pure_infsa", "pure_plain", "softmax", "softmax_64")
 MACHINE = ("read", "read_qqv", "copy", "clone", "gemm", "gemm_mm", "launch", "tiny", "tiny_kernel")
-PACKAGES = tuple(
-    n for n in peers.CORES if n.startswith(("flash_", "sdpa_")) or n.endswith(("_fla", "_flash", "_sigmoid"))
+FIELD = {level: [n for n, (cls, _) in peers.MECHANISMS.items() if level in cls.LEVELS and n not in peers.LIMITS]
+         for level in LEVELS} | {"model": [*peers.PAPER, "linear_infsa_per_token"]}  # fmt: skip
+
+# The figures of `make bench`: level, mechanisms, side of the picture, phases.
+MAIN = (
+    ("operator", (*KERNELS[:5], "mean", *MACHINE), 1024, ("fwd",)),
+    ("operator", ("linear_infsa", "linear_plain", "pure_infsa", "softmax", "copy", "clone", "gemm"), 1024, ("train",)),
+    ("model", ("linear_infsa", "linear_infsa_per_token", "softmax"), 1024, ("fwd",)),
+    ("layer", (*peers.PAPER, "mean", "fastformer", "linear_infsa_per_token"), 1024, ("fwd", "train")),
+    ("operator", ("linear_infsa", "linear_plain", "read", "read_qqv", "clone"), 4096, ("fwd", "train")),
+    ("operator", KERNELS[:5], 224, ("fwd",)),
+    ("operator", KERNELS[:5], 512, ("fwd",)),
+    ("operator", KERNELS[:2], 2048, ("fwd",)),
 )
-FIELD = {
-    "operator": [
-        n for n, c in peers.CORES.items() if "operator" in c.LEVELS and n not in KERNELS and n not in PACKAGES
-    ],
-    "layer": [n for n, (c, _) in peers.MECHANISMS.items() if "layer" in c.LEVELS and n not in PACKAGES],
-    "model": [*peers.PAPER, "linear_infsa_per_token"],
-}
-# The figures of `make bench`.
-MAIN_LAYERS = (*peers.PAPER, "mean", "fastformer", "linear_infsa_per_token")
-MAIN_MODELS = ("linear_infsa", "linear_infsa_per_token", "softmax")
 
 SIZES = {
     "cpu": {"kernels": (224, 512, 1024, 2048, 4096), "operator": (224, 1024, 2048), "layer": (224, 1024, 2048),
@@ -56,35 +58,21 @@ WEIGHTS = {"operator": 0, "layer": 2, "model": 6}
 
 
 def turns(level: str, names: Iterable[str], sizes: Iterable[int], device: str, phases=("fwd", "train"), ways=("eager",),
-          together: int = TOGETHER, depths=DEPTHS, **case) -> list[dict]:  # fmt: skip
-    """The turns of one level; ``case``: dtype, layout, batch, dim where they are not the usual ones."""
+          together: bool = False, depths=DEPTHS, **case) -> list[dict]:  # fmt: skip
+    """The turns of one level, all names in one or a few at a time; ``case``: dtype, layout, batch, dim if not the usual ones."""
     usual = {"dtype": DTYPE[device], "layout": "bnhd", "batch": 1, "dim": D} | case
     found = []
-    for depth in depths if level == "model" else (None,):
-        for pixels in sorted(sizes):
-            for phase in phases:
-                for way in ways:
-                    mine = [n for n in names if way != "compile" or (n not in peers.OWN and n not in MACHINE)
-                            or n.startswith(("linear_plain", "pure_plain"))]  # fmt: skip
-                    step = 1 if way == "compile" or level == "model" else together
-                    for kind in _kinds(mine):
-                        for i in range(0, len(kind), step):
-                            turn = {
-                                "level": level,
-                                "device": device,
-                                "depth": depth,
-                                "pixels": pixels,
-                                "phase": phase,
-                                "way": way,
-                            }
-                            turn |= usual | {"names": kind[i : i + step]}
-                            found.append(turn | {"anchors": anchors(turn)})
+    for depth, pixels, phase, way in product(depths if level == "model" else (None,), sorted(sizes), phases, ways):
+        mine = [n for n in names if way != "compile" or peers.of(n).COMPILES]
+        # Mechanisms before their variants: they are worth different things.
+        kinds = [[n for n in mine if (n in peers.VARIANTS) == variant] for variant in (False, True)]
+        step = 1 if way == "compile" or level == "model" else TOGETHER
+        groups = [mine] if together else [kind[i : i + step] for kind in kinds for i in range(0, len(kind), step)]
+        for group in filter(None, groups):
+            turn = {"level": level, "device": device, "depth": depth, "pixels": pixels, "phase": phase, "way": way}
+            turn |= usual | {"names": group}
+            found.append(turn | {"anchors": anchors(turn)})
     return found
-
-
-def _kinds(names: list[str]) -> list[list[str]]:
-    """Mechanisms before their variants: they are worth different things."""
-    return [[n for n in names if (n in peers.VARIANTS) == variant] for variant in (False, True)]
 
 
 def anchors(turn: dict) -> list[str]:
@@ -103,45 +91,25 @@ def anchors(turn: dict) -> list[str]:
 
 def main(device: str) -> list[dict]:
     """The main figures, each as few times as it takes."""
-    phases = ("fwd", "train")
-    plan = turns("operator", ("linear_infsa", "pure_infsa", "softmax", "linear_plain", "pure_plain", "mean", *MACHINE), (1024,),
-                 device, phases, together=20)  # fmt: skip
-    plan += turns("model", MAIN_MODELS, (1024,), device, ("fwd",), depths=(4,), together=3)
-    plan += turns("layer", MAIN_LAYERS, (1024,), device, phases, together=20)
-    plan += turns(
-        "operator", ("linear_infsa", "linear_plain", "read_qqv", "clone"), (4096,), device, phases, together=20
-    )
-    plan += turns(
-        "operator",
-        ("linear_infsa", "pure_infsa", "softmax", "linear_plain", "pure_plain"),
-        (224, 512),
-        device,
-        ("fwd",),
-    )
-    plan += turns("operator", ("linear_infsa", "linear_plain"), (2048,), device, ("fwd",))
-    for turn in plan:
-        if turn["level"] == "model":
-            turn["names"] = list(MAIN_MODELS)
-    return unique(plan)
+    plan = [
+        turns(level, names, (pixels,), device, phases, together=True, depths=(4,))
+        for level, names, pixels, phases in MAIN
+    ]
+    return unique([turn for part in plan for turn in part])
 
 
 def everything(level: str, device: str, quick: bool = False) -> list[dict]:
     """All of a level, in the order of its worth, for time may end: the last ones are left to the next run."""
     sizes = dict.fromkeys(SIZES[device], QUICK_SIZES) if quick else SIZES[device]
-    plan = turns(level, FIELD[level], sizes[level], device)
-    if level != "model":
-        plan += turns(level, [n for n in PACKAGES if level in peers.of(n).LEVELS], sizes[level], device)
+    plan = []
     if level == "operator":
-        plan += turns(level, (*KERNELS, *MACHINE), sizes["kernels"], device, together=20) + _variants(
-            sizes["kernels"], device
-        )
-    if level != "model" and not quick:
-        names = [
-            n for n in (*FIELD[level], *(KERNELS if level == "operator" else ())) if n != "frwkv"
-        ]  # a loop over tokens
-        plan += turns(level, names, sizes[level], device, ways=("compile",))
-    if level == "operator" and device == "cuda" and not quick:
-        plan += goals(device)
+        plan += turns(level, (*KERNELS, *MACHINE), sizes["kernels"], device, together=True)
+        plan += _variants(sizes["kernels"], device)
+        plan += goals(device) if device == "cuda" and not quick else []
+    plan += turns(level, FIELD[level], sizes[level], device)
+    plan += (
+        turns(level, FIELD[level], sizes[level], device, ways=("compile",)) if level != "model" and not quick else []
+    )
     return unique(sorted(plan, key=_worth))
 
 
@@ -153,43 +121,26 @@ def _variants(sizes: Iterable[int], device: str) -> list[dict]:
         names = [f"{op}_infsa", f"{op}_plain", "softmax" if op == "pure" else "softmax_64", "gemm_mm", "clone"]
         untied = [f"{op}_infsa_untied", f"{op}_plain_untied", *names[2:4], "clone_qkv"]
         for layout, dtype in (("bhnd", DTYPE[device]), ("bnhd", other), ("bhnd", other)):
-            plan += turns("operator", names, (pixels,), device, layout=layout, dtype=dtype, together=20)
-        plan += turns("operator", untied, (pixels,), device, together=20)
+            plan += turns("operator", names, (pixels,), device, layout=layout, dtype=dtype, together=True)
+        plan += turns("operator", untied, (pixels,), device, together=True)
     return plan
 
 
 def goals(device: str, dry: bool = False) -> list[dict]:
     """What a GPU's goals need, in CUDA graphs: both operators on each of our backends, beside reads, copies and softmax."""
     if dry:
-        names = (
-            "linear_infsa@triton",
-            "pure_infsa@triton",
-            "linear_plain",
-            "softmax",
-            "read",
-            "clone",
-            "gemm",
-            "launch",
-        )
-        return turns("operator", names, (112,), device, ways=("graph",), together=20, dim=32, dtype="bf16")
+        names = "linear_infsa@triton pure_infsa@triton linear_plain softmax read clone gemm launch".split()
+        return turns("operator", names, (112,), device, ways=("graph",), together=True, dim=32, dtype="bf16")
     linear = [f"linear_infsa{untied}@{backend}" for untied in ("", "_untied") for backend in ("triton", "cuda")]
     linear += ["linear_plain", "read", "read_qkv", "clone", "clone_qkv", "launch"]
     pure = ["pure_infsa@triton", "pure_infsa_untied@triton", "sdpa_flash", "sdpa_cudnn", "sdpa_efficient", "gemm",
             "flash_attention_3", "flash_attention_4"]  # fmt: skip
     plan = turns("operator", ["read", "copy", "clone", "gemm", "launch"], (4096,), device, ("fwd",), ("graph",))
-    for pixels, batches in (
-        (1024, (1, 32)),
-        (4096, (1,)),
-        (224, (1, 32)),
-        (512, (1, 32)),
-        (2048, (1, 32)),
-        (9216, (1,)),
-    ):
-        for batch in batches:
-            plan += turns("operator", linear, (pixels,), device, ways=("graph",), batch=batch, together=20)
-            plan += turns("operator", ["linear_plain"], (pixels,), device, ("fwd",), ("compile",), batch=batch)
+    for pixels, batch in (*product((224, 512, 1024, 2048), (1, 32)), (4096, 1), (9216, 1)):
+        plan += turns("operator", linear, (pixels,), device, ways=("graph",), batch=batch, together=True)
+        plan += turns("operator", ["linear_plain"], (pixels,), device, ("fwd",), ("compile",), batch=batch)
     for pixels, batch in ((224, 32), (1024, 1), (1024, 8), (2048, 1), (4096, 1)):
-        plan += turns("operator", pure, (pixels,), device, ways=("graph",), batch=batch, together=20)
+        plan += turns("operator", pure, (pixels,), device, ways=("graph",), batch=batch, together=True)
     return plan + turns("operator", pure[:2], (9216,), device, ("fwd",), ("graph",))
 
 
@@ -243,16 +194,14 @@ def _operations(case: dict, name: str) -> float:
 def names_of(value: str) -> list[str]:
     names = [part for part in value.split(",") if part]
     if unknown := {name for name in names if name.partition("@")[0] not in peers.MECHANISMS}:
-        raise argparse.ArgumentTypeError(
-            f"no mechanism {', '.join(sorted(unknown))}; there are {', '.join(peers.MECHANISMS)}"
-        )
+        known = ", ".join(peers.MECHANISMS)
+        raise argparse.ArgumentTypeError(f"no mechanism {', '.join(sorted(unknown))}; there are {known}")
     return names
 
 
 def sizes_of(value: str) -> list[int]:
     sizes = [int(part) for part in value.split(",")]
     if any(size < 112 or size % 16 for size in sizes):
-        raise argparse.ArgumentTypeError(
-            "a size is a multiple of 16 from 112: mechanisms pool 7 x 7 landmarks from the grid"
-        )
+        why = "mechanisms pool 7 x 7 landmarks from the grid"
+        raise argparse.ArgumentTypeError(f"a size is a multiple of 16 from 112: {why}")
     return sizes

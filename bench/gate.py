@@ -86,7 +86,7 @@ def _operator(subject: Subject, exact):
         return truth, plain, truth.pop("undecided", None)
 
     expected = _expected(
-        evaluate, [t[-1:] for t in subject.inputs], DRAWS if gradients and len(rows) <= GRADIENTS_UP_TO else 1
+        evaluate, [t[-1:] for t in subject.inputs], DRAWS if gradients and _tokens(subject) <= GRADIENTS_UP_TO else 1
     )
     checked = _part(rows, subject) + (
         "" if len(heads) == exact.num_heads else f" in {len(heads)} of {exact.num_heads} heads"

@@ -2,6 +2,7 @@
 
 import base64
 import json
+from itertools import product
 from pathlib import Path
 
 from . import cases, goals, machine, peers, plots
@@ -44,17 +45,12 @@ def screen(rows: list[dict], drawn: list[Path]) -> str:
             own, back = fwd.get(name, {}), bwd.get(name, {})
             share = f"{own['share_of_limit']:.0%}" if "share_of_limit" in own else ""
             what = f"{peers.label(name)}, {'one call' if pixels < 1024 else 'operator'}, N = {own.get('N', 0):,}"
-            lines.append(
-                f"{what:<38}{_time(own):>11}{_time(back):>11}{share:>10}{beside[0]:>9}{beside[1]:>8}{_error(own):>9}"
-            )
+            cells = f"{_time(own):>11}{_time(back):>11}{share:>10}{beside[0]:>9}{beside[1]:>8}{_error(own):>9}"
+            lines.append(f"{what:<38}{cells}")
+    columns = f"{'forward':>11}{'x':>7}{'training':>11}{'x':>7}"
+    lines += _side_by_side(rows, "layer", f"\n{'Attention sub-layer, 1024 x 1024 pixels, D = 1024':<50}{columns}", 9)
     lines += _side_by_side(
-        rows,
-        "layer",
-        f"\n{'Attention sub-layer, 1024 x 1024 pixels, D = 1024':<50}{'forward':>11}{'x':>7}{'training':>11}{'x':>7}",
-        9,
-    )
-    lines += _side_by_side(
-        rows, "model", f"\n{'Vision Transformer, 4 layers, 1024 x 1024 pixels':<50}{'forward':>11}{'x':>7}", 3
+        rows, "model", f"\n{'Vision Transformer, 4 layers, 1024 x 1024 pixels':<50}{columns[:18]}", 3
     )
     lines += ["", "x: times as long as Linear-InfSA, called in turn with it. What limits what:", *_limits(rows)]
     found = [g for g in goals.compare(rows) if g["value"] is not None]
@@ -85,30 +81,19 @@ def _side_by_side(rows, level, header, count) -> list[str]:
 def _limits(rows: list[dict]) -> list[str]:
     """What each of ours is bound by, and how near it comes to that."""
     speeds, lines = _speeds(rows), []
-    for level, name in (
-        ("operator", "linear_infsa"),
-        ("operator", "pure_infsa"),
-        ("layer", "linear_infsa"),
-        ("layer", "pure_infsa"),
-    ):
-        mine = [
-            r for r in usual(select(rows, level=level, name=name, which="fwd", status="ok")) if "share_of_limit" in r
-        ]
-        if mine:
-            row = max(mine, key=lambda r: r["N"])
-            rate = (
-                f"{row['bytes'] / row['median_s'] / 1e9:.1f} GB/s"
-                if row["limit"] == "read"
-                else f"{row['flops'] / row['median_s'] / 1e9:.0f} GFLOP/s"
+    for level, name in product(("operator", "layer"), ("linear_infsa", "pure_infsa")):
+        mine = usual(select(rows, level=level, name=name, which="fwd", status="ok"))
+        row = max((r for r in mine if "share_of_limit" in r), key=lambda r: r["N"], default=None)
+        if row:
+            reads = row["limit"] == "read"
+            rate = row["bytes" if reads else "flops"] / row["median_s"] / 1e9
+            unit, what = (
+                ("GB/s", "memory: a read of its inputs")
+                if reads
+                else ("GFLOP/s", "arithmetic: torch's fastest matrix product")
             )
-            what = (
-                "memory: a read of its inputs"
-                if row["limit"] == "read"
-                else "arithmetic: torch's fastest matrix product"
-            )
-            lines.append(
-                f"  {peers.label(name)}, {level}, N = {row['N']:,}: {rate}, {row['share_of_limit']:.0%} of {what}"
-            )
+            share = f"{rate:.{int(reads)}f} {unit}, {row['share_of_limit']:.0%} of {what}"
+            lines.append(f"  {peers.label(name)}, {level}, N = {row['N']:,}: {share}")
     for row in select(rows, level="model", name="linear_infsa", which="fwd", status="ok")[-1:]:
         parts = row.get("parts_s") or {}
         total = sum(parts.values())
@@ -121,14 +106,11 @@ def _limits(rows: list[dict]) -> list[str]:
 def _speeds(rows: list[dict]) -> str:
     """Bandwidths and matrix products, of the longest calls."""
     found = []
-    for name, what, units in (
-        ("read", "reads", 1),
-        ("copy", "copies into place", 2),
-        ("clone", "copies into fresh memory", 2),
-    ):
+    moving = {"read": ("reads", 1), "copy": ("copies into place", 2), "clone": ("copies into fresh memory", 2)}
+    for name, (what, units) in moving.items():
         mine = sorted(usual(select(rows, name=name, status="ok")), key=lambda r: r["N"])
         if mine:
-            moved = units * 2 * mine[-1]["N"] * mine[-1]["dim"] * {"fp32": 4}.get(mine[-1]["dtype"], 2)
+            moved = units * 2 * mine[-1]["N"] * mine[-1]["dim"] * (4 if mine[-1]["dtype"] == "fp32" else 2)
             found.append(f"{what} {moved / mine[-1]['median_s'] / 1e9:.1f} GB/s")
     for name, what in (("gemm", "multiplies matrices at"), ("gemm_mm", "by torch.mm")):
         mine = [r for r in usual(select(rows, name=name, status="ok")) if "flops_per_s" in r]
@@ -138,41 +120,19 @@ def _speeds(rows: list[dict]) -> str:
 
 def text(rows: list[dict]) -> str:
     """Every table: per level, depth, size and pass, the fastest first; then growth and goals."""
-    lines = _environment(rows)
+    lines, widths = _environment(rows), (38, 8, 9, 14, 8, 6, 8, 8, 8, 11, 8, 8)
+    header = ",way,time,[p20 p80],x Linear,GB/s,GFLOP/s,of limit,MB,params,error,allowed".split(",")
+
+    def line(cells):
+        return " ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths))).rstrip()
+
     for title, chosen, _ in tables(rows):
-        lines.append(f"\n{title}")
-        header = (
-            "",
-            "way",
-            "time",
-            "[p20, p80]",
-            "x Linear",
-            "GB/s",
-            "GFLOP/s",
-            "of limit",
-            "MB",
-            "params",
-            "error",
-            "allowed",
-        )
-        widths = (38, 8, 9, 14, 8, 6, 8, 8, 8, 11, 8, 8)
-        lines.append(
-            " ".join(
-                cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(header, widths))
-            ).rstrip()
-        )
+        lines += [f"\n{title}", line(header)]
         for row in _sorted(chosen):
-            cells = _cells(row, chosen)
+            cells = list(_cells(row, chosen).values())
             if row["status"] != "ok":
-                status = "WRONG" if row["status"] == "wrong" else row["status"]
-                lines.append(f"{cells['mechanism']:<38} {row['way']:<8} {status}: {row['reason'][:90]}")
-                continue
-            values = list(cells.values())[: len(widths)]
-            lines.append(
-                " ".join(
-                    cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(values, widths))
-                ).rstrip()
-            )
+                cells[2:] = [f"{'WRONG' if row['status'] == 'wrong' else row['status']}: {row['reason'][:90]}"]
+            lines.append(line(cells))
     lines += ["", "Time grows as N to the power of:", *_growth(rows)] if _growth(rows) else []
     return "\n".join([*lines, "", *(goals.line(goal) for goal in goals.compare(rows) if goal["value"] is not None)])
 
@@ -180,21 +140,23 @@ def text(rows: list[dict]) -> str:
 def tables(rows: list[dict]):
     """(title, the fastest row of every mechanism, level) per case that has a time or a reason."""
     kinds = ("level", "depth", "pixels", "batch", "pass", "dtype", "layout", "dim")
-    graph = lambda r: r["way"] == "graph"  # noqa: E731
-    cases_ = dict.fromkeys((graph(r), *(r[f] for f in kinds)) for r in rows)
-    for captured, *values in sorted(cases_, key=lambda c: (cases.LEVELS.index(c[1]), c[2] or 0, c[3], c[0], str(c))):
+    found = dict.fromkeys((r["way"] == "graph", *(r[f] for f in kinds)) for r in rows)
+    for graph, *values in sorted(found, key=lambda c: (cases.LEVELS.index(c[1]), c[2] or 0, c[3], c[0], str(c))):
         case = dict(zip(kinds, values))
-        chosen = best([r for r in rows if graph(r) == captured], **case)
+        chosen = best([r for r in rows if (r["way"] == "graph") == graph], **case)
         if chosen:
             depth = f"{case['depth']} layers, " if case["depth"] else ""
-            size = f"{case['pixels']} x {case['pixels']}, N = {(case['pixels'] // 16) ** 2}"
-            title = f"{case['level']}, {depth}{size}, {case['pass']}"
-            extra = [
-                case["dtype"],
-                *([f"batch {case['batch']}"] if case["batch"] > 1 else []),
-                *(["[B,H,N,d]"] if case["layout"] == "bhnd" else []),
-            ]
-            yield f"{title}, {', '.join([*extra, *(['CUDA graph'] if captured else [])])}", chosen, case["level"]
+            title = f"{case['level']}, {depth}{case['pixels']} x {case['pixels']}, N = {(case['pixels'] // 16) ** 2}"
+            more = {
+                "[B,H,N,d]": case["layout"] == "bhnd",
+                f"batch {case['batch']}": case["batch"] > 1,
+                "CUDA graph": graph,
+            }
+            yield (
+                ", ".join([title, case["pass"], case["dtype"], *(m for m, there in more.items() if there)]),
+                chosen,
+                case["level"],
+            )
 
 
 def _sorted(chosen: dict[str, dict]) -> list[dict]:

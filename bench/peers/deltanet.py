@@ -54,6 +54,7 @@ class GatedDeltaNet(Mechanism):
 
 
 class GatedDeltaNetFla(GatedDeltaNet):
+    COMPILES = False
     LABEL = "Gated DeltaNet (causal, fla)"
     NOTE = "flash-linear-attention's kernels"
 

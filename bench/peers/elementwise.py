@@ -34,6 +34,7 @@ class Sigmoid(Elementwise):
 
 
 class TritonSigmoid(Sigmoid):
+    COMPILES = False
     LABEL, SOURCE, LEVELS = "Sigmoid attention (TritonSigmoid)", "2604.27124", ("operator",)
 
     @classmethod

@@ -27,7 +27,7 @@ MATERIALISED = 2048
 
 
 class InfSA(Mechanism):
-    SOURCE, PROJECTIONS = "2603.00175", "qv"
+    SOURCE, PROJECTIONS, COMPILES = "2603.00175", "qv", False
     OP: str  # its operator
 
     def keys(self, q, k):
@@ -112,7 +112,7 @@ class LinearInfSAPerToken(LinearInfSA):
 
 
 class LinearPlain(LinearInfSA):
-    PLAIN = True
+    PLAIN = COMPILES = True
     LABEL, LEVELS, NOTE = "Linear-InfSA, plain torch", ("operator",), "the equations in torch operations"
 
     def core(self, q, k, v):
@@ -181,7 +181,7 @@ class PureInfSAUntied(PureInfSA):
 
 
 class PurePlain(PureInfSA):
-    PLAIN = True
+    PLAIN = COMPILES = True
     LABEL, LEVELS, NOTE = (
         "Pure InfSA, plain torch",
         ("operator",),

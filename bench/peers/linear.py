@@ -30,6 +30,7 @@ class SimpleLinear(Mechanism):
 
 
 class SimpleLinearFla(SimpleLinear):
+    COMPILES = False
     LABEL, NOTE = "Linear attention (causal, fla)", "flash-linear-attention's kernels"
 
     @classmethod
@@ -61,6 +62,7 @@ class Bidirectional(Mechanism):
 
 
 class BidirectionalFlash(Bidirectional):
+    COMPILES = False
     LABEL, NOTE = "Linear attention (flash_bla)", "the kernels of flash-bidirectional-linear-attention"
 
     @classmethod

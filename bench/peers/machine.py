@@ -16,12 +16,7 @@ from .mechanism import Mechanism
 GEMM_SIZE = {"cpu": 2048, "cuda": 8192}
 
 # Ways to read a float32 vector once; which is the fastest depends on the machine and on torch's build.
-READS = {
-    "sum": torch.sum,
-    "amax": torch.amax,
-    "dot": lambda x: torch.dot(x, x),
-    "norm": torch.linalg.vector_norm,
-}
+READS = {"sum": torch.sum, "amax": torch.amax, "dot": lambda x: torch.dot(x, x), "norm": torch.linalg.vector_norm}
 # Ways to multiply two matrices. torch.mm uses MKL on x86, which holds back on other makers' processors; convolutions go
 # through oneDNN, which does not.
 PRODUCTS = {
@@ -31,6 +26,7 @@ PRODUCTS = {
 
 
 class Limit(Mechanism):
+    COMPILES = False
     SOURCE, TIME, STATE, LEVELS, NOTE = "-", "", "", ("operator",), "a limit of the machine"
 
     def __init__(self, dim, num_heads, grid, local=False):

@@ -28,6 +28,9 @@ class Mechanism(nn.Module):
     NOTE = ""
     POOLED = False  # the core gives one token for all: (B, H, 1, d)
     PLAIN = False  # the plain code that our kernels' errors are measured by
+    COMPILES = (
+        True  # whether torch.compile is tried: not on kernels, which are the same compiled, nor on loops over tokens
+    )
     LEVELS = ("operator", "layer")
 
     PROJECTIONS = "qkv"

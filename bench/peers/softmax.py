@@ -33,6 +33,7 @@ def by(backend: str, devices: tuple[str, ...]) -> type[Softmax]:
             "cudnn": SDPBackend.CUDNN_ATTENTION, "math": SDPBackend.MATH}[backend]  # fmt: skip
 
     class ByBackend(Softmax):
+        COMPILES = False
         LABEL = f"Softmax (SDPA: {backend})"
 
         @classmethod
@@ -49,6 +50,7 @@ def by(backend: str, devices: tuple[str, ...]) -> type[Softmax]:
 class FlashAttention(Softmax):
     """A package with ``flash_attn_func(q, k, v)`` on (B, N, H, d)."""
 
+    COMPILES = False
     LEVELS = ("operator",)
     MODULE: str
     PACKAGE: str
