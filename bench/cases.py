@@ -129,7 +129,16 @@ def _variants(sizes: Iterable[int], device: str) -> list[dict]:
 def goals(device: str, dry: bool = False) -> list[dict]:
     """What a GPU's goals need, in CUDA graphs: both operators on each of our backends, beside reads, copies and softmax."""
     if dry:
-        names = "linear_infsa@triton pure_infsa@triton linear_plain softmax read clone gemm launch".split()
+        names = [
+            "linear_infsa@triton",
+            "pure_infsa@triton",
+            "linear_plain",
+            "softmax",
+            "read",
+            "clone",
+            "gemm",
+            "launch",
+        ]
         return turns("operator", names, (112,), device, ways=("graph",), together=True, dim=32, dtype="bf16")
     linear = [f"linear_infsa{untied}@{backend}" for untied in ("", "_untied") for backend in ("triton", "cuda")]
     linear += ["linear_plain", "read", "read_qkv", "clone", "clone_qkv", "launch"]

@@ -19,6 +19,7 @@ def _small(monkeypatch):
     monkeypatch.setitem(peers.machine.GEMM_SIZE, "cpu", 64)
     monkeypatch.setattr(timer, "CACHE_BYTES", {"cpu": 1 << 16})
     monkeypatch.setattr(engine, "_verdicts", {})
+    monkeypatch.setattr(gate, "_known", {})
     for cached in (peers.machine.matrices, peers.machine.fastest_product):
         cached.cache_clear()
 
