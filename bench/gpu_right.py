@@ -98,9 +98,8 @@ def graph(args) -> dict:
 def _nodes(run) -> int:
     captured, _ = timer.capture(run, keep_graph=True)
     count = ctypes.c_size_t()
-    status = ctypes.CDLL("libcuda.so.1").cuGraphGetNodes(
-        ctypes.c_void_p(captured.raw_cuda_graph()), None, ctypes.byref(count)
-    )
+    raw = ctypes.c_void_p(captured.raw_cuda_graph())
+    status = ctypes.CDLL("libcuda.so.1").cuGraphGetNodes(raw, None, ctypes.byref(count))
     assert status == 0, f"cuGraphGetNodes gives {status}"
     return count.value
 
@@ -116,16 +115,8 @@ def suite(args) -> dict:
     chosen = "cpu-triton and linear and float32" if args.dry_run else "(cuda-triton or cuda-cuda) and not float64"
     began, logs = time.perf_counter(), {}
     for name in ("test_tables.py",) if args.dry_run else SUITES:
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-p",
-            "no:cacheprovider",
-            "-k",
-            chosen,
-            str(machine.ROOT / "tests" / name),
-        ]
+        options = ["-m", "pytest", "-p", "no:cacheprovider", "-k", chosen]
+        command = [sys.executable, *options, str(machine.ROOT / "tests" / name)]
         log = (args.out / f"suite_{name.removesuffix('.py')}.log").open("w")
         logs[name] = subprocess.Popen(command, env=environment, cwd=machine.ROOT, stdout=log, stderr=log), log
     found, right, passed = {}, True, 0

@@ -73,15 +73,8 @@ def draw_all(rows: list[dict], out: Path) -> list[Path]:
     graphs = select(every, way="graph")
     for name, figure in figures.items() if not graphs else (figures | {"operator_roofline": floors(graphs)}).items():
         if figure is not None:
-            figure.text(
-                0.995,
-                0.005,
-                machine.describe(every[-1]["environment"])[:170],
-                ha="right",
-                va="bottom",
-                fontsize=6.5,
-                color=MUTED,
-            )
+            where = machine.describe(every[-1]["environment"])[:170]
+            figure.text(0.995, 0.005, where, ha="right", va="bottom", fontsize=6.5, color=MUTED)
             written.append(out / f"{name}.png")
             figure.savefig(written[-1])
             plt.close(figure)
@@ -99,9 +92,7 @@ def _of_level(level: str, depth: int | None, rows: list[dict]) -> dict:
         "limit": shares(rows, title),
     }
     if level == "model":
-        figures["throughput"] = over_N(
-            rows, "images_per_s", f"Pictures per second, {title}", lambda value, _: f"{value:g}"
-        )
+        figures["throughput"] = over_N(rows, "images_per_s", f"Pictures per second, {title}", lambda x, _: f"{x:g}")
         figures["energy"] = energies(rows, title)
     return {f"{tag}_{name}": figure for name, figure in figures.items()}
 
@@ -136,10 +127,8 @@ def overview(rows: list[dict]):
     axes[0].set_xlabel("patches of 16 × 16 pixels", fontsize=9)
     for ax, op in zip(axes[1:], panels):
         names = (f"{op}_infsa", f"{op}_plain", "softmax")
-        least = [
-            (N, share * dict(points(rows, names[0], "fwd", "median_s"))[N])
-            for N, share in points(rows, names[0], "fwd", "share_of_limit")
-        ]
+        times = dict(points(rows, names[0], "fwd", "median_s"))
+        least = [(N, share * times[N]) for N, share in points(rows, names[0], "fwd", "share_of_limit")]
         limit = "a read of Q, V" if op == "linear" else "fastest matrix product"
         _lines(ax, rows, names, "fwd", "median_s", seconds, slopes=True, extra=(limit, least))
         ax.set_title(f"{peers.label(names[0])}, forward", fontsize=11)
@@ -151,11 +140,8 @@ def overview(rows: list[dict]):
 
 def over_N(rows, field, title, formatter, slopes=False):
     """One panel per pass: lines, their names at the end, and the exponent of their growth."""
-    passes = [
-        p
-        for p in PASSES
-        if any(len(points(rows, n, p, field)) > 1 for n in LINES) and (p != "bwd" or rows[0]["level"] == "operator")
-    ]
+    drawn = [p for p in PASSES if p != "bwd" or rows[0]["level"] == "operator"]
+    passes = [p for p in drawn if any(len(points(rows, n, p, field)) > 1 for n in LINES)]
     if not passes:
         return None
     figure, axes = _panels(len(passes), 5.6, title)

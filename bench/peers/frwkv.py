@@ -37,10 +37,15 @@ class FRWKV(Mechanism):
         )
         kh = F.normalize(m_r * k, dim=-1)
         kt = k * (1 + (a - 1) * m_x)
-        S, out = r.new_zeros(*r.shape[:2], v.shape[-1], r.shape[-1]), []
-        for n in range(r.shape[2]):
-            erased = S @ kh[:, :, n, :, None]
-            S = S * w - erased * (a * kh)[:, :, n : n + 1] + v[:, :, n, :, None] * kt[:, :, n : n + 1]
-            out.append((S @ r[:, :, n, :, None])[..., 0])
+        # A token's state, given what the one before it forgets: S kh is a second column of the product with r.
+        reads = torch.stack([r, F.pad(kh, (0, 0, 0, 1))[:, :, 1:]], -1).flatten(0, 1)  # (B H, N, d, 2)
+        writes = torch.stack([a * kh, kt], -2).flatten(0, 1)  # (B H, N, 2, d)
+        w = w.expand(*r.shape[:2], 1, -1).flatten(0, 1)
+        S = r.new_zeros(len(w), v.shape[-1], r.shape[-1])
+        erased, out = S[:, :, 0], []
+        for read, write, value in zip(*(t.unbind(1) for t in (reads, writes, v.flatten(0, 1)))):
+            S = torch.baddbmm(S * w, torch.stack([-erased, value], -1), write)
+            found, erased = (S @ read).unbind(-1)
+            out.append(found)
         bonus = 0.2 * (r * kt).sum(-1, keepdim=True) * (beta * v)
-        return (torch.stack(out, 2) + bonus).to(dtype)
+        return (torch.stack(out, 1).unflatten(0, r.shape[:2]) + bonus).to(dtype)
