@@ -82,7 +82,7 @@ def all_kinds():
 
 def test_the_page_shows_rows_of_every_status_and_needs_no_other_file(monkeypatch, tmp_path, capsys):
     elsewhere = row(environment=ENVIRONMENT | {"device": "another processor"})
-    monkeypatch.setitem(plots.SETTINGS, "savefig.dpi", 30)
+    monkeypatch.setitem(plots.SETTINGS, "savefig.dpi", 20)
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(r) for r in [elsewhere, *all_kinds()]))
     assert bench.main(["--report", "--out", str(tmp_path)]) == 0
     assert "1 rows of other machines" in capsys.readouterr().err
