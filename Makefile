@@ -17,36 +17,32 @@ bin := $(VENV)/bin
 lock_of = $(wildcard requirements/torch-$(subst $() ,.,$(wordlist 1,2,$(subst ., ,$(subst torch==,,$(1))))).txt)
 csrc := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: bench bench-operator bench-layer bench-model bench-field bench-vs bench-extreme report test test-all test-newest fuzz test-gpu-build lock lint format sanitize gpu-check clean
+.PHONY: help bench bench-all bench-vs bench-extreme report test test-all test-newest fuzz test-gpu-build lock lint format sanitize gpu-check clean
 
-bench: $(VENV)/built
-	$(bin)/python -m bench.run $(BENCH_ARGS)
+help: ## every target in a line
+	@sed -n 's/^\([a-z][a-z-]*\):[^#]*## \(.*\)/  \1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{ printf "%-18s%s\n", $$1, $$2 }'
 
-# InfSA among the mechanisms of the field, on three levels; a run goes on where the last one ended.
-bench-operator bench-layer bench-model: bench-%: $(VENV)/built
-	$(bin)/python -m bench.field $* $(BENCH_ARGS)
+bench: $(VENV)/built ## the main figures, in 3 minutes of measuring: table, plots, what limits what
+	$(bin)/python -m bench $(BENCH_ARGS)
 
-bench-field: $(VENV)/built
-	for level in operator layer model; do $(bin)/python -m bench.field $$level $(BENCH_ARGS) || exit 1; done
+bench-all: $(VENV)/built ## everything, in half an hour on a CPU; goes on where the last run ended
+	$(bin)/python -m bench --all $(BENCH_ARGS)
 
-# All results in bench/out as PNGs and one HTML page.
-report: $(VENV)/built
-	$(bin)/python -m bench.page
+report: $(VENV)/built ## everything measured, as plots and one page: bench/out/report.html
+	$(bin)/python -m bench --report $(BENCH_ARGS)
 
-# This working tree beside revision REV, measured in turn.
-bench-vs: $(VENV)/built
-	$(bin)/python -m bench.versus $(REV) $(BENCH_ARGS)
+bench-vs: $(VENV)/built ## this working tree beside revision REV, in turn
+	$(bin)/python -m bench --versus $(REV) $(BENCH_ARGS)
 
-# A whole model on one picture of 9216 x 9216 pixels: 331,776 tokens.
-bench-extreme: $(VENV)/built
-	$(bin)/python -m bench.extreme $(BENCH_ARGS)
+bench-extreme: $(VENV)/built ## a whole model on one picture of 9216 x 9216 pixels: 331,776 tokens
+	$(bin)/python -m bench --level model --only linear_infsa --sizes 9216 --depth 4 --phase fwd --minutes 30 --limit 1800 $(BENCH_ARGS)
 
 # At most 8 minutes on 2 cores; TEST_ARGS are pytest's. `--random-order --random-order-seed=1` shuffles.
-test: $(VENV)/built
+test: $(VENV)/built ## the tests, in at most 8 minutes on 2 cores
 	$(bin)/python tests/run.py $(TEST_ARGS)
 
 # What is too long for `make test`: every case of what that tries some of.
-test-all: $(VENV)/built
+test-all: $(VENV)/built ## the complete sweeps, which `make test` leaves out
 	RUN_BY="make test-all" $(bin)/python tests/run.py -m sweep $(TEST_ARGS)
 
 # Adapters and models beside the newest releases of the libraries they fit, and beside the oldest that pyproject.toml allows.
@@ -55,7 +51,7 @@ hosts := accelerate peft timm torchao torchvision transformers
 host_tests := $(wildcard tests/test_convert*.py tests/test_timm.py tests/test_transformers.py tests/test_vit*.py) tests/test_readme.py
 host_tests += $(wildcard tests/compat)
 either_host := $(subst $() ,|,$(hosts))
-test-newest: $(VENV)/built
+test-newest: $(VENV)/built ## adapters beside the newest and the oldest releases of their libraries
 	tail -n 1 $(VENV)/constraints.txt > $(VENV)/torch.txt
 	$(PYTHON) -m venv $(VENV)-newest $(VENV)-oldest
 	for bin in $(VENV)-newest/bin $(VENV)-oldest/bin; do \
@@ -70,7 +66,7 @@ test-newest: $(VENV)/built
 	done; exit $$code
 
 # requirements/torch-*.txt anew, from what is newest today. uv resolves for every Python and platform at once, from metadata.
-lock:
+lock: ## requirements/torch-*.txt anew
 	$(PYTHON) -m venv $(VENV)-lock
 	$(VENV)-lock/bin/pip install -q uv
 	for torch in $(LOCKED_TORCH); do \
@@ -81,24 +77,24 @@ lock:
 	done
 
 # Random calls against float64 for MINUTES, drawn from SEED; each failure with the command that repeats it.
-fuzz: $(VENV)/built
+fuzz: $(VENV)/built ## random calls against float64, for MINUTES from SEED
 	$(bin)/python tests/fuzz.py --minutes $(MINUTES) --seed $(SEED)
 
 # The GPU extension, built, imported and taken apart on a machine that has nvcc and needs no GPU.
-test-gpu-build: $(GPU_VENV)/built
+test-gpu-build: $(GPU_VENV)/built ## the GPU extension, built and taken apart where there is nvcc
 	cd $(GPU_VENV) && bin/python -m pytest -c ../pyproject.toml ../tests/test_gpu_build.py ../tests/test_build.py
 
-lint: $(VENV)/built
+lint: $(VENV)/built ## what style asks for
 	$(bin)/ruff check . && $(bin)/ruff format --check .
 	$(bin)/clang-format --dry-run --Werror $(csrc) $(wildcard tests/simt/*)
 
-format: $(VENV)/built
+format: $(VENV)/built ## applies it
 	$(bin)/ruff check --fix . && $(bin)/ruff format .
 	$(bin)/clang-format -i $(csrc) $(wildcard tests/simt/*)
 
 # The CPU kernels under AddressSanitizer and UBSan, in a build of their own, driven by the tests that reach every kernel path.
 sanitize := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
-sanitize: $(VENV)/built
+sanitize: $(VENV)/built ## the CPU kernels under AddressSanitizer and UBSan
 	CFLAGS="$(sanitize) -g1" LDFLAGS="-fsanitize=address,undefined" \
 	  $(bin)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
 	for isa in avx512 avx2 portable; do \
@@ -108,11 +104,11 @@ sanitize: $(VENV)/built
 	done
 
 # On a machine with a GPU, in its own Python (torch with CUDA, triton, numpy, pytest, matplotlib, ninja) and without a network.
-gpu-check:
+gpu-check: ## proves and measures everything on a GPU
 	$(GPU_PYTHON) setup.py -q build_ext --inplace
 	$(GPU_PYTHON) -m bench.gpu_check $(GPU_ARGS)
 
-clean:
+clean: ## removes what was built
 	rm -rf build dist *.egg-info $(VENV) $(VENV)-newest $(VENV)-oldest $(VENV)-lock $(GPU_VENV) infsa_kernels/_C*.so
 
 # torchvision asks for one version of torch: the constraint makes pip look for the torchvision of the torch that is here. A CUDA

@@ -1,8 +1,5 @@
-"""Both operators on a real photograph, checked against float64, beside their peers and the machine's limits.
+"""One benchmark, `python -m bench`: turns of mechanisms on three levels, each checked against float64, called in turn, and a row.
 
-    python -m bench.run            table, JSON and plots; `--quick` in under a minute, `--help` for the rest
-
-image.py makes the tokens; cases.py says what is measured, and its cost in bytes and FLOPs; truth.py is the gate that a
-result passes before its time counts; peers/ holds one file per comparator; measure.py times; machine.py measures the
-limits; sweep.py runs it all into rows (rows.py); curves.py, goals.py, report.py, plots.py and style.py show them.
+cases.py says what is measured, run.py asks worker.py's process for it, where engine.py builds (subject.py), checks (gate.py) and
+times (timer.py); rows.py, goals.py, report.py and plots.py read what was found. peers/ has the mechanisms, one page each.
 """

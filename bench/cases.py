@@ -1,81 +1,216 @@
-"""What is measured: sizes, dtypes and layouts, and what each case costs in bytes and FLOPs."""
+"""What is measured: turns in the order of their worth, for the main figures, for everything, and for a GPU's goals."""
 
-from dataclasses import dataclass, replace
+import argparse
+from collections.abc import Iterable
+from itertools import product
 
-import torch
-from torch import Tensor
+from . import peers
+from .engine import passes
+from .image import PATCH, D
 
-from . import roofline
-from .image import PATCH
+LEVELS = ("operator", "layer", "model")
+DTYPE = {"cpu": "fp32", "cuda": "bf16"}
+DEPTHS = (4, 24)
 
-DIRECTIONS = {"fwd": "forward", "bwd": "backward", "fwd+bwd": "forward + backward"}
-SIZES = (224, 512, 1024, 2048, 4096)
-RHO, EPS = 0.95, 1e-6
+# The operators beside their own equations, softmax and the machine; then the mechanisms of the field, level by level.
+KERNELS = ("linear_infsa", "linear_plain", "pure_infsa", "pure_plain", "softmax", "softmax_64")
+MACHINE = ("read", "read_qqv", "copy", "clone", "gemm", "gemm_mm", "launch", "tiny", "tiny_kernel")
+FIELD = {level: [n for n, (cls, _) in peers.MECHANISMS.items() if level in cls.LEVELS and n not in peers.LIMITS]
+         for level in LEVELS} | {"model": [*peers.PAPER, "linear_infsa_per_token"]}  # fmt: skip
 
-# The paper's heads at D = 1024: (H, d).
-HEADS = {"linear": (64, 16), "pure": (16, 64)}
+# The figures of `make bench`: level, mechanisms, side of the picture, phases.
+MAIN = (
+    ("operator", (*KERNELS[:5], "mean", *MACHINE), 1024, ("fwd",)),
+    ("operator", ("linear_infsa", "linear_plain", "pure_infsa", "softmax", "copy", "clone", "gemm"), 1024, ("train",)),
+    ("model", ("linear_infsa", "linear_infsa_per_token", "softmax"), 1024, ("fwd",)),
+    ("layer", (*peers.PAPER, "mean", "fastformer", "linear_infsa_per_token"), 1024, ("fwd", "train")),
+    ("operator", ("linear_infsa", "linear_plain", "read", "read_qqv", "clone"), 4096, ("fwd", "train")),
+    ("operator", KERNELS[:5], 224, ("fwd",)),
+    ("operator", KERNELS[:5], 512, ("fwd",)),
+    ("operator", KERNELS[:2], 2048, ("fwd",)),
+)
 
-# Up to where Pure's variants are measured: bound by arithmetic, and small enough for every comparator.
-PURE_VARIANTS_PIXELS = 1024
+SIZES = {
+    "cpu": {"kernels": (224, 512, 1024, 2048, 4096), "operator": (224, 1024, 2048), "layer": (224, 1024, 2048),
+            "model": (224, 1024, 2048, 4096, 9216)},
+    "cuda": {"kernels": (224, 1024, 2048, 4096, 9216), "operator": (224, 1024, 4096, 9216),
+             "layer": (224, 1024, 2048, 4096, 9216), "model": (224, 1024, 2048, 4096, 9216)},
+}  # fmt: skip
+QUICK_SIZES = (224, 512)
 
+# The most that a run takes, and each level of `--all`; a level's last turn may go on for GRACE seconds.
+MINUTES = {
+    "cpu": {"main": 3, "operator": 9, "layer": 12, "model": 7},
+    "cuda": {"main": 3, "operator": 5, "layer": 4, "model": 3},
+}
+QUICK_MINUTES, GRACE = 1.5, 5
 
-@dataclass(frozen=True)
-class Case:
-    """One operator on one input; layout "bnhd" is a projection's [B, N, H, d] seen as (B, H, N, d)."""
+# Seconds of one mechanism of a turn, with its building, check and compilation; of its calls.
+LIMIT = {"operator": 25, "layer": 60, "model": 60}
+BUDGET, QUICK_BUDGET = 0.3, 0.05
 
-    op: str
-    N: int
-    H: int
-    d: int
-    dtype: torch.dtype = torch.float32
-    layout: str = "bnhd"
-    tied: bool = True
+# Mechanisms in one turn: if one dies, the others of its turn are built again.
+TOGETHER = 6
+COMPILED_PIXELS = 1024
 
-    def inputs(self, *flat: Tensor, device: torch.device) -> dict[str, Tensor]:
-        """q, k (unless tied) and v as (1, H, N, d) from q, k, v of shape (N, D)."""
-        named = dict(zip("qkv", flat))
-        if self.tied:
-            del named["k"]
-        views = {n: t.to(device, self.dtype).view(1, self.N, self.H, self.d).transpose(1, 2) for n, t in named.items()}
-        return views if self.layout == "bnhd" else {n: t.contiguous() for n, t in views.items()}
-
-    def flops(self, direction: str) -> int:
-        return roofline.flops(self.op, direction, 1, self.H, self.N, self.d)
-
-    def traffic(self, direction: str) -> int:
-        heads = self.H * self.d * self.dtype.itemsize
-        return roofline.traffic(self.op, direction, self.tied, self.N * heads, heads)
-
-    @property
-    def pixels(self) -> int:
-        return round(self.N**0.5) * PATCH
-
-    @property
-    def variant(self) -> str:
-        layout = "[B,N,H,d]" if self.layout == "bnhd" else "[B,H,N,d]"
-        return f"{short(self.dtype)} {layout} {'tied' if self.tied else 'untied'}"
-
-
-def plan(ops: list[str], sizes: list[int], dtype: torch.dtype) -> list[Case]:
-    """Every operator over every size, and its other dtypes and layouts at one size; sorted by size."""
-    other = torch.bfloat16 if dtype == torch.float32 else torch.float32
-    variants_of_pure = max((p for p in sizes if p <= PURE_VARIANTS_PIXELS), default=min(sizes))
-    cases = []
-    for pixels in sorted(sizes):
-        for op in ops:
-            base = Case(op, (pixels // PATCH) ** 2, *HEADS[op], dtype=dtype)
-            cases.append(base)
-            if op == "linear" and pixels == max(sizes):
-                cases += [
-                    replace(base, tied=False),
-                    replace(base, layout="bhnd"),
-                    replace(base, dtype=other),
-                    replace(base, dtype=other, layout="bhnd"),
-                ]
-            if op == "pure" and pixels == variants_of_pure:
-                cases += [replace(base, tied=False), replace(base, layout="bhnd"), replace(base, dtype=other)]
-    return cases
+# W in 4 N D (W D + N), the operations of a quadratic mechanism on N tokens: products with weights beside those with scores.
+WEIGHTS = {"operator": 0, "layer": 2, "model": 6}
 
 
-def short(dtype: torch.dtype) -> str:
-    return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}[dtype]
+def turns(level: str, names: Iterable[str], sizes: Iterable[int], device: str, phases=("fwd", "train"), ways=("eager",),
+          together: bool = False, depths=DEPTHS, **case) -> list[dict]:  # fmt: skip
+    """The turns of one level, all names in one or a few at a time; ``case``: dtype, layout, batch, dim if not the usual ones."""
+    usual = {"dtype": DTYPE[device], "layout": "bnhd", "batch": 1, "dim": D} | case
+    found = []
+    for depth, pixels, phase, way in product(depths if level == "model" else (None,), sorted(sizes), phases, ways):
+        mine = [n for n in names if way != "compile" or peers.of(n).COMPILES]
+        # Mechanisms before their variants: they are worth different things.
+        kinds = [[n for n in mine if (n in peers.VARIANTS) == variant] for variant in (False, True)]
+        step = 1 if way == "compile" or level == "model" else TOGETHER
+        groups = [mine] if together else [kind[i : i + step] for kind in kinds for i in range(0, len(kind), step)]
+        for group in filter(None, groups):
+            turn = {"level": level, "device": device, "depth": depth, "pixels": pixels, "phase": phase, "way": way}
+            turn |= usual | {"names": group}
+            found.append(turn | {"anchors": anchors(turn)})
+    return found
+
+
+def anchors(turn: dict) -> list[str]:
+    """What stands beside a turn's mechanisms: Linear-InfSA, and the machine's limits of its operators."""
+    if turn["level"] == "model":
+        return []
+    classes = [peers.of(n) for n in turn["names"]]
+    own = [c for c in classes if issubclass(c, peers.InfSA)]
+    found = ["linear_infsa"]
+    if turn["level"] == "operator":
+        moves = ("read",) if turn["phase"] == "fwd" else ("read", "copy")
+        found += [m + ("_qkv" if "k" in c.PROJECTIONS else "") for c in own if c.OP == "linear" for m in moves]
+        own = [c for c in own if c.OP == "pure"]
+    return list(dict.fromkeys([*found, *(["gemm"] if own else [])]))
+
+
+def main(device: str) -> list[dict]:
+    """The main figures, each as few times as it takes."""
+    plan = [
+        turns(level, names, (pixels,), device, phases, together=True, depths=(4,))
+        for level, names, pixels, phases in MAIN
+    ]
+    return unique([turn for part in plan for turn in part])
+
+
+def everything(level: str, device: str, quick: bool = False) -> list[dict]:
+    """All of a level, in the order of its worth, for time may end: the last ones are left to the next run."""
+    sizes = dict.fromkeys(SIZES[device], QUICK_SIZES) if quick else SIZES[device]
+    plan = []
+    if level == "operator":
+        plan += turns(level, (*KERNELS, *MACHINE), sizes["kernels"], device, together=True)
+        plan += _variants(sizes["kernels"], device)
+        plan += goals(device) if device == "cuda" and not quick else []
+    plan += turns(level, FIELD[level], sizes[level], device)
+    plan += (
+        turns(level, FIELD[level], sizes[level], device, ways=("compile",)) if level != "model" and not quick else []
+    )
+    return unique(sorted(plan, key=_worth))
+
+
+def _variants(sizes: Iterable[int], device: str) -> list[dict]:
+    """Other dtypes and layouts, and untied keys: Linear at its longest, Pure where every comparator can follow."""
+    other = "bf16" if DTYPE[device] == "fp32" else "fp32"
+    plan = []
+    for op, pixels in (("linear", max(sizes)), ("pure", max((s for s in sizes if s <= 1024), default=min(sizes)))):
+        names = [f"{op}_infsa", f"{op}_plain", "softmax" if op == "pure" else "softmax_64", "gemm_mm", "clone"]
+        untied = [f"{op}_infsa_untied", f"{op}_plain_untied", *names[2:4], "clone_qkv"]
+        for layout, dtype in (("bhnd", DTYPE[device]), ("bnhd", other), ("bhnd", other)):
+            plan += turns("operator", names, (pixels,), device, layout=layout, dtype=dtype, together=True)
+        plan += turns("operator", untied, (pixels,), device, together=True)
+    return plan
+
+
+def goals(device: str, dry: bool = False) -> list[dict]:
+    """What a GPU's goals need, in CUDA graphs: both operators on each of our backends, beside reads, copies and softmax."""
+    if dry:
+        names = [
+            "linear_infsa@triton",
+            "pure_infsa@triton",
+            "linear_plain",
+            "softmax",
+            "read",
+            "clone",
+            "gemm",
+            "launch",
+        ]
+        return turns("operator", names, (112,), device, ways=("graph",), together=True, dim=32, dtype="bf16")
+    linear = [f"linear_infsa{untied}@{backend}" for untied in ("", "_untied") for backend in ("triton", "cuda")]
+    linear += ["linear_plain", "read", "read_qkv", "clone", "clone_qkv", "launch"]
+    pure = ["pure_infsa@triton", "pure_infsa_untied@triton", "sdpa_flash", "sdpa_cudnn", "sdpa_efficient", "gemm",
+            "flash_attention_3", "flash_attention_4"]  # fmt: skip
+    plan = turns("operator", ["read", "copy", "clone", "gemm", "launch"], (4096,), device, ("fwd",), ("graph",))
+    for pixels, batch in (*product((224, 512, 1024, 2048), (1, 32)), (4096, 1), (9216, 1)):
+        plan += turns("operator", linear, (pixels,), device, ways=("graph",), batch=batch, together=True)
+        plan += turns("operator", ["linear_plain"], (pixels,), device, ("fwd",), ("compile",), batch=batch)
+    for pixels, batch in ((224, 32), (1024, 1), (1024, 8), (2048, 1), (4096, 1)):
+        plan += turns("operator", pure, (pixels,), device, ways=("graph",), batch=batch, together=True)
+    return plan + turns("operator", pure[:2], (9216,), device, ("fwd",), ("graph",))
+
+
+def unique(plan: list[dict]) -> list[dict]:
+    """The same without what an earlier turn has."""
+    known, found = set(), []
+    for turn in plan:
+        case = tuple(v for k, v in sorted(turn.items()) if k not in ("names", "anchors"))
+        names = [n for n in turn["names"] if (case, n) not in known]
+        known |= {(case, n) for n in names}
+        if names:
+            found.append(turn | {"names": names})
+    return found
+
+
+def _worth(turn: dict) -> tuple:
+    """What sorts turns: mechanisms before their variants, eager before compiled, small before large."""
+    if turn["level"] == "model":
+        return turn["pixels"] * turn["depth"] * (2 if turn["phase"] == "train" else 1), turn["pixels"], turn["phase"]
+    variant = turn["names"][0] in peers.VARIANTS
+    if turn["way"] == "compile":
+        stage = 1 if turn["pixels"] == COMPILED_PIXELS and not variant else 3
+    else:
+        stage = 2 if variant or turn["way"] == "graph" else 0
+    return stage, turn["pixels"], turn["phase"]
+
+
+def too_long(turn: dict, name: str, rows: list[dict], limit: float) -> str | None:
+    """Why a mechanism is not tried, if a smaller picture's row tells that it would take too long or too much memory."""
+    same = ("level", "depth", "way", "dtype", "layout", "batch", "dim")
+    smaller = [r for r in rows if r["name"] == name and r["pass"] == passes(turn)[-1] and r["pixels"] < turn["pixels"]
+               and all(r.get(f) == turn.get(f) for f in same)]  # fmt: skip
+    if not smaller:
+        return None
+    last = max(smaller, key=lambda r: r["pixels"])
+    if last["status"] in ("time limit", "out of memory"):
+        return f"{last['status']} at {last['pixels']} pixels"
+    if last["status"] != "ok":
+        return None
+    seconds = last["median_s"] * _operations(turn, name) / _operations(last, name)
+    # A call to warm up and one that counts.
+    return f"a call would take ~{seconds:.0f} s" if 2 * seconds > limit else None
+
+
+def _operations(case: dict, name: str) -> float:
+    """What a mechanism's time grows with."""
+    N = (case["pixels"] // PATCH) ** 2
+    return N * (WEIGHTS[case["level"]] * D + N) if peers.of(name).QUADRATIC else N
+
+
+def names_of(value: str) -> list[str]:
+    names = [part for part in value.split(",") if part]
+    if unknown := {name for name in names if name.partition("@")[0] not in peers.MECHANISMS}:
+        known = ", ".join(peers.MECHANISMS)
+        raise argparse.ArgumentTypeError(f"no mechanism {', '.join(sorted(unknown))}; there are {known}")
+    return names
+
+
+def sizes_of(value: str) -> list[int]:
+    sizes = [int(part) for part in value.split(",")]
+    if any(size < 112 or size % 16 for size in sizes):
+        why = "mechanisms pool 7 x 7 landmarks from the grid"
+        raise argparse.ArgumentTypeError(f"a size is a multiple of 16 from 112: {why}")
+    return sizes

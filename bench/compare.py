@@ -1,22 +1,29 @@
-"""`python -m bench.compare A B`: how the times of B stand to those of A, row by row, and which changes exceed the noise.
+"""Two results side by side (`--compare A B`), and this working tree beside another revision of it (`--versus REV`).
 
-A and B are results.json of bench.run or rows.jsonl of bench.field. The noise of a row is the interval of its calls from the
-20th to the 80th percentile; of a row that was measured several times, the interval of the medians. A change counts where the
-intervals of A and B do not meet. The exit status is 1 if something became slower or has no time any more.
+The noise of a row is the interval of its calls from the 20th to the 80th percentile; of a row that was measured several times,
+the interval of the medians. A change counts where the intervals of A and B do not meet. The exit status is 1 if something became
+slower or has no time any more.
+
+REV is checked out into a temporary folder, with this tree's bench/ instead of its own, and its extension is built there. Every
+turn is then measured by both in turn, several times. A revision too old for this tree's bench/ does not start, and says what it
+lacks.
 """
 
-import argparse
+import contextlib
 import json
+import shutil
 import statistics
+import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
-# What names a measurement, in the rows of bench.field, of bench.run and of its layer.
-IDENTITY = {
-    "field": ("level", "device", "dtype", "name", "depth", "pixels", "phase", "way"),
-    "run": ("op", "candidate", "variant", "N", "direction"),
-    "layer": ("candidate", "dtype", "N", "direction"),
-}
+from .engine import IDENTITY
+from .machine import ROOT
+from .rows import durations
+from .worker import Worker
+
 MACHINE = ("device", "threads", "torch", "infsa_kernels", "commit", "isa")
 
 # Rows that say nothing of the code.
@@ -25,15 +32,9 @@ NO_RESULT = ("not reached", "skipped")
 # Fewer calls have no interval.
 LEAST_SAMPLES = 3
 
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("a", type=Path, help="results.json or rows.jsonl")
-    parser.add_argument("b", type=Path, help="the same, of what is to be judged")
-    args = parser.parse_args(arguments)
-    return show(load(args.a), load(args.b))
+# What bench/ takes from elsewhere.
+GATE = Path("infsa_kernels/testing.py")
+VERSUS = {"levels": ("operator", "layer"), "names": ("linear_infsa", "pure_infsa"), "sizes": (224, 1024), "limit": 60}
 
 
 def show(a: dict[tuple, dict], b: dict[tuple, dict]) -> int:
@@ -45,10 +46,7 @@ def show(a: dict[tuple, dict], b: dict[tuple, dict]) -> int:
 
 def load(path: Path) -> dict[tuple, dict]:
     """The rows of a file by measurement; repetitions in one environment are one row, of an older one are left out."""
-    if path.suffix == ".jsonl":
-        return merge([json.loads(line) for line in path.read_text().splitlines() if line.strip()])
-    found = json.loads(path.read_text())
-    return merge([{**r, "environment": found["environment"]} for r in [*found["rows"], *found.get("layer", [])]])
+    return merge([json.loads(line) for line in path.read_text().splitlines() if line.strip()])
 
 
 def merge(rows: list[dict]) -> dict[tuple, dict]:
@@ -56,13 +54,8 @@ def merge(rows: list[dict]) -> dict[tuple, dict]:
     groups = {}
     for row in rows:
         if row["status"] not in NO_RESULT:
-            groups.setdefault(identity(row), []).append(row)
+            groups.setdefault(tuple(row.get(f) for f in IDENTITY), []).append(row)
     return {key: _one([r for r in group if _machine(r) == _machine(group[-1])]) for key, group in groups.items()}
-
-
-def identity(row: dict) -> tuple:
-    kind = "field" if "level" in row else "run" if "op" in row else "layer"
-    return kind, *(row.get(f) for f in IDENTITY[kind])
 
 
 def compare(a: dict[tuple, dict], b: dict[tuple, dict]) -> list[dict]:
@@ -78,17 +71,15 @@ def text(changes: list[dict], a: dict[tuple, dict], b: dict[tuple, dict]) -> str
     lines.append(f"\n{'':<{width}}{'A':>14}{'B':>14}{'B / A':>8}  noise")
     for c in changes:
         noise = "[{:.2f}, {:.2f}]".format(*c["noise"]) if c.get("noise") else "few calls" if "ratio" in c else ""
-        times = [_milliseconds(c[side]) if isinstance(c[side], float) else c[side] for side in "ab"]
+        times = [durations(c[side])[0] if isinstance(c[side], float) else c[side] for side in "ab"]
         ratio = f"{c['ratio']:.3f}" if "ratio" in c else ""
         lines.append(f"{c['what']:<{width}}{times[0]:>14}{times[1]:>14}{ratio:>8}  {noise:<14}{c['change']}".rstrip())
     counts = {change: sum(c["change"] == change for c in changes) for change in ("slower", "faster", "lost", "new")}
     beyond = (
         ", ".join(f"{count} {change}" for change, count in counts.items() if count) or "none changed beyond its noise"
     )
-    lines.append(
-        f"\n{len(changes)} rows in both: {beyond}. Only in A: {len(a.keys() - b.keys())}, in B: {len(b.keys() - a.keys())}."
-    )
-    return "\n".join(lines)
+    only = f"Only in A: {len(a.keys() - b.keys())}, in B: {len(b.keys() - a.keys())}."
+    return "\n".join([*lines, f"\n{len(changes)} rows in both: {beyond}. {only}"])
 
 
 def _one(group: list[dict]) -> dict:
@@ -132,13 +123,70 @@ def _describe(rows: dict[tuple, dict]) -> str:
 
 
 def _name(key: tuple) -> str:
-    kind, *fields = key
-    return " ".join([*(["layer"] if kind == "layer" else []), *(str(f) for f in fields if f is not None)]) + "  "
+    usual = {"bnhd", "eager", None}
+    shown = {f: v for f, v in zip(IDENTITY, key) if v not in usual and (f, v) not in (("batch", 1), ("dim", 1024))}
+    return " ".join(str(v) for v in shown.values()) + "  "
 
 
-def _milliseconds(seconds: float) -> str:
-    return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
+def versus(rev: str, plan: list[dict], device: str, rounds: int, budget: float, out: Path) -> int:
+    """Measures the plan on both sides and prints the comparison, REV as A; returns the exit status."""
+    with checkout(rev, ROOT) as (root, commit):
+        print(f"building {commit[:12]}", file=sys.stderr)
+        build(root)
+        rows = measure(plan, {"a": root, "b": ROOT}, device, rounds, budget)
+    for row in rows["a"]:
+        row["environment"] = {**row["environment"], "commit": commit[:12]}
+    out.mkdir(parents=True, exist_ok=True)
+    for side, found in rows.items():
+        (out / f"{side}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
+    return show(*(merge(rows[side]) for side in "ab"))
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+@contextlib.contextmanager
+def checkout(rev: str, repository: Path) -> Iterator[tuple[Path, str]]:
+    """A temporary folder with revision ``rev`` under this tree's harness, and its commit."""
+
+    def git(*arguments):
+        run = subprocess.run(["git", *map(str, arguments)], cwd=repository, capture_output=True, text=True)
+        if run.returncode:
+            raise SystemExit(f"git {' '.join(map(str, arguments))}: {run.stderr.strip()}")
+        return run.stdout.strip()
+
+    commit = git("rev-parse", "--verify", f"{rev}^{{commit}}")
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder) / "revision"
+        git("worktree", "add", "--quiet", "--detach", root, commit)
+        try:
+            shutil.rmtree(root / "bench", ignore_errors=True)
+            leave = shutil.ignore_patterns("out", "results", "__pycache__")
+            shutil.copytree(repository / "bench", root / "bench", ignore=leave)
+            shutil.copy(repository / GATE, root / GATE)
+            yield root, commit
+        finally:
+            git("worktree", "remove", "--force", root)
+
+
+def build(root: Path) -> None:
+    """Builds the extension in place, by this Python."""
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    run = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    if run.returncode:
+        raise SystemExit(f"the revision does not build:\n{run.stdout[-2000:]}{run.stderr[-2000:]}")
+
+
+def measure(plan: list[dict], roots: dict[str, Path], device: str, rounds: int, budget: float) -> dict[str, list[dict]]:
+    """Rows per side, turn and round; what gave no time on a side is not asked again there."""
+    rows = {side: [] for side in roots}
+    with contextlib.ExitStack() as stack:
+        workers = {side: stack.enter_context(Worker(device, budget, root)) for side, root in roots.items()}
+        for i, turn in enumerate(plan):
+            print(f"{i + 1}/{len(plan)} {turn['level']} {turn['pixels']}² {turn['phase']}", file=sys.stderr)
+            failed = {side: set() for side in roots}
+            for number in range(rounds):
+                for side in sorted(workers, reverse=number % 2 == 1):
+                    names = [n for n in turn["names"] if n not in failed[side]]
+                    for row in workers[side].measure({**turn, "names": names}, VERSUS["limit"]) if names else ():
+                        rows[side].append(row | {"environment": workers[side].environment})
+                        if row["status"] != "ok":
+                            failed[side].add(row["name"])
+    return rows

@@ -1,9 +1,10 @@
 """`python -m bench.gpu_check --out DIR`: everything that has to be seen on a GPU, in parts, each with its own JSON.
 
-A part whose JSON lies in DIR is not run again (`--again` runs it), so a machine that goes away costs one part; `--seconds`
-begins no part after that time, for machines lent by the minute. The last step merges the parts into DIR/results.json, draws
-DIR/goals.png and DIR/roofline.png and prints one short table. `--dry-run` walks through the parts on the CPU with tiny sizes,
-in Triton's interpreter (TRITON_INTERPRET=1), for the test of this script: its figures mean nothing.
+What has to be right: our backends beside eager and the CPU, in every configuration, stream, graph and size. What has to be fast:
+the turns of cases.goals, and a few tiles. A part whose JSON lies in DIR is not run again (`--again` runs it), so a machine that
+goes away costs one part; `--seconds` begins no part after that time, for machines lent by the minute. The last step draws
+DIR/goals.png and the plots of the rows and prints one short table. `--dry-run` walks through the parts on the CPU with tiny
+sizes, in Triton's interpreter (TRITON_INTERPRET=1), for the test of this script: its figures mean nothing.
 
 Needs torch, triton, numpy, pytest and matplotlib, and no network.
 """
@@ -18,21 +19,40 @@ from pathlib import Path
 
 import torch
 
-from . import gpu_goals, gpu_plots, gpu_right, machine, tune
+from . import cases, engine, goals, gpu_right, machine, peers, timer, tune
+
+# The cache that keeps a tied Q between Linear's two passes over it: an H200's, as far as it was seen to.
+KEPT_BYTES = 40 << 20
+
+
+def speed(args) -> dict:
+    """The rows of every goal, each mechanism checked first; on a CPU, tiny ones."""
+    rows, budget = [], 0.01 if args.dry_run else 0.4
+    if args.dry_run:
+        peers.machine.GEMM_SIZE["cpu"], timer.LONG_CALL_SECONDS = 64, 0.0  # each call once: its time means nothing
+    for turn in cases.goals(args.device.type, args.dry_run):
+        rows += engine.measure(turn, args.device, budget)
+        print(f"  {turn['pixels']}² x{turn['batch']} {turn['phase']} {turn['way']}", flush=True)
+    facts = machine.environment(args.device)
+    # A mechanism that is not there is no fault; one that is wrong is.
+    wrong = [f"{r['name']} N={r['N']} {r['pass']}: {r['reason']}" for r in rows if r["status"] == "wrong"]
+    return {"passed": not wrong, "wrong": wrong, "rows": [r | {"environment": facts} for r in rows]}
+
+
+def tiles(args) -> dict:
+    """A few candidates at the paper's heads."""
+    return {"seconds_by_candidate": tune.run(args.device, args.dry_run, quick=True)}
+
 
 PARTS = {
-    "backends": gpu_right.backends,
-    "graph": gpu_right.graph,
-    "ceilings": gpu_goals.ceilings,
-    "agreement": gpu_right.agreement,
-    "repeatability": gpu_right.repeatability,
-    "large": gpu_right.large,
-    "devices": gpu_right.devices,
-    "linear": gpu_goals.linear,
-    "pure": gpu_goals.pure,
+    **{
+        name: getattr(gpu_right, name)
+        for name in ("backends", "graph", "agreement", "repeatability", "large", "devices")
+    },
+    "speed": speed,
     "sanitizer": gpu_right.sanitizer,
     "suite": gpu_right.suite,
-    "tune": tune.quick,
+    "tune": tiles,
 }
 
 
@@ -80,36 +100,126 @@ def run(part, args) -> dict:
 
 def report(args) -> int:
     parts = {name: json.loads(at.read_text()) for name in PARTS if (at := args.out / f"{name}.json").exists()}
-    goals, rows, ratios = gpu_goals.compare(parts), gpu_goals.beside_the_floor(parts), gpu_goals.ratios(parts)
-    environment = machine.environment(args.device)
-    results = {"environment": environment, "parts": parts, "goals": goals, "rows": rows, "ratios": ratios}
-    (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    rows = parts.get("speed", {}).get("rows", [])
+    found = [goals.ratio(goal, rows) for goal in goals.GPU]
+    (args.out / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     try:
-        gpu_plots.draw_goals(goals, args.out / "goals.png")
-        gpu_plots.draw_roofline(rows, args.out / "roofline.png")
+        draw(found, rows, args.out)
     except ImportError as error:
         print(f"no plots: {error}")
     print()
-    for row in rows:
-        print(
-            f"{row['what']:<36} {row['seconds'] * 1e6:>12.1f} us, floor {row['floor']:>5.0%}, "
-            f"predicted {row['predicted'] * 1e6:>12.1f} us"
-        )
-    for ratio in ratios:
-        print(f"{ratio['what']:<58} {ratio['value']:>12.3g}")
+    for row in beside_the_floor(rows):
+        micro = f"{row['seconds'] * 1e6:>12.1f} us, floor {row['floor']:>5.0%}, predicted {row['predicted'] * 1e6:>12.1f} us"
+        print(f"{row['what']:<48} {micro}")
+    for what, value in ratios(rows).items():
+        print(f"{what:<58} {value:>12.3g}")
     print()
     for name in PARTS:
         part = parts.get(name, {"passed": None, "reason": "not run"})
         if "passed" in part:
-            verdict = {True: "passed", False: "FAILED", None: part.get("reason")}[part["passed"]]
-            print(f"{name:<14} {verdict}")
+            print(f"{name:<14} {({True: 'passed', False: 'FAILED', None: part.get('reason')})[part['passed']]}")
         for key in ("reason", "wrong", "differing", "files", "nodes"):
             if part.get("passed") is False and part.get(key):
                 print(f"  {key}: {part[key]}")
-    for goal in goals:
-        value = "not measured" if goal["value"] is None else f"{goal['value']:.3g}"
-        print(f"{goal['goal']:<58} {goal['target']:>8} {value:>12}  {'reached' if goal['reached'] else ''}")
+    print("\n".join(goals.line(goal) for goal in found))
     return int(any(part.get("passed") is False for part in parts.values()))
+
+
+def draw(found: list[dict], rows: list[dict], out: Path) -> None:
+    """Every measured goal as its share of the target, and the plots of the rows."""
+    from . import plots
+
+    def share(goal):
+        sign, target = goal["target"].split()
+        return goal["value"] / float(target) if sign == ">=" else float(target) / goal["value"]
+
+    if rows:
+        plots.draw_all(rows, out)
+    figure = plots.share_bars({g["goal"]: share(g) for g in found if g["value"]}, "share of the target (1 = reached)")
+    if figure is not None:
+        figure.savefig(out / "goals.png", dpi=120)
+
+
+def beside_the_floor(rows: list[dict]) -> list[dict]:
+    """Every time of ours with its distance to the least that the machine allows, and with what was predicted."""
+    found, ceilings = [], _ceilings(rows)
+    for row in rows if ceilings else ():
+        if "@" in row["name"] and row["status"] == "ok":
+            cls = peers.of(row["name"])
+            sizes = (
+                cls.OP,
+                row["pass"],
+                "k" not in cls.PROJECTIONS,
+                row["batch"],
+                row["H"],
+                row["N"],
+                row["d"],
+                2,
+                ceilings,
+            )
+            what = f"{row['name']} {row['pass']} N={row['N']} x{row['batch']}"
+            found.append({"what": what, "seconds": row["median_s"], "floor": floor(*sizes) / row["median_s"],
+                          "predicted": predict(*sizes)})  # fmt: skip
+    return found
+
+
+def floor(op: str, which: str, tied: bool, B: int, H: int, N: int, d: int, itemsize: int, ceilings: dict) -> float:
+    """Seconds that a pass takes at least on a machine of these ceilings (bytes/s "read" and "copy", FLOP/s "gemm")."""
+    moved = peers.infsa.traffic(op, which, tied, B * N * H * d * itemsize, B * H * d * itemsize)
+    memory = moved / ceilings["read" if which == "fwd" and op == "linear" else "copy"]
+    # Linear's few operations per number are no matrix product.
+    return max(memory, peers.infsa.flops(op, which, B, H, N, d) / ceilings["gemm"] if op == "pure" else 0.0)
+
+
+def predict(op: str, which: str, tied: bool, B: int, H: int, N: int, d: int, itemsize: int, ceilings: dict) -> float:
+    """Seconds that the Triton kernels should take: the floor, what they move beyond it, and their launches.
+
+    Beyond it: Linear reads a tied Q again, and backward hands on one float32 per token and head, written and read; Pure
+    rescales its output in place, and its untied backward pass computes two of five products twice.
+    """
+    tokens = B * N * H * d * itemsize
+    least = floor(op, which, tied, B, H, N, d, itemsize, ceilings)
+    if op == "pure":
+        again, launches = (1.0, 2) if which == "fwd" or tied else (7 / 5, 3)
+        return least * again + 2 * tokens / ceilings["copy"] + launches * ceilings["launch"]
+    again = max(0, tokens - KEPT_BYTES) if tied or which == "bwd" else 0
+    if which == "bwd":
+        again = tied * (again + 2 * B * N * H * 4)
+    launches = 1 if which == "fwd" and N <= 512 else 2
+    return least + again / ceilings["read" if which == "fwd" else "copy"] + launches * ceilings["launch"]
+
+
+def _ceilings(rows: list[dict]) -> dict | None:
+    """Bytes and operations a second, and the seconds of a launch: of the longest calls that moved or multiplied."""
+    longest = {r["name"]: r for r in sorted(rows, key=lambda r: r["N"] * r["batch"]) if r["status"] == "ok"}
+    if not {"read", "clone", "gemm", "launch"} <= longest.keys():
+        return None
+
+    def rate(name):
+        row = longest[name]
+        return 2 * row["batch"] * row["N"] * row["dim"] * (4 if row["dtype"] == "fp32" else 2) / row["median_s"]
+
+    others = {"gemm": longest["gemm"]["flops_per_s"], "launch": longest["launch"]["median_s"]}
+    return {"read": rate("read"), "copy": 2 * rate("clone"), **others}
+
+
+def ratios(rows: list[dict]) -> dict[str, float]:
+    """Linear's CUDA C++ kernels beside Triton's at every size, and each backend beside an empty launch at the smallest."""
+    found, times = {}, {(r["name"], r["pass"], r["N"], r["batch"]): r["median_s"] for r in rows if r["status"] == "ok"}
+    for (name, which, N, batch), seconds in times.items():
+        base, _, backend = name.partition("@")
+        at = f"{which}, N={N} x{batch}"
+        if backend == "cuda" and (triton := times.get((f"{base}@triton", which, N, batch))):
+            found[f"{base} {at}: CUDA / Triton"] = seconds / triton
+        if (
+            base == "linear_infsa"
+            and backend
+            and N == 196
+            and which == "fwd"
+            and (launch := times.get(("launch", "fwd", N, batch)))
+        ):
+            found[f"{name} {at}: time / empty launch"] = seconds / launch
+    return found
 
 
 if __name__ == "__main__":

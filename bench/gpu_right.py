@@ -14,7 +14,7 @@ import torch
 
 import infsa_kernels
 
-from . import gpu_goals, machine
+from . import machine, timer
 
 # Tests with a `backend` fixture, and with no package that a lent machine lacks.
 SUITES = (
@@ -24,12 +24,26 @@ SUITES = (
 SUITE_SECONDS = 300
 RUNS = 250
 TIES_AND_MASKS = [(tied, masked) for tied in (True, False) for masked in (True, False)]
+HEADS = {"linear": (64, 16), "pure": (16, 64)}
+# The backends whose kernels are ours.
+OURS = ("triton", "cuda")
 BOUNDS = {"float32": 1e-4, "tf32": 4e-3, "bfloat16": 2e-2, "float16": 4e-3}
+
+
+def reasons(op: str, device: torch.device) -> dict[str, str | None]:
+    """Each of our backends, and why it cannot run an operator here; None where it can."""
+    found = infsa_kernels.explain_backend(op, device, torch.bfloat16, (1, 1, 16, 16))
+    return {name: found[name] for name in OURS}
+
+
+def running(op: str, device: torch.device) -> list[str]:
+    """Which of our backends run an operator here."""
+    return [name for name, reason in reasons(op, device).items() if reason is None]
 
 
 def inputs(op, device, N=197, B=1, dtype=torch.bfloat16, tied=True, H=None, d=None):
     """q, k, v as views of [B, N, H, d], with the paper's heads unless told otherwise; k is q where tied."""
-    H, d = (own or paper for own, paper in zip((H, d), gpu_goals.HEADS[op]))
+    H, d = (own or paper for own, paper in zip((H, d), HEADS[op]))
     q, k, v = (torch.randn(B, N, H, d, device=device).to(dtype).transpose(1, 2) for _ in range(3))
     return q, q if tied else k, v
 
@@ -50,7 +64,7 @@ def distance(actual, expected) -> float:
 
 def backends(args) -> dict:
     """That each of our backends runs what it has kernels for; on the CPU none is expected to but Triton's interpreter."""
-    found = {op: gpu_goals.reasons(op, args.device) for op in gpu_goals.HEADS}
+    found = {op: reasons(op, args.device) for op in HEADS}
     needed = [("linear", "triton"), ("pure", "triton"), ("linear", "cuda")]
     wrong = [f"{op} on {name}: {found[op][name]}" for op, name in needed if found[op][name]]
     if args.dry_run:
@@ -63,7 +77,7 @@ def graph(args) -> dict:
     if args.dry_run:
         return {"passed": None, "reason": "the CPU has no graphs"}
     nodes = {}
-    for name in gpu_goals.backends("linear", args.device):
+    for name in running("linear", args.device):
         q, _, v = inputs("linear", args.device)
         leaves = [t.detach().requires_grad_() for t in (q, v)]
 
@@ -71,7 +85,7 @@ def graph(args) -> dict:
             with infsa_kernels.backend(name):
                 return [torch.ops.infsa.linear(leaves[0], leaves[0], leaves[1])]
 
-        with torch.cuda.stream(gpu_goals.capture_stream()):
+        with torch.cuda.stream(timer.capture_stream()):
             (out,) = forward()
         torch.cuda.synchronize()
         dout = torch.ones_like(out)
@@ -82,18 +96,17 @@ def graph(args) -> dict:
 
 
 def _nodes(run) -> int:
-    captured, _ = gpu_goals.capture(run, keep_graph=True)
+    captured, _ = timer.capture(run, keep_graph=True)
     count = ctypes.c_size_t()
-    status = ctypes.CDLL("libcuda.so.1").cuGraphGetNodes(
-        ctypes.c_void_p(captured.raw_cuda_graph()), None, ctypes.byref(count)
-    )
+    raw = ctypes.c_void_p(captured.raw_cuda_graph())
+    status = ctypes.CDLL("libcuda.so.1").cuGraphGetNodes(raw, None, ctypes.byref(count))
     assert status == 0, f"cuGraphGetNodes gives {status}"
     return count.value
 
 
 def ours(device) -> list[tuple[str, str]]:
     """(operator, backend) of our kernels that run here."""
-    return [(op, name) for op in gpu_goals.HEADS for name in gpu_goals.backends(op, device)]
+    return [(op, name) for op in HEADS for name in running(op, device)]
 
 
 def suite(args) -> dict:
@@ -102,16 +115,8 @@ def suite(args) -> dict:
     chosen = "cpu-triton and linear and float32" if args.dry_run else "(cuda-triton or cuda-cuda) and not float64"
     began, logs = time.perf_counter(), {}
     for name in ("test_tables.py",) if args.dry_run else SUITES:
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-p",
-            "no:cacheprovider",
-            "-k",
-            chosen,
-            str(machine.ROOT / "tests" / name),
-        ]
+        options = ["-m", "pytest", "-p", "no:cacheprovider", "-k", chosen]
+        command = [sys.executable, *options, str(machine.ROOT / "tests" / name)]
         log = (args.out / f"suite_{name.removesuffix('.py')}.log").open("w")
         logs[name] = subprocess.Popen(command, env=environment, cwd=machine.ROOT, stdout=log, stderr=log), log
     found, right, passed = {}, True, 0
@@ -148,7 +153,7 @@ def agreement(args) -> dict:
                 q, k, v = inputs(op, args.device, N, 2, kind, tied, H=2, d=d)
                 masks = [torch.rand(2, N, device=args.device) < 0.3 if masked else None] * 2
                 results = {}
-                for name in gpu_goals.backends(op, args.device):
+                for name in running(op, args.device):
                     with infsa_kernels.backend(name):
                         results[name] = step(op, q, k, v, *masks)
                 torch.set_float32_matmul_precision("highest")
@@ -202,7 +207,7 @@ def _on_side_stream(run):
 
 
 def _replayed(run):
-    graph, results = gpu_goals.capture(run)
+    graph, results = timer.capture(run)
     for t in results:
         t.fill_(float("nan"))
     graph.replay()
@@ -219,7 +224,7 @@ def large(args) -> dict:
             wrong.append(what)
 
     for op, backend in ours(args.device):
-        d = gpu_goals.HEADS[op][1]
+        d = HEADS[op][1]
         N, stride = (40, 1 << 10) if args.dry_run else (600, 1 << 22)  # 600 * 2^22 > 2^31
         store = torch.empty(N * stride, dtype=torch.bfloat16, device=args.device)
         q, v = (store.as_strided((1, 2, N, d), (0, d, stride, 1), offset) for offset in (0, stride // 2))
@@ -235,17 +240,14 @@ def large(args) -> dict:
         few = q[first_and_last]
         with infsa_kernels.backend(backend):
             # dout is a function of the element's place in the output, so only the forward passes are of equal inputs.
-            compare(
-                f"{op} {backend}: {B} images",
-                [step(op, q, q, v)[0][first_and_last]],
-                [step(op, few, few, v[first_and_last])[0]],
-            )
+            some, alone = step(op, q, q, v)[0][first_and_last], step(op, few, few, v[first_and_last])[0]
+            compare(f"{op} {backend}: {B} images", [some], [alone])
         del q, v
     N = 100 if args.dry_run else (1 << 21) + 5
     q, _, v = inputs("linear", args.device, N, H=2 if args.dry_run else None)
     with infsa_kernels.backend("eager"):
         expected = [step("linear", q[:, h], q[:, h], v[:, h]) for h in (0, q.shape[1] - 1)]
-    for backend in gpu_goals.backends("linear", args.device):
+    for backend in running("linear", args.device):
         with infsa_kernels.backend(backend):
             (out, *_) = step("linear", q, q, v)
         for h, theirs in zip((0, q.shape[1] - 1), expected):

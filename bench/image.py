@@ -2,7 +2,6 @@
 
 import numpy as np
 import torch
-from skimage import data, transform
 from torch import Tensor
 
 PATCH = 16
@@ -13,8 +12,12 @@ def photograph(pixels: int) -> np.ndarray:
     """The astronaut Eileen Collins (NASA, public domain; in the scikit-image wheel) as (pixels, pixels, 3) in [0, 1].
 
     Smaller sizes are resampled with antialiasing. Larger ones repeat the mirrored picture: enlarging would leave
-    patches without detail, and tokens unlike those of a real large photograph.
+    patches without detail, and tokens unlike those of a real large photograph. Without scikit-image: noise.
     """
+    try:
+        from skimage import data, transform
+    except ImportError:
+        return np.random.default_rng(0).random((pixels, pixels, 3), np.float32)
     picture = data.astronaut().astype(np.float32) / 255
     side = picture.shape[0]
     if pixels < side:
@@ -22,13 +25,22 @@ def photograph(pixels: int) -> np.ndarray:
     return np.pad(picture, ((0, pixels - side), (0, pixels - side), (0, 0)), mode="symmetric")
 
 
-def patches(pixels: int) -> Tensor:
-    """(N, 3 * PATCH * PATCH), each channel normalised over the picture; N = (pixels / PATCH)^2."""
-    picture = torch.from_numpy(photograph(pixels))  # (pixels, pixels, 3)
-    picture = (picture - picture.mean((0, 1))) / picture.std((0, 1))
+def picture(pixels: int) -> Tensor:
+    """The photograph as a model takes it: (1, 3, pixels, pixels), each channel normalised over the picture."""
+    image = torch.from_numpy(photograph(pixels)).permute(2, 0, 1).contiguous()
+    for channel in image:  # in place: the largest picture takes a gigabyte
+        channel -= channel.mean()
+        channel /= channel.std()
+    return image[None]
+
+
+def tokens(pixels: int, generator: torch.Generator | None = None) -> Tensor:
+    """The normalised tokens that q, k and v are projected from: (N, D), float32, N = (pixels / PATCH)^2."""
     side = pixels // PATCH
-    grid = picture[: side * PATCH, : side * PATCH].reshape(side, PATCH, side, PATCH, 3)
-    return grid.permute(0, 2, 4, 1, 3).reshape(side * side, 3 * PATCH * PATCH)
+    grid = picture(pixels)[0, :, : side * PATCH, : side * PATCH].unflatten(1, (side, PATCH)).unflatten(3, (side, PATCH))
+    patches = grid.permute(1, 3, 0, 2, 4).reshape(side * side, 3 * PATCH * PATCH)
+    generator = generator or torch.Generator().manual_seed(0)
+    return torch.nn.functional.layer_norm(_project(patches, generator), (D,))
 
 
 def queries_keys_values(pixels: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -36,18 +48,6 @@ def queries_keys_values(pixels: int) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     x = tokens(pixels, generator)
     return _project(x, generator), _project(x, generator), _project(x, generator)
-
-
-def tokens(pixels: int, generator: torch.Generator | None = None) -> Tensor:
-    """The normalised tokens that q, k and v are projected from: (N, D), float32."""
-    generator = generator or torch.Generator().manual_seed(0)
-    return torch.nn.functional.layer_norm(_project(patches(pixels), generator), (D,))
-
-
-def picture(pixels: int) -> Tensor:
-    """The photograph as a model takes it: (1, 3, pixels, pixels), each channel normalised."""
-    x = torch.from_numpy(photograph(pixels)).permute(2, 0, 1)[None]
-    return (x - x.mean((2, 3), keepdim=True)) / x.std((2, 3), keepdim=True)
 
 
 def _project(x: Tensor, generator: torch.Generator) -> Tensor:

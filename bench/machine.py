@@ -1,43 +1,18 @@
-"""The machine: what it is, and what it can do at most, measured in the same run as everything else."""
+"""The machine: what it is, how much memory is free, and how busy others keep it."""
 
 import datetime
-import functools
 import hashlib
 import os
 import platform
-import statistics
 import subprocess
-import time
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 import infsa_kernels
-from infsa_kernels.ops._library import SUFFIXES, choose_backend
 
 ROOT = Path(__file__).parent.parent
-READ_BYTES = 256 << 20
-GEMM_SIZE = {"cpu": 2048, "cuda": 8192}
-
-# Ways to read a float32 vector once; which is the fastest depends on the machine and on torch's build.
-READ_WAYS = {
-    "torch.sum": torch.sum,
-    "torch.amax": torch.amax,
-    "torch.dot": lambda x: torch.dot(x, x),
-    "torch.linalg.vector_norm": torch.linalg.vector_norm,
-}
-
-
-# Ways to multiply two matrices. torch.mm uses MKL on x86, which holds back on other makers' processors; convolutions go
-# through oneDNN, which does not.
-GEMM_WAYS = {
-    "cpu": {
-        "torch.mm": torch.mm,
-        "1x1 convolution": lambda a, b: torch.nn.functional.conv2d(b.view(1, len(b), -1, 32), a[..., None, None]),
-    },
-    "cuda": {"torch.mm": torch.mm},
-}
+TIMER = {"cpu": "wall clock, calls in turn", "cuda": "CUDA events, L2 cold, calls in turn"}
 
 
 def environment(device: torch.device) -> dict:
@@ -52,36 +27,24 @@ def environment(device: torch.device) -> dict:
         "torch": torch.__version__,
         "infsa_kernels": infsa_kernels.__version__,
         "commit": _commit(),
-        "backend": choose_backend("linear", device, torch.float32, (1, 16, 4096, 64)),
+        "backend": infsa_kernels.choose_backend("linear", device, torch.float32, (1, 16, 4096, 64)),
         "isa": _isa(),
-        "timer": "CUDA events, L2 cold, eager launches" if device.type == "cuda" else "wall clock, calls in turn",
+        "timer": TIMER[device.type],
     }
-    if device.type == "cuda":
-        facts["cuda"] = torch.version.cuda
-    return facts
+    return facts | ({"cuda": torch.version.cuda} if device.type == "cuda" else {})
 
 
-def ceilings(device: torch.device, dtype: torch.dtype) -> dict:
-    """Read and copy bandwidth in bytes/s, GEMM rate in FLOP/s: medians, of the best way where there are several."""
-    x = torch.randn(READ_BYTES // 4, device=device)
-    target = torch.empty_like(x)
-    reads = {name: READ_BYTES / seconds(lambda: way(x), device) for name, way in READ_WAYS.items()}
-    n = GEMM_SIZE[device.type]
-    gemms = {way: gemm_flops(device) / seconds(gemm(way, device, dtype), device) for way in GEMM_WAYS[device.type]}
-    return {
-        "read_way": max(reads, key=reads.get),
-        "read": max(reads.values()),
-        "copy": 2 * READ_BYTES / seconds(lambda: target.copy_(x), device),
-        "clone": 2 * READ_BYTES / seconds(lambda: x.clone(), device),
-        "gemm_way": max(gemms, key=gemms.get),
-        "gemm": max(gemms.values()),
-        "torch_mm": gemms["torch.mm"],
-        "gemm_size": n,
-    }
+def describe(facts: dict) -> str:
+    """An environment in a line."""
+    return (
+        f"{facts['device']}, {facts['threads']} threads on {facts['cores']} cores, {facts['isa'] or 'no extension'}; torch "
+        f"{facts['torch']}; infsa_kernels {facts['infsa_kernels']} at {facts['commit']}, backend {facts['backend']}; "
+        f"{facts['date'][:16]}; {facts['timer']}"
+    )
 
 
 class OtherLoad:
-    """Which part of the processor's time other processes took since this object was made; None where not told."""
+    """Which part of the processor's time others took since this object was made; None where not told."""
 
     def __init__(self):
         self._begin = self._ticks()
@@ -99,56 +62,18 @@ class OtherLoad:
         except OSError:
             return None
         busy = user + nice + system + sum(interrupts)
-        own = sum(os.times()[:4]) * os.sysconf("SC_CLK_TCK")
-        return busy + idle + iowait, busy, own
+        return busy + idle + iowait, busy, sum(os.times()[:4]) * os.sysconf("SC_CLK_TCK")
 
 
-@functools.cache
-def fastest_gemm(device: torch.device, dtype: torch.dtype) -> str:
-    ways = GEMM_WAYS[device.type]
-    return min(ways, key=lambda way: seconds(gemm(way, device, dtype), device, repeats=3))
-
-
-def gemm(way: str, device: torch.device, dtype: torch.dtype):
-    n = GEMM_SIZE[device.type]
-    a, b = torch.randn(2, n, n, device=device).to(dtype).unbind()
-    return lambda: GEMM_WAYS[device.type][way](a, b)
-
-
-def gemm_flops(device: torch.device) -> int:
-    return 2 * GEMM_SIZE[device.type] ** 3
-
-
-def read(way: str, tensors: list[Tensor]) -> list[Tensor]:
-    """Reads every byte of dense tensors once."""
-    return [READ_WAYS[way](t.as_strided((t.numel(),), (1,)).view(torch.float32)) for t in tensors]
-
-
-def dispatch(device: torch.device) -> dict:
-    """Seconds of a tiny forward call: the public operator, and the plain C++ operator that it calls."""
-    q, v = torch.randn(2, 1, 1, 4, 16, device=device).unbind()
-    compiled = SUFFIXES[choose_backend("linear", device, q.dtype, q.shape)] == ""
-
-    def per_call(function, calls=200):
-        return seconds(lambda: [function() for _ in range(calls)], device, repeats=15) / calls
-
-    found = {"public": per_call(lambda: torch.ops.infsa.linear(q, q, v))}
-    if compiled:
-        with torch._C._AutoDispatchBelowAutograd():
-            found["kernel"] = per_call(lambda: torch.ops.infsa.linear_fwd(q, None, v, 1e-6, 1.0, None, None, None))
-    return found
-
-
-def seconds(function, device: torch.device, repeats: int = 5) -> float:
-    def timed():
-        begin = time.perf_counter()
-        function()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - begin
-
-    timed()
-    return statistics.median(timed() for _ in range(repeats))
+def available_memory(device: torch.device) -> int:
+    """Bytes that a new allocation may take; where the system does not tell, none that could be exceeded."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo") as f:
+            return next(int(line.split()[1]) << 10 for line in f if line.startswith("MemAvailable"))
+    except OSError:
+        return 1 << 62
 
 
 def _cpu_model() -> str:

@@ -1,78 +1,89 @@
-"""A row of results: one candidate, one case, one direction. Plain dictionaries, as they stand in the JSON."""
+"""Rows of results, a line of JSON each: which of them are one measurement, which count, and what is read from them."""
 
+import json
 import math
+import statistics
+from pathlib import Path
 
-import numpy as np
-import torch
+from .engine import IDENTITY
 
-from .cases import Case, short
-from .measure import Observation
-from .truth import Truth, Verdict
+# Rows that are results; the rest are tried again by the next run.
+FINAL = ("ok", "wrong", "out of memory", "time limit", "unsupported")
 
-STATUSES = ("ok", "wrong", "skipped", "out of memory", "unsupported")
-
-
-def describe(case: Case, candidate: str, direction: str, base_dtype: torch.dtype) -> dict:
-    """What was to be measured. ``sweep`` marks the rows that make a curve over N."""
-    return {
-        "op": case.op,
-        "direction": direction,
-        "candidate": candidate,
-        "pixels": case.pixels,
-        "N": case.N,
-        "H": case.H,
-        "d": case.d,
-        "dtype": short(case.dtype),
-        "layout": case.layout,
-        "tied": case.tied,
-        "variant": case.variant,
-        "sweep": case.tied and case.layout == "bnhd" and case.dtype == base_dtype,
-    }
+# Below this length a call is launch and dispatch more than work.
+SLOPE_FROM_N = 1024
 
 
-def times(seen: Observation, direction: str) -> dict:
-    """Seconds of a direction; the backward pass is the last lap of a training step."""
-    seconds = [laps[-1] if direction == "bwd" else sum(laps) for laps in seen.samples]
-    p20, median, p80 = np.percentile(seconds, [20, 50, 80]).tolist()
-    return {"status": "ok", "median_s": median, "p20_s": p20, "p80_s": p80, "samples": len(seconds)}
+def key(row: dict) -> tuple:
+    """What makes two rows the same measurement."""
+    e = row.get("environment", {})
+    return (*(row.get(f) for f in IDENTITY), *(e.get(f) for f in ("device", "threads", "torch", "commit")))
 
 
-def memory(seen: Observation, direction: str) -> dict:
-    """Peak bytes beyond the inputs, and how many of them are the results'."""
-    if not seen.peaks:
-        return {}
-    peak = seen.peaks[-1] if direction == "bwd" else max(seen.peaks)
-    return {"peak_bytes": peak, "result_bytes": seen.result_bytes}
+def load(path: Path) -> list[dict]:
+    """The rows of a file, the last of each measurement."""
+    if not path.exists():
+        return []
+    rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    return list({key(row): row for row in rows}.values())
 
 
-def rates(case: Case, direction: str, median: float, limit: str, limit_seconds: float) -> dict:
-    """What the time means against the case's bytes and FLOPs, and against what the machine needs for them at least."""
-    traffic, flops = case.traffic(direction), case.flops(direction)
-    return {
-        "bytes": traffic,
-        "flops": flops,
-        "bytes_per_s": traffic / median,
-        "flops_per_s": flops / median,
-        "limit": limit,
-        "share_of_limit": limit_seconds / median,
-    }
+def latest(rows: list[dict]) -> list[dict]:
+    """Rows that may stand in one table: of the machine that measured last, and of each level's last commit there."""
+
+    def machine(row):
+        return tuple(row["environment"].get(f) for f in ("device", "threads", "torch"))
+
+    rows = [r for r in rows if machine(r) == machine(rows[-1])]
+    commits = {r["level"]: r["environment"].get("commit") for r in rows}
+    return [r for r in rows if r["environment"].get("commit") == commits[r["level"]]]
 
 
-def accuracy(verdict: Verdict | None, truth: Truth) -> dict:
-    """The largest error, relative to the largest entry of its tensor, and what was allowed."""
-    if verdict is None:
-        return {}
-    error = verdict.error if math.isfinite(verdict.error) else None
-    return {"error": error, "bound": verdict.bound, "worst": verdict.what, "checked": truth.checked}
+def select(rows: list[dict], **fields) -> list[dict]:
+    """Those that have these values."""
+    fields["pass"] = fields.pop("which", None) or fields.get("pass")
+    wanted = {f: v for f, v in fields.items() if v is not None}
+    return [r for r in rows if all(r.get(f) == v for f, v in wanted.items())]
 
 
-def failure(error: Exception) -> dict:
-    """Status and reason for a call that raised."""
-    text = (str(error).strip().splitlines() or [""])[0]
-    if (
-        isinstance(error, torch.OutOfMemoryError | MemoryError)
-        or "can't allocate memory" in text
-        or "bad_alloc" in text
-    ):
-        return {"status": "out of memory", "reason": text[:200]}
-    return {"status": "unsupported", "reason": f"{type(error).__name__}: {text}"[:200]}
+def usual(rows: list[dict]) -> list[dict]:
+    """Those in the layout, batch and dtype that most have: what makes curves and tables."""
+    if not rows:
+        return []
+    dtype = statistics.mode(r["dtype"] for r in rows)
+    return [r for r in rows if (r["layout"], r["batch"], r["dtype"]) == ("bnhd", 1, dtype) and r["way"] != "graph"]
+
+
+def best(rows: list[dict], **fields) -> dict[str, dict]:
+    """The fastest row of every mechanism among those that fit, or its first that tells why there is none."""
+    chosen = {}
+    for row in select(rows, **fields):
+        known = chosen.get(row["name"])
+        if known is None or row.get("median_s", math.inf) < known.get("median_s", math.inf):
+            chosen[row["name"]] = row
+    return chosen
+
+
+def over_linear(row: dict, chosen: dict[str, dict]) -> float | None:
+    """Its time over that of Linear-InfSA: of calls in turn with it, or else of its own row."""
+    reference = row.get("beside", {}).get("linear_infsa") or chosen.get("linear_infsa", {}).get("median_s")
+    return row["median_s"] / reference if reference and "median_s" in row else None
+
+
+def slope(points: list[tuple[int, float]]) -> float | None:
+    """The exponent at which values grow with N, by least squares of the logarithms: 1 is linear, 2 quadratic."""
+    points = [p for p in points if p[0] >= SLOPE_FROM_N] or points
+    if len(points) < 2:
+        return None
+    x, y = zip(*((math.log(N), math.log(value)) for N, value in points))
+    return statistics.linear_regression(x, y).slope
+
+
+def durations(median: float, low: float | None = None, high: float | None = None) -> tuple[str, str]:
+    """The median with its unit, and the interval in the same unit."""
+    unit, factor = next((u for u in (("s", 1), ("ms", 1e3)) if median * u[1] >= 1), ("us", 1e6))
+    times = [
+        None if t is None else f"{t * factor:.{2 if t * factor < 10 else 1 if t * factor < 100 else 0}f}"
+        for t in (median, low, high)
+    ]
+    return f"{times[0]} {unit}", "" if low is None or high is None else f"[{times[1]}, {times[2]}]"

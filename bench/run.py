@@ -1,117 +1,99 @@
-"""`python -m bench.run`: measures both operators and the pooled layer on a photograph, and writes table, JSON and plots."""
+"""Runs turns: each in a process that may die, its rows appended to OUT/rows.jsonl with environment and commit.
 
-import argparse
+What has its row is not run again, so an interrupted run goes on. What the minutes do not reach says so.
+"""
+
 import json
 import sys
 import time
-import warnings
 from pathlib import Path
 
-import torch
-from tqdm import tqdm
-
-from . import curves, goals, layer, machine, plots, report
-from .cases import HEADS, SIZES, plan
-from .image import queries_keys_values
-from .sweep import PHASES, Settings, Sweep
-from .ways import WAYS
-
-SCHEMA = 1
-QUICK_SIZES = (224, 512, 1024)
-LAYER = "layer"
+from .cases import GRACE, LIMIT, too_long
+from .engine import OVER, blank, passes
+from .image import PATCH
+from .machine import OtherLoad
+from .rows import FINAL, key, load
+from .worker import Worker
 
 
-def main(arguments: list[str] | None = None) -> int:
-    args = parse(arguments)
-    device = torch.device(args.device)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    settings = Settings(device, dtype, tuple(args.peers), budget=args.budget, limit=args.limit)
-    results = measure(settings, args.only, args.sizes)
+def run(plan: list[dict], out: Path, device: str, minutes: float, budget: float, limit: float | None = None,
+        again: bool = False) -> list[dict]:  # fmt: skip
+    """Measures what has no row yet and appends it; returns the rows of the plan."""
+    out.mkdir(parents=True, exist_ok=True)
+    path, end, found, load_of_others = out / "rows.jsonl", time.monotonic() + 60 * minutes, [], OtherLoad()
+    known = {key(row): row for row in load(path) if row["status"] in FINAL and not again}
+    with Worker(device, budget) as worker, path.open("a") as file, Progress(plan, end) as progress:
+        environment = worker.environment
 
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    written = plots.draw_all(results, args.out) if results["rows"] else []
-    text = report.text(results)
-    (args.out / "table.txt").write_text(text + "\n")
-    print(f"\nWritten to {args.out}: results.json, table.txt, {', '.join(path.name for path in written)}\n")
-    print(text)
-    return int(any(row["status"] == "wrong" for row in results["rows"] + results["layer"]))
+        def rows_of(turn, name, **facts):
+            return [blank(turn, name, which) | facts | {"environment": environment} for which in passes(turn)]
 
-
-def measure(settings: Settings, ops: list[str], sizes: list[int]) -> dict:
-    """Everything that the report shows, as plain data."""
-    warnings.filterwarnings("ignore", module="torch._inductor|torch._dynamo")
-    began, other_load = time.perf_counter(), machine.OtherLoad()
-    cases = plan([op for op in ops if op in HEADS], sizes, settings.dtype)
-    found, flat, pixels = [], None, None
-    with tqdm(total=len(cases) * len(PHASES) + 1, unit="step", dynamic_ncols=True) as bar:
-
-        def progress(what: str) -> None:
-            bar.update()
-            bar.set_description(what)
-
-        bar.set_description("ceilings of the machine")
-        ceilings = machine.ceilings(settings.device, settings.dtype)
-        dispatch = machine.dispatch(settings.device)
-        sweep = Sweep(settings, ceilings, progress)
-        for case in cases:
-            if case.pixels != pixels:
-                pixels, flat = case.pixels, queries_keys_values(case.pixels)
-            found += sweep.run(case, flat)
-        of_layer = layer.measure(settings, sizes, bar.set_description) if LAYER in ops else []
-        bar.update()
-    results = {
-        "schema": SCHEMA,
-        "environment": machine.environment(settings.device) | {"other_load": other_load.share()},
-        "ceilings": ceilings,
-        "dispatch": dispatch,
-        "rows": found,
-        "layer": of_layer,
-    }
-    results["slopes"] = curves.slopes(found)
-    results["goals"] = goals.compare(results)
-    results["seconds"] = time.perf_counter() - began
-    return results
+        for turn in plan:
+            progress.begin(turn)
+            missing = []
+            for name in turn["names"]:
+                old = [known.get(key(row)) for row in rows_of(turn, name)]
+                found += old if all(old) else []
+                missing += [] if all(old) else [name]
+            fresh, asked, mine = [], [], limit or LIMIT[turn["level"]]
+            for name in missing:
+                if end - time.monotonic() < 2:
+                    fresh += rows_of(turn, name, **OVER)
+                elif why := too_long(turn, name, found, mine):
+                    fresh += rows_of(turn, name, status="time limit", reason=why)
+                else:
+                    asked.append(name)
+            if asked:
+                fresh += worker.measure(turn | {"names": asked}, mine, progress.at, end + GRACE)
+            for row in fresh:
+                row["environment"] = environment | {"other_load": load_of_others.share()}
+                file.write(json.dumps(row) + "\n")
+            file.flush()
+            found += fresh
+    return found
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench.run", description=__doc__)
-    parser.add_argument("--out", type=Path, default=machine.ROOT / "bench" / "out", help="folder for results and plots")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: cuda if there is one)")
-    parser.add_argument("--only", choices=[*HEADS, LAYER], action="append", help="one of them (default: all)")
-    parser.add_argument("--sizes", type=_integers, help="side lengths of the picture in pixels, e.g. 224,1024")
-    parser.add_argument(
-        "--peers", type=_peers, help="comparators, e.g. eager,sdpa (default: all; quick: all but compile)"
-    )
-    parser.add_argument("--budget", type=float, help="seconds of calls per candidate and case (default 1)")
-    parser.add_argument("--limit", type=float, help="seconds that one call of a comparator may take (default 10)")
-    parser.add_argument("--quick", action="store_true", help="small sizes, no torch.compile: under a minute")
-    args = parser.parse_args(arguments)
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    args.only = args.only or [*HEADS, LAYER]
-    args.peers = (
-        args.peers if args.peers is not None else [p for p in list(WAYS)[1:] if not (args.quick and p == "compile")]
-    )
-    args.sizes = args.sizes or list(QUICK_SIZES if args.quick else SIZES)
-    args.budget = args.budget or (0.2 if args.quick else 1.0)
-    args.limit = args.limit or (2.0 if args.quick else 10.0)
-    return args
+class Progress:
+    """A line on stderr: what is measured, how much is done, and the time that is left."""
+
+    def __init__(self, plan: list[dict], end: float):
+        self.weights, self.end, self.done, self.began = [_weight(turn) for turn in plan], end, 0, time.monotonic()
+        self.live = sys.stderr.isatty()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        print("\r\033[K" if self.live else "", end="" if self.live else "\n", file=sys.stderr, flush=True)
+
+    def begin(self, turn: dict) -> None:
+        depth = f"{turn['depth']} layers " if turn["depth"] else ""
+        self.turn = f"{turn['level']} {depth}{turn['pixels']}² {turn['phase']}" + (
+            f" {turn['way']}" if turn["way"] != "eager" else ""
+        )
+        self.done += 1
+        self.at("")
+
+    def at(self, name: str | None) -> None:
+        """Writes the line: ``name`` is being built and checked; None: calls take their turns."""
+        gone, total = time.monotonic() - self.began, sum(self.weights)
+        share = sum(self.weights[: self.done - 1]) / total
+        left = max(0.0, self.end - time.monotonic())
+        left = min(left, gone / share - gone) if share else left
+        bar = "█" * int(20 * share)
+        text = f"{bar:░<20} {self.done}/{len(self.weights)}  {_clock(gone)} gone, {_clock(left)} left  {self.turn}"
+        text += f": {'calls in turn' if name is None else name}" if name != "" else ""
+        if self.live:
+            print(f"\r\033[K{text[:150]}", end="", file=sys.stderr, flush=True)
+        elif name == "":
+            print(text, file=sys.stderr, flush=True)
 
 
-def _integers(text: str) -> list[int]:
-    sizes = [int(part) for part in text.split(",")]
-    if min(sizes) < 16:
-        raise argparse.ArgumentTypeError("a size is a number of pixels, at least 16: one patch")
-    return sizes
+def _weight(turn: dict) -> float:
+    """What a turn takes, roughly, beside others: its mechanisms, and their tokens."""
+    tokens = (turn["pixels"] // PATCH) ** 2 * (turn["depth"] or {"operator": 0.5, "layer": 1}[turn["level"]])
+    return len(turn["names"]) * (1 + tokens / 2000) * (2.5 if turn["phase"] == "train" else 1)
 
 
-def _peers(text: str) -> list[str]:
-    names = [part for part in text.split(",") if part]
-    if unknown := set(names) - set(WAYS):
-        raise argparse.ArgumentTypeError(f"no comparator {', '.join(sorted(unknown))}; there are {', '.join(WAYS)}")
-    return [name for name in names if name != "infsa"]
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

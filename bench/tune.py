@@ -14,7 +14,7 @@ import torch
 
 import infsa_kernels
 
-from . import gpu_goals, machine
+from . import machine, timer
 
 # (BLOCK_M, BLOCK_N, warps, stages)
 PURE = [
@@ -31,7 +31,7 @@ QUICK_PURE = {
 # (elements per thread, warps, programs on the GPU)
 LINEAR = list(product((8, 16, 32), (4, 8), (396, 792, 1584)))
 QUICK_LINEAR = [(16, 4, 396), (16, 4, 1584), (8, 4, 792), (32, 4, 396), (16, 8, 396)]
-TOLERANCE = 2e-2
+TOLERANCE, SECONDS = 2e-2, 0.4
 
 
 def pure(device, kernel: str, H: int, d: int, N: int, B: int, tiles: list[tuple]) -> dict:
@@ -39,19 +39,16 @@ def pure(device, kernel: str, H: int, d: int, N: int, B: int, tiles: list[tuple]
     from infsa_kernels.triton import configs
 
     shipped = configs.PURE
-    q, k, v = (torch.randn(B, N, H, d, device=device).to(torch.bfloat16).transpose(1, 2) for _ in "qkv")
-    if kernel == "bwd_tied":
-        k = q
-    dout = torch.randn_like(v)
 
-    def with_tile(tile):
+    def choose(tile):
         chosen = dict.fromkeys((64, 128, 256), configs.Pure(*tile))
         configs.PURE = {key: kernels | {kernel: chosen} for key, kernels in shipped.items()}
 
     def undo():
         configs.PURE = shipped
 
-    return _race(_pass("pure", kernel != "fwd", q, k, v, dout), tiles, with_tile, undo, device)
+    call = _pass("pure", kernel != "fwd", kernel == "bwd_tied", device, H, d, N, B)
+    return _race(call, tiles, choose, undo, device)
 
 
 def linear(device, H: int, d: int, N: int, B: int, candidates: list[tuple]) -> dict:
@@ -59,34 +56,35 @@ def linear(device, H: int, d: int, N: int, B: int, candidates: list[tuple]) -> d
     from infsa_kernels.triton import configs
 
     shipped = configs.linear
-    q, k, v = (torch.randn(B, N, H, d, device=device).to(torch.bfloat16).transpose(1, 2) for _ in "qkv")
-    dout = torch.randn_like(v[:, :, 0])
 
-    def with_candidate(candidate):
+    def choose(candidate):
         elements, warps, programs = candidate
 
-        def choose(q, v, tokens):
+        def config(q, v, tokens):
             c = shipped(q, v, tokens)
             size = max(1, elements * 32 * warps // (c.heads * max(q.shape[3], v.shape[3])))
             return configs.Linear(c.heads, 1 << (size.bit_length() - 1), warps, programs)
 
-        configs.linear = choose
+        configs.linear = config
 
     def undo():
         configs.linear = shipped
 
-    return _race(_pass("linear", True, q, k, v, dout), candidates, with_candidate, undo, device)
+    return _race(_pass("linear", True, False, device, H, d, N, B), candidates, choose, undo, device)
 
 
-def _pass(op: str, backward: bool, q, k, v, dout):
+def _pass(op: str, backward: bool, tied: bool, device, H, d, N, B):
     """A forward pass, or one and its gradients, as a function without arguments."""
     operator = getattr(torch.ops.infsa, op)
+    q, k, v = (torch.randn(B, N, H, d, device=device).to(torch.bfloat16).transpose(1, 2) for _ in "qkv")
+    k = q if tied else k
     if not backward:
         return lambda: [operator(q, k, v, 1e-6, 0.95)]
-    leaves = [t.detach().requires_grad_() for t in ([q, v] if k is q else [q, k, v])]
+    leaves = [t.detach().requires_grad_() for t in ([q, v] if tied else [q, k, v])]
+    dout = torch.randn_like(v[:, :, 0] if op == "linear" else v)
 
     def run():
-        out = operator(leaves[0], leaves[0] if k is q else leaves[1], leaves[-1], 1e-6, 0.95)
+        out = operator(leaves[0], leaves[0] if tied else leaves[1], leaves[-1], 1e-6, 0.95)
         return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
 
     return run
@@ -95,18 +93,32 @@ def _pass(op: str, backward: bool, q, k, v, dout):
 def _race(run, candidates, choose, undo, device) -> dict:
     with infsa_kernels.backend("triton"):
         expected = run()
-        seconds = {"shipped": gpu_goals.measure({"shipped": run}, device)["shipped"]}
+        seconds = {"shipped": _seconds(run, device)}
         for candidate in candidates:
             choose(candidate)
             try:
                 right = all(_close(a, b) for a, b in zip(run(), expected))
-                name = "x".join(map(str, candidate))
-                seconds[name] = gpu_goals.measure({name: run}, device)[name] if right else None
+                seconds["x".join(map(str, candidate))] = _seconds(run, device) if right else None
             except Exception as error:  # it does not fit: the next one
                 print(f"  {candidate}: {str(error)[:100]}", flush=True)
             finally:
                 undo()
     return seconds
+
+
+def _seconds(run, device) -> float:
+    """The median of replays from a CUDA graph; on a CPU, which only tries the script, one call."""
+    if device.type == "cpu":
+        return timer.observe(lambda lap: run(), device, warm_up=False)[0].seconds
+    graph = timer.capture(run)[0]
+
+    def replay(lap):
+        graph.replay()
+        return []
+
+    seen = {"": timer.observe(replay, device)[0]}
+    timer.interleave({"": replay}, seen, SECONDS, device)
+    return seen[""].seconds
 
 
 def _close(actual, expected) -> bool:
@@ -126,11 +138,6 @@ def run(device, dry: bool, quick: bool) -> dict:
             candidates = (tiles if quick else PURE)[few]
             found[f"pure {kernel} d={d} N={N}"] = pure(device, kernel, heads or 1024 // d, d, N, B, candidates)
     return found
-
-
-def quick(args) -> dict:
-    """The part of gpu_check: a few candidates at the paper's heads."""
-    return {"seconds_by_candidate": run(args.device, args.dry_run, quick=True)}
 
 
 def best(found: dict) -> list[str]:

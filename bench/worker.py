@@ -1,10 +1,11 @@
-"""A process that measures points: one that hangs, or takes all memory, costs its own row and nothing else.
+"""A process that measures turns: what hangs, or takes all memory, costs its own row and nothing else.
 
-`python -m bench.worker DEVICE BUDGET` reads a point per line of JSON and answers each with its row.
+`python -m bench.worker DEVICE BUDGET` reads a turn per line of JSON. It says what it is building, and ends with the rows.
 """
 
 import contextlib
 import json
+import math
 import os
 import queue
 import signal
@@ -12,17 +13,18 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import warnings
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-MARK = "@row "
+MARK = "@bench "
 START_SECONDS = 120
 MEMORY_SHARE = 0.85
 
 
 class Worker:
-    """Answers points, each within a time; begins anew after one that did not."""
+    """Answers turns, each mechanism within a time; begins anew after one that did not."""
 
     def __init__(self, device: str, budget: float, root: Path = ROOT):
         self._command = [sys.executable, "-m", "bench.worker", device, str(budget)]
@@ -43,23 +45,53 @@ class Worker:
         self._end()
         self._errors.close()
 
-    def measure(self, point: dict, limit: float) -> dict:
-        """The point's row; a status of "time limit" or "out of memory" where the process gave none."""
-        try:
-            if self._process is None:
-                self._start()
-            self._process.stdin.write(json.dumps(point) + "\n")
-            self._process.stdin.flush()
-            return self._answer(limit)
-        except queue.Empty:
+    def measure(self, turn: dict, limit: float, tell=lambda name: None, end: float = math.inf) -> list[dict]:
+        """The turn's rows; a status of "time limit" or "out of memory" for what gave none, and the rest without it.
+
+        ``tell`` hears what is being built and checked; after ``end`` (of time.monotonic) all that is missing is over.
+        """
+        from .engine import OVER, blank, passes
+
+        names, anchors, rows = list(turn["names"]), list(turn["anchors"]), []
+        while names:
+            at, fault = None, None
+            if time.monotonic() >= end:
+                return rows + [blank(turn, name, which) | OVER for name in names for which in passes(turn)]
+            try:
+                if self._process is None:
+                    self._start()
+                asked = {**turn, "names": names, "anchors": anchors, "seconds": min(end - time.monotonic(), 1e9)}
+                self._process.stdin.write(json.dumps(asked) + "\n")
+                self._process.stdin.flush()
+                while "rows" not in (
+                    said := self._answer(min(limit * (1 if at else len(names)), end - time.monotonic()))
+                ):
+                    at = said["at"]
+                    tell(at)
+                return rows + said["rows"]
+            except queue.Empty:
+                fault = {"status": "time limit", "reason": f"no result in {limit:.0f} s"}
+                if time.monotonic() >= end:
+                    self._end()
+                    continue
+            except (EOFError, BrokenPipeError):
+                code = self._process.wait()
+                fault = {"status": "unsupported", "reason": f"its process ended with code {code}"}
+                if code == -signal.SIGKILL:
+                    fault = {"status": "out of memory", "reason": "killed by the system"}
             self._end()
-            return {**point, "status": "time limit", "reason": f"no result in {limit:.0f} s"}
-        except (EOFError, BrokenPipeError):
-            code = self._process.wait()
-            self._end()
-            if code == -signal.SIGKILL:
-                return {**point, "status": "out of memory", "reason": "killed by the system"}
-            return {**point, "status": "unsupported", "reason": f"its process ended with code {code}"}
+            if at in anchors and at not in names:
+                anchors.remove(at)
+                continue
+            if at is None and len(names) > 1:  # while calls took turns: nobody knows whose fault it was
+                alone = [
+                    self.measure({**turn, "names": [name], "anchors": anchors}, limit, tell, end) for name in names
+                ]
+                return rows + [row for found in alone for row in found]
+            at = at or names[0]
+            rows += [blank(turn, at, which) | fault for which in passes(turn)]
+            names.remove(at)
+        return rows
 
     def _start(self):
         environment = {**os.environ, "PYTHONPATH": str(self._root), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
@@ -79,7 +111,7 @@ class Worker:
         lines.put(None)
 
     def _answer(self, limit: float) -> dict:
-        found = self._lines.get(timeout=limit)
+        found = self._lines.get(timeout=None if limit == math.inf else max(0.0, limit))
         if found is None:
             raise EOFError
         return found
@@ -96,21 +128,23 @@ class Worker:
 def main() -> None:
     import torch
 
-    from . import machine, point
+    from . import engine, machine
+
+    def say(what: dict) -> None:
+        print(MARK + json.dumps(what), flush=True)
 
     warnings.filterwarnings("ignore")
     device, budget = torch.device(sys.argv[1]), float(sys.argv[2])
     if device.type == "cpu":
         limit_memory()
-    print(MARK + json.dumps(machine.environment(device)), flush=True)
+    say(machine.environment(device))
     for line in sys.stdin:
-        row = point.measure(json.loads(line), device, budget)
-        print(MARK + json.dumps(row), flush=True)
+        say({"rows": engine.measure(json.loads(line), device, budget, lambda name: say({"at": name}))})
 
 
 def limit_memory() -> None:
     """An allocation beyond what is available raises, before the system begins to kill."""
-    from .measure import available_memory
+    from .machine import available_memory
 
     try:
         import resource

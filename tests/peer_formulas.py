@@ -218,6 +218,47 @@ def sigmoid(m, q, k, v):
     return weighted(expit(scores(q, k) - math.log(q.shape[1])), v)
 
 
+def linear_attention(m, q, k, v):
+    return normalised(elu1(q), elu1(k), v, elu1(q), elu1(k))
+
+
+def simple_linear(m, q, k, v):
+    return weighted(np.tril(scores(q, k)), v)
+
+
+def window(m, q, k, v):
+    from bench.peers import window
+
+    S, i = scores(q, k), np.arange(q.shape[1])
+    apart = i[:, None] - i[None]
+    return weighted(softmax_rows(np.where((apart >= 0) & (apart < window.WIDTH), S, -np.inf)), v)
+
+
+def gated_deltanet(m, q, k, v):
+    out = np.empty_like(v)
+    for h, (beta, decay) in enumerate(zip(expit(array(m.beta)), expit(array(m.g)))):
+        S = np.zeros((k.shape[2], v.shape[2]))
+        for n in range(q.shape[1]):
+            key = k[h, n] / np.linalg.norm(k[h, n])
+            S = decay * S
+            S = S + np.outer(key, beta * (v[h, n] - S.T @ key))
+            out[h, n] = S.T @ q[h, n] / math.sqrt(q.shape[2])
+    return out
+
+
+def frwkv(m, q, k, v):
+    m_r, m_x, beta, w, a = (array(t) for t in (m.m_r, m.m_x, m.beta, m.w.sigmoid(), m.a.sigmoid()))
+    out = np.empty_like(v)
+    for h in range(len(q)):
+        S = np.zeros((v.shape[2], k.shape[2]))
+        for n in range(q.shape[1]):
+            erase = m_r[h] * k[h, n] / np.linalg.norm(m_r[h] * k[h, n])
+            key = k[h, n] * (1 + (a[h] - 1) * m_x[h])
+            S = S @ (np.diag(w[h]) - np.outer(erase, a[h] * erase)) + np.outer(v[h, n], key)
+            out[h, n] = S @ q[h, n] + 0.2 * (q[h, n] @ key) * beta[h] * v[h, n]
+    return out
+
+
 def relu(m, q, k, v):
     return weighted(np.maximum(scores(q, k), 0) / q.shape[1], v)
 

@@ -1,112 +1,161 @@
-"""The benchmark: its formulas, its gate, its numbers and its files, on sizes that take no time."""
+"""The benchmark's engine: its formulas, its gate, its timer and its rows, on sizes that take no time."""
 
-import json
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from bench_rows import turn
 
-from bench import curves, goals, layer, machine, measure, report, rows, run
-from bench.cases import Case, plan
-from bench.image import photograph, queries_keys_values
-from bench.sweep import Settings, Sweep
-from bench.truth import Truth, pure_rows
-from bench.ways import WAYS
+from bench import engine, gate, image, peers, rows, timer
+from bench.peers.infsa import flops, pure_rows, traffic
+from bench.subject import Subject
 from infsa_kernels import reference
 
 CPU = torch.device("cpu")
 
 
-def small_limits(patch):
-    patch.setattr(machine, "READ_BYTES", 1 << 20)
-    patch.setitem(machine.GEMM_SIZE, "cpu", 64)
+@pytest.fixture(autouse=True)
+def _small(monkeypatch):
+    monkeypatch.setitem(peers.machine.GEMM_SIZE, "cpu", 64)
+    monkeypatch.setattr(timer, "CACHE_BYTES", {"cpu": 1 << 16})
+    monkeypatch.setattr(engine, "_verdicts", {})
+    monkeypatch.setattr(gate, "_known", {})
+    for cached in (peers.machine.matrices, peers.machine.fastest_product):
+        cached.cache_clear()
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    """A whole run, of two tiny pictures, and the folder of its files."""
-    out = tmp_path_factory.mktemp("bench")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # with more, every small loop waits for whatever else runs on the machine
-    with pytest.MonkeyPatch.context() as patch:
-        small_limits(patch)
-        arguments = ["--device", "cpu", "--sizes", "32,64", "--peers", "eager,sdpa", "--budget", "0.01"]
-        code = run.main([*arguments, "--out", str(out)])
-    torch.set_num_threads(threads)
-    assert code == 0
-    return json.loads((out / "results.json").read_text()), out
+def measure(*names, **fields):
+    return engine.measure(turn(*names, **fields), CPU, 1e-3)
 
 
-def test_a_run_writes_rows_plots_and_a_table(results):
-    found, out = results
-    assert {p.name for p in out.iterdir()} == {
-        "results.json", "table.txt",
-        "overview.png", "latency.png", "speed_up.png", "memory.png", "limit.png", "accuracy.png",
-    }  # fmt: skip
-    table = (out / "table.txt").read_text()
-    assert "Linear-InfSA" in table
-    assert "Pure InfSA" in table
-    assert "Pooled layer" in table
-    assert "WRONG" not in table
-    assert {"commit", "torch", "device", "threads", "cores", "isa", "backend", "date"} <= found["environment"].keys()
-    for candidate in ("infsa", "eager", "sdpa"):
-        mine = [r for r in found["rows"] if r["candidate"] == candidate and r["sweep"]]
-        assert {(r["op"], r["N"], r["direction"]) for r in mine} == {
-            (op, N, direction) for op in ("linear", "pure") for N in (4, 16) for direction in ("fwd", "bwd", "fwd+bwd")
-        }
+# -- rows --
 
 
-def test_every_row_has_its_figures(results):
-    timed = {"status": str, "median_s": float, "p20_s": float, "p80_s": float, "samples": int}
-    own = {
-        "bytes": int,
-        "flops": int,
-        "bytes_per_s": float,
-        "flops_per_s": float,
-        "share_of_limit": float,
-        "error": float,
-    }
-    for row in results[0]["rows"]:
-        assert row["status"] in rows.STATUSES
-        expected = timed | (own if row["candidate"] in ("infsa", "eager") else {})
-        assert all(isinstance(row[name], kind) for name, kind in expected.items()), row
+@pytest.mark.parametrize("phase", ["fwd", "train"])
+@pytest.mark.parametrize("level", ["operator", "layer", "model"])
+def test_every_level_measures_and_checks(level, phase):
+    found = measure("linear_infsa", "pure_infsa", "agent", level=level, phase=phase)
+    assert len(found) == 3 * (1 if phase == "fwd" else 2)
+    for row in found:
+        assert row["status"] == "ok", row
+        assert row["pass"] == "fwd" if phase == "fwd" else row["pass"] in ("bwd", "train")
         assert 0 < row["p20_s"] <= row["median_s"] <= row["p80_s"]
-        if row["candidate"] == "infsa":
-            assert row["error"] <= row["bound"]
+        assert row["error"] <= row["bound"]
+        assert ("gradients" in row["checked"]) == (phase == "train" and level != "model")
+        assert ("linear_infsa" in row["beside"]) == (level != "model" and row["name"] != "linear_infsa")
+        assert row["parameters"] > 0
+        assert "joules" not in row
+        assert set(row.get("parts_s", ())) == ({"patches", "attention", "MLP"} if level == "model" else set())
+    if phase == "train":
+        assert all(next(r for r in found if r["name"] == row["name"] and r["pass"] == "train")["median_s"] >= row["median_s"]
+                   for row in found)  # fmt: skip
 
 
-def test_pooled_layer_is_gated_and_timed_beside_the_plain_path(results):
-    found = results[0]["layer"]
-    assert {(r["N"], r["direction"], r["candidate"]) for r in found} == {
-        (N, direction, name) for N in (4, 16) for direction in ("fwd", "fwd+bwd") for name in ("pooled", "plain")
-    }
-    assert all(r["status"] == "ok" and r["median_s"] > 0 for r in found)
-    assert all(r["error"] <= r["bound"] for r in found if r["candidate"] == "pooled")
+def test_limits_of_the_machine_take_their_turn():
+    found = measure("linear_infsa", "pure_infsa", "read", "gemm", "tiny", anchors=("linear_infsa", "read", "gemm"))
+    by_name = {row["name"]: row for row in found}
+    for name, limit, count in (("linear_infsa", "read", 1), ("pure_infsa", "gemm", 4 * 49 * 49 * 64 / (2 * 64**3))):
+        row = by_name[name]
+        assert row["limit"] == limit
+        assert row["share_of_limit"] == pytest.approx(count * by_name[limit]["median_s"] / row["median_s"])
+    assert by_name["linear_infsa"]["bytes_per_s"] == pytest.approx(traffic("linear", "fwd", True, 49 * 256, 256)
+                                                                   / by_name["linear_infsa"]["median_s"])  # fmt: skip
+    assert by_name["gemm"]["flops_per_s"] == pytest.approx(2 * 64**3 / by_name["gemm"]["median_s"])
+    assert {"cold_s", "warm_s"} <= by_name["linear_infsa"].keys()
 
 
-def test_a_wrong_pooled_layer_is_refused(monkeypatch):
-    monkeypatch.setattr(layer, "pooled", lambda *tensors: layer.plain(*tensors)[:, 0] * 1.001)
-    tensors = layer.inputs(32, torch.float32, CPU)
-    verdict = layer.judge(tensors, torch.ones(1, layer.D))
-    assert verdict["status"] == "wrong"
+@pytest.mark.parametrize("layout", ["bnhd", "bhnd"])
+@pytest.mark.parametrize(("dtype", "batch"), [("fp32", 1), ("bf16", 2)])
+def test_dtypes_layouts_and_batches(layout, dtype, batch):
+    for row in measure(
+        "linear_infsa", "pure_infsa_untied", "softmax", layout=layout, dtype=dtype, batch=batch, phase="train"
+    ):
+        assert row["status"] == "ok", row
+        assert (row["layout"], row["dtype"], row["batch"]) == (layout, dtype, batch)
 
 
-def test_bytes_and_flops_by_hand():
-    # 3 tokens, 2 heads of 5, float32: a tensor of tokens is 30 numbers, 120 bytes; one row per head is 40 bytes.
-    linear, pure = Case("linear", 3, 2, 5), Case("pure", 3, 2, 5)
-    assert linear.traffic("fwd") == 2 * 120 + 40  # read q, v; write the context
-    assert linear.traffic("bwd") == 2 * 120 + 40 + 2 * 120  # read q, v, dout; write dq, dv
-    assert Case("linear", 3, 2, 5, tied=False).traffic("fwd+bwd") == 3 * 120 + 40 + 6 * 120 + 40
-    assert pure.traffic("fwd") == 2 * 120 + 120
-    assert pure.traffic("bwd") == 2 * 120 + 2 * 120 + 2 * 120  # read q, v, out, dout; write dq, dv
-    assert Case("pure", 3, 2, 5, dtype=torch.bfloat16).traffic("fwd") == pure.traffic("fwd") // 2
-    # Linear forward, per number of q: square and sum of the norm, product and sum of qbar; of k, v: product and sum.
-    assert linear.flops("fwd") == 2 * (15 * 4 + 15 * 2 + 15 * 2)
-    # Pure: S = q k, P v; backward S again, dP = dO v, dv = P dO, dq = dS k, dk = dS q. A product is 2 * 3 * 3 * 5.
-    assert pure.flops("fwd") == 2 * 2 * 90
-    assert pure.flops("fwd+bwd") == 2 * 7 * 90
+def test_a_backend_is_named_and_a_graph_has_its_backward_pass_alone():
+    (row,) = measure("linear_infsa@eager", phase="train", way="graph")
+    assert (row["status"], row["pass"], row["label"]) == ("ok", "bwd", "Linear-InfSA on eager")
+
+
+def test_what_is_not_installed_says_so():
+    names = ("flash_attention_3", "flash_attention_4", "triton_sigmoid", "linear_attention_flash", "gated_deltanet_fla")
+    for row in measure(*names, "simple_linear_fla", "softmax"):
+        if row["name"] != "softmax":
+            assert row["status"] == "unsupported"
+            assert "is not installed" in row["reason"] or "needs a GPU" in row["reason"]
+
+
+def test_failures_become_rows(monkeypatch):
+    failure = engine.failure
+    assert failure(torch.OutOfMemoryError("CUDA out of memory"))["status"] == "out of memory"
+    assert (
+        failure(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"))["status"] == "out of memory"
+    )
+    assert failure(RuntimeError("std::bad_alloc"))["status"] == "out of memory"
+    assert failure(NotImplementedError("no\nway")) == {"status": "unsupported", "reason": "NotImplementedError: no"}
+    monkeypatch.setattr(peers.Mean, "core", lambda *_: 1 / 0)
+    found = {row["name"]: row["status"] for row in measure("mean", "softmax")}
+    assert found == {"mean": "unsupported", "softmax": "ok"}  # one that fails costs its own row
+
+
+# -- the gate --
+
+
+def test_a_wrong_mechanism_gets_no_time(monkeypatch):
+    right = peers.MLLA.core
+    monkeypatch.setattr(peers.MLLA, "truth", lambda self, q, k, v, rows: right(self, q, k, v)[:, :, rows] * 1.01)
+    (row,) = measure("mlla", level="layer")
+    assert row["status"] == "wrong"
+    assert "allowed" in row["reason"]
+    assert not {"median_s", "share_of_limit"} & row.keys()
+
+
+@pytest.mark.parametrize("level", ["operator", "layer"])
+def test_a_wrong_kernel_gets_no_time(monkeypatch, level):
+    owner, name = (
+        (torch.ops.infsa, "linear") if level == "operator" else (peers.infsa.infsa_kernels, "pooled_linear_infsa")
+    )
+    right = getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *args, **kwargs: right(*args, **kwargs) * 1.001)
+    for row in measure("linear_infsa", level=level, phase="train"):
+        assert row["status"] == "wrong"
+        assert not {"median_s", "bytes_per_s", "flops_per_s", "share_of_limit"} & row.keys()
+
+
+@pytest.mark.parametrize("name", ["linear_infsa", "pure_infsa"])
+@pytest.mark.parametrize("what", ["out", "dv", "dq"])
+def test_the_gate_sees_one_wrong_number(monkeypatch, name, what):
+    call, spoil = gate._call, []
+
+    def spoiled(*args):
+        found = call(*args)
+        t = found[what].clone(memory_format=torch.contiguous_format)
+        for change in spoil:
+            change(t.view(-1))
+        return found | {what: t}
+
+    def verdict(*changes):
+        spoil[:] = changes
+        return gate.examine(subject, subject.function())
+
+    def one_wrong(t):
+        t[len(t) // 3] += 1e-4 * t.abs().max()
+
+    def one_nan(t):
+        t[7] = math.nan
+
+    monkeypatch.setattr(gate, "_call", spoiled)
+    subject = Subject(turn(phase="train"), name, CPU)
+    assert verdict().right
+    wrong = verdict(one_wrong)
+    assert not wrong.right
+    assert wrong.what == what
+    assert not verdict(one_nan).right
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -123,127 +172,76 @@ def test_pure_rows_are_rows_of_the_reference(tied):
     assert decided.all()
 
 
-@pytest.mark.parametrize("op", ["linear", "pure"])
-@pytest.mark.parametrize("what", ["out", "dv", "dq"])
-def test_the_gate_sees_one_wrong_number(op, what):
-    case = plan([op], [64], torch.float32)[0]
-    inputs = case.inputs(*queries_keys_values(64), device=CPU)
-    leaves = {n: t.detach().requires_grad_() for n, t in inputs.items()}
-    out = WAYS["infsa"].prepare(op)(leaves["q"], leaves["q"], leaves["v"])
-    dout = torch.randn_like(out)
-    dq, dv = torch.autograd.grad(out, [leaves["q"], leaves["v"]], dout)
-    results = {"out": out.detach(), "dq": dq, "dv": dv}
-    truth = Truth(case, inputs, dout, gradients=True)
-    assert truth.judge(results).right
-    wrong = results[what].clone(memory_format=torch.contiguous_format)
-    wrong.view(-1)[wrong.numel() // 3] += 1e-4 * wrong.abs().max()
-    verdict = truth.judge(results | {what: wrong})
-    assert not verdict.right
-    assert verdict.what == what
-    wrong.view(-1)[7] = math.nan
-    assert not truth.judge(results | {what: wrong}).right
+def test_float64_does_not_need_the_backend_under_test(monkeypatch):
+    allowed = {}
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(q, *args, **kwargs):
+        allowed.setdefault(q.dtype, torch.backends.cuda.math_sdp_enabled())
+        return sdpa(q, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    found = measure("sdpa_flash", "linformer", level="layer", phase="train")
+    assert {row["status"] for row in found} == {"ok"}
+    assert allowed[torch.float64]
+    (row, _) = measure("sdpa_flash", level="layer", phase="train")
+    assert row["status"] == "ok"
 
 
-def test_a_wrong_kernel_gets_no_time_and_no_speed_up(monkeypatch, capsys, tmp_path):
-    small_limits(monkeypatch)
-    right = WAYS["infsa"].prepare("linear")
-    monkeypatch.setattr(WAYS["infsa"], "prepare", lambda op: lambda q, k, v: right(q, k, v) * 1.5)
-    arguments = ["--only", "linear", "--sizes", "32", "--peers", "eager", "--budget", "0.01", "--device", "cpu"]
-    assert run.main([*arguments, "--out", str(tmp_path)]) == 1
-    table = capsys.readouterr().out
-    assert "WRONG" in table
-    for row in json.loads((tmp_path / "results.json").read_text())["rows"]:
-        if row["candidate"] == "infsa":
-            assert row["status"] == "wrong"
-            assert "allowed" in row["reason"]
-            assert not {"median_s", "bytes_per_s", "flops_per_s", "share_of_limit"} & row.keys()
+# -- formulas --
 
 
-def test_what_would_take_too_long_is_a_row_and_is_not_run(monkeypatch):
-    ceilings = {"gemm": 1e6, "gemm_way": "torch.mm", "read_way": "torch.sum"}
-    settings = Settings(CPU, torch.float32, ("eager", "sdpa"), budget=0.01, limit=1e-3)
-    sweep = Sweep(settings, ceilings, lambda what: None)
-    monkeypatch.setattr(WAYS["sdpa"], "prepare", lambda op: pytest.fail("it ran"))
-    case = Case("pure", 1024, 16, 64)
-    assert sweep.skip(case, "sdpa", "fwd") == {"status": "skipped", "reason": "would take ~4295 s"}
-    monkeypatch.setattr("bench.sweep.available_memory", lambda device: 1 << 20)
-    assert sweep.skip(case, "eager", "fwd") == {"status": "out of memory", "reason": "would need ~0 GB"}
-    # A time that was measured is scaled by the candidate's growth.
-    sweep.remember(Case("linear", 100, 64, 16), "sdpa", "fwd", measure.Observation([[0.5]], [2000], 0))
-    assert sweep.foresee(Case("linear", 400, 64, 16), "sdpa", "fwd") == (8.0, 8000)
-
-
-def test_failures_become_rows():
-    assert rows.failure(torch.OutOfMemoryError("CUDA out of memory"))["status"] == "out of memory"
-    assert (
-        rows.failure(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"))["status"]
-        == "out of memory"
-    )
-    assert rows.failure(RuntimeError("std::bad_alloc"))["status"] == "out of memory"
-    assert rows.failure(NotImplementedError("no\nway")) == {
-        "status": "unsupported",
-        "reason": "NotImplementedError: no",
-    }
+def test_bytes_and_flops_by_hand():
+    # 3 tokens, 2 heads of 5, float32: a tensor of tokens is 30 numbers, 120 bytes; one row per head is 40 bytes.
+    assert traffic("linear", "fwd", True, 120, 40) == 2 * 120 + 40  # read q, v; write the context
+    assert traffic("linear", "bwd", True, 120, 40) == 2 * 120 + 40 + 2 * 120  # read q, v, dout; write dq, dv
+    assert traffic("linear", "train", False, 120, 40) == 3 * 120 + 40 + 6 * 120 + 40
+    assert traffic("pure", "fwd", True, 120, 40) == 2 * 120 + 120
+    assert traffic("pure", "bwd", True, 120, 40) == 2 * 120 + 2 * 120 + 2 * 120  # read q, v, out, dout; write dq, dv
+    # Linear forward, per number of q: square and sum of the norm, product and sum of qbar; of k, v: product and sum.
+    assert flops("linear", "fwd", 1, 2, 3, 5) == 2 * (15 * 4 + 15 * 2 + 15 * 2)
+    # Pure: S = q k, P v; backward S again, dP = dO v, dv = P dO, dq = dS k, dk = dS q. A product is 2 * 3 * 3 * 5.
+    assert flops("pure", "fwd", 1, 2, 3, 5) == 2 * 2 * 90
+    assert flops("pure", "train", 1, 2, 3, 5) == 2 * 7 * 90
 
 
 def test_slopes_of_synthetic_times():
-    def row(N, seconds, candidate):
-        return {"op": "pure", "direction": "fwd", "candidate": candidate, "sweep": True, "status": "ok", "N": N} | {
-            "median_s": seconds
-        }
-
     # A constant start-up below N = 1024 must not flatten the slope.
-    found = [row(N, max(1e-3, 2e-9 * N**2), "infsa") for N in (196, 1024, 4096, 16384)] + [row(196, 1.0, "eager")]
-    (slope,) = curves.slopes(found)
-    assert (slope["candidate"], slope["from_N"]) == ("infsa", 1024)
-    assert slope["exponent"] == pytest.approx(2)
-    assert math.exp(slope["offset"]) == pytest.approx(2e-9)
+    assert rows.slope([(N, max(1e-3, 2e-9 * N**2)) for N in (196, 1024, 4096, 16384)]) == pytest.approx(2)
+    assert rows.slope([(196, 1.0)]) is None
 
 
-def test_goals_are_reached_missed_or_not_measured():
-    case = goals.LINEAR | {"status": "ok", "direction": "fwd"}
-    times = {"infsa": 2.0, "eager": 50.0, "read Q, Q, V": 1.0}
-    found = goals.compare(
-        {
-            "environment": {"device_type": "cpu"},
-            "rows": [case | {"candidate": name, "median_s": t} for name, t in times.items()],
-            "layer": [
-                goals.LAYER | {"status": "ok", "direction": "fwd", "candidate": name, "median_s": t}
-                for name, t in {"pooled": 1.0, "plain": 3.0}.items()
-            ],
-            "dispatch": {"public": 20e-6, "kernel": 10e-6},
-        }
-    )
-    by_name = {g["goal"]: (g["value"], g["reached"]) for g in found}
-    assert by_name["Linear forward: time over its own read of Q, Q, V"] == (2.0, False)
-    assert by_name["Linear forward: times faster than eager"] == (25.0, True)
-    assert by_name["Pure forward: times faster than SDPA"] == (None, None)
-    assert by_name["Pooled layer forward: times faster than the plain path"] == (3.0, True)
-    assert by_name["Pooled layer forward + backward: times faster than the plain path"] == (None, None)
-    assert by_name["Dispatch of a tiny forward: us beyond its C++ operator"] == (pytest.approx(10), True)
+@pytest.mark.parametrize(("seconds", "text"), [(2.5e-6, "2.50 us"), (0.0314, "31.4 ms"), (123.4, "123 s")])
+def test_durations(seconds, text):
+    assert rows.durations(seconds, seconds, seconds)[0] == text
 
+
+# -- the timer --
+
+
+ROOT = Path(__file__).parent.parent
 
 TWO_LAPS = """
 import torch
-from bench import measure
+from bench import timer
 
 def action(lap):
     torch.ones(20_000_000).sum()  # 80 MB, freed at once
     lap()
     return [torch.ones(5_000_000)]
 
-seen, kept = measure.observe(action, torch.device("cpu"), warm_up=False)
+seen, kept = timer.observe(action, torch.device("cpu"), warm_up=False)
 print(*seen.peaks, seen.result_bytes, sum(t.nbytes for t in kept))
 """
 
 
 def test_peak_memory_is_that_of_the_lap():
     """In a process of its own: what other tests leave to the allocator and to the garbage collector is none of it."""
-    memory = measure.HostMemory()
+    memory = timer.HostMemory()
     memory.start()
     if memory.peaks is None:
         pytest.skip("this system has no resettable high-water mark")
-    run = subprocess.run([sys.executable, "-c", TWO_LAPS], cwd=machine.ROOT, capture_output=True, text=True, check=True)
+    run = subprocess.run([sys.executable, "-c", TWO_LAPS], cwd=ROOT, capture_output=True, text=True, check=True)
     first, second, *result_bytes = map(int, run.stdout.split())
     assert first == pytest.approx(80e6, abs=4e6)
     assert second == pytest.approx(20e6, abs=4e6)
@@ -253,25 +251,48 @@ def test_peak_memory_is_that_of_the_lap():
 def test_samples_are_taken_in_turn():
     calls = []
     actions = {name: (lambda lap, name=name: calls.append(name) or []) for name in ("a", "b")}
-    seen = {name: measure.Observation([[1.0]], None, 0) for name in actions}
-    measure.interleave(actions, seen, budget=1.0, device=CPU)
+    seen = {name: timer.Observation([[1.0]], None, 0) for name in actions}
+    timer.interleave(actions, seen, budget=1.0, device=CPU)
     assert calls == ["a", "b"] * 3
     assert all(len(s.samples) == 3 for s in seen.values())
 
 
+def test_caches_are_emptied_for_the_cold_samples_alone(monkeypatch):
+    events = []
+    monkeypatch.setattr(timer, "_cache", lambda device: events.append("cold") or torch.empty(1))
+    seen = {"a": timer.Observation([[1e-3]], None, 0)}
+    timer.interleave({"a": lambda lap: events.append("call") or []}, seen, budget=1e-9, device=CPU)
+    warm, cold = events[: events.index("cold")], events[events.index("cold") :]
+    assert set(warm) == {"call"} and len(seen["a"].samples) == 3
+    assert cold == ["cold", "call"] * timer.OTHER_SAMPLES and len(seen["a"].other) == timer.OTHER_SAMPLES
+
+
+@pytest.mark.parametrize(
+    ("seconds", "warm_up", "calls"), [(0.1, False, [False, False]), (20.0, False, [False]), (20.0, True, [True])]
+)
+def test_a_cold_call_counts_only_if_it_is_long(monkeypatch, seconds, warm_up, calls):
+    asked = []
+
+    def observe(action, device, warm_up):
+        asked.append(warm_up)
+        return timer.Observation([[seconds]], None, 0), []
+
+    monkeypatch.setattr(timer, "observe", observe)
+    timer.first(None, CPU, warm_up)
+    assert asked == calls
+
+
+# -- the picture --
+
+
 def test_the_photograph_has_detail_at_every_size():
     for pixels in (64, 512, 1024):
-        picture = photograph(pixels)
+        picture = image.photograph(pixels)
         assert picture.shape == (pixels, pixels, 3)
         assert picture.min() >= 0
         assert picture.max() <= 1
         assert picture.std() > 0.2
-    q, k, v = queries_keys_values(64)
+    q, k, v = image.queries_keys_values(64)
     assert q.shape == k.shape == v.shape == (16, 1024)
     assert not torch.equal(q, k)
-    assert torch.equal(q, queries_keys_values(64)[0])
-
-
-@pytest.mark.parametrize(("seconds", "text"), [(2.5e-6, "2.50 us"), (0.0314, "31.4 ms"), (123.4, "123 s")])
-def test_durations(seconds, text):
-    assert report.durations(seconds, seconds, seconds)[0] == text
+    assert torch.equal(q, image.queries_keys_values(64)[0])

@@ -4,25 +4,17 @@ import json
 import subprocess
 
 import pytest
+from bench_rows import row, turn
 
-from bench import compare, versus
+from bench import __main__ as bench
+from bench import compare, engine
 
 HERE = {"device": "a processor", "threads": 1, "isa": "avx2", "commit": "abc"}
 
 
 def field(name="mlla", median=1.0, spread=0.1, samples=9, status="ok", **environment):
-    row = {
-        "level": "layer",
-        "device": "cpu",
-        "dtype": "fp32",
-        "name": name,
-        "pixels": 224,
-        "phase": "fwd",
-        "way": "eager",
-    }
-    row |= {"status": status, "environment": HERE | environment}
     times = {"median_s": median, "p20_s": median * (1 - spread), "p80_s": median * (1 + spread), "samples": samples}
-    return row | (times if status == "ok" else {"reason": "because"})
+    return row(name, 224, status=status) | {"environment": HERE | environment} | (times if status == "ok" else {})
 
 
 def change(a, b):
@@ -62,36 +54,46 @@ def test_a_time_that_is_lost_or_new_is_a_change():
 
 
 def results(path, factor, **environment):
-    times = {"status": "ok", "median_s": factor, "p20_s": 0.99 * factor, "p80_s": 1.01 * factor, "samples": 5, "N": 196}
-    rows = [
-        {"op": "pure", "candidate": c, "variant": "fp32 tied", "direction": "fwd", **times} for c in ("infsa", "sdpa")
+    found = [field(name, factor, 0.01, 5, **environment) for name in ("mlla", "mean")]
+    found += [field("soft", status="time limit", **environment), field("soft", status="not reached", **environment)]
+    found += [
+        row(
+            level="model",
+            depth=4,
+            median_s=factor,
+            p20_s=0.99 * factor,
+            p80_s=1.01 * factor,
+            environment=HERE | environment,
+        )
     ]
-    rows += [
-        {"op": "pure", "candidate": "eager", "variant": "fp32 tied", "direction": "fwd", "N": 196, "status": "skipped"}
-    ]
-    layer = [{"candidate": "pooled", "dtype": "fp32", "direction": "fwd", **times}]
-    path.write_text(json.dumps({"environment": HERE | environment, "rows": rows, "layer": layer}))
+    path.write_text("\n".join(map(json.dumps, found)))
     return path
 
 
-def test_both_formats_and_the_exit_status(tmp_path, capsys):
-    a, b = results(tmp_path / "a.json", 1.0), results(tmp_path / "b.json", 1.1, threads=2)
-    assert compare.main([str(a), str(a)]) == 0
+def test_the_comparison_and_the_exit_status(tmp_path, capsys):
+    a, b = results(tmp_path / "a.jsonl", 1.0), results(tmp_path / "b.jsonl", 1.1, threads=2)
+
+    def show(*paths):
+        return bench.main(["--compare", *map(str, paths)])
+
+    assert show(a, a) == 0
     text = capsys.readouterr().out
-    assert "3 rows in both: none changed beyond its noise. Only in A: 0, in B: 0." in text
+    assert "4 rows in both: none changed beyond its noise. Only in A: 0, in B: 0." in text
     assert "WARNING" not in text
-    assert compare.main([str(a), str(b)]) == 1
+    assert show(a, b) == 1
     text = capsys.readouterr().out
-    assert "3 rows in both: 3 slower." in text
+    assert "4 rows in both: 3 slower." in text
     assert "WARNING: the machines or their settings differ" in text
-    assert "layer pooled fp32 196 fwd" in text
+    assert "model cpu fp32 4 1024 fwd linear_infsa" in text
     assert "1.100  [1.08, 1.12]" in text
-    assert compare.main([str(b), str(a)]) == 0
+    assert show(b, a) == 0
     lines = tmp_path / "rows.jsonl"
-    lines.write_text("\n".join(json.dumps(r) for r in (field(), field("soft"), field("soft", status="not reached"))))
-    assert compare.main([str(lines), str(lines)]) == 0
+    lines.write_text(
+        "\n".join(json.dumps(r) for r in (field("luna"), field("rala"), field("rala", status="not reached")))
+    )
+    assert show(lines, lines) == 0
     assert "2 rows in both" in capsys.readouterr().out
-    assert compare.main([str(lines), str(a)]) == 0
+    assert show(lines, a) == 0
     assert "0 rows in both" in capsys.readouterr().out
 
 
@@ -104,40 +106,42 @@ def repository(tmp_path):
         command = ["git", "-c", "user.name=n", "-c", "user.email=e@x", *arguments]
         return subprocess.run(command, cwd=root, check=True, capture_output=True, text=True).stdout.strip()
 
-    for folder in ("bench", "tests"):
+    for folder in ("bench", "infsa_kernels"):
         (root / folder).mkdir(parents=True)
     (root / "setup.py").write_text("open('built', 'w').write('by ' + open('kernel').read())")
-    (root / "tests" / "tolerance.py").write_text("old")
+    (root / "infsa_kernels" / "testing.py").write_text("old")
     (root / "bench" / "gone.py").write_text("old")
     git("init", "-q")
     for kernel in ("first", "second"):
         (root / "kernel").write_text(kernel)
         git("add", "-A")
         git("commit", "-q", "-m", kernel)
-    (root / "tests" / "tolerance.py").write_text("new")
+    (root / "infsa_kernels" / "testing.py").write_text("new")
     (root / "bench" / "gone.py").unlink()
-    (root / "bench" / "measure.py").write_text("new")
+    (root / "bench" / "timer.py").write_text("new")
     return root, git
 
 
 def test_a_revision_is_checked_out_under_this_trees_harness_and_leaves_nothing(repository):
     root, git = repository
-    with versus.checkout("HEAD~1", root) as (there, commit):
+    with compare.checkout("HEAD~1", root) as (there, commit):
         assert commit == git("rev-parse", "HEAD~1")
-        versus.build(there)
+        compare.build(there)
         assert (there / "built").read_text() == "by first"
-        assert (there / "tests" / "tolerance.py").read_text() == (there / "bench" / "measure.py").read_text() == "new"
+        assert (
+            (there / "infsa_kernels" / "testing.py").read_text() == (there / "bench" / "timer.py").read_text() == "new"
+        )
         assert not (there / "bench" / "gone.py").exists()
     assert not there.exists()
     assert len(git("worktree", "list").splitlines()) == 1
     (root / "setup.py").write_text("raise SystemExit('no compiler')")
     with pytest.raises(SystemExit, match="no compiler"):
-        versus.build(root)
-    with pytest.raises(SystemExit, match="lunch"), versus.checkout("lunch", root):
+        compare.build(root)
+    with pytest.raises(SystemExit, match="lunch"), compare.checkout("lunch", root):
         pass
 
 
-def test_both_sides_are_measured_in_turn(monkeypatch, tmp_path):
+def test_both_sides_are_measured_in_turn(monkeypatch):
     calls = []
 
     class FakeWorker:
@@ -152,13 +156,28 @@ def test_both_sides_are_measured_in_turn(monkeypatch, tmp_path):
         def __exit__(self, *_):
             pass
 
-        def measure(self, point, limit):
-            calls.append(self.side + point["name"][0])
-            ok = self.side == "b" or point["name"] != "mean"
-            return {**point, **({"status": "ok"} if ok else {"status": "unsupported", "reason": "too old"})}
+        def measure(self, turn, limit):
+            calls.append(self.side + "".join(name[0] for name in turn["names"]))
+            ok = {name: self.side == "b" or name != "mean" for name in turn["names"]}
+            return [
+                engine.blank(turn, n, "fwd") | ({"status": "ok"} if right else {"status": "unsupported"})
+                for n, right in ok.items()
+            ]
 
-    monkeypatch.setattr(versus, "Worker", FakeWorker)
-    args = versus.parse(["HEAD", "--rounds", "3", "--device", "cpu", "--out", str(tmp_path)])
-    rows = versus.measure([{"name": "linear"}, {"name": "mean"}], {"a": "a", "b": "b"}, args)
-    assert calls == ["al", "bl", "bl", "al", "al", "bl", "am", "bm", "bm", "bm"]
-    assert [len(rows[side]) for side in "ab"] == [4, 6]
+    monkeypatch.setattr(compare, "Worker", FakeWorker)
+    plan = [turn("linear_infsa"), turn("mean"), turn("softmax", "mean")]
+    rows = compare.measure(plan, {"a": "a", "b": "b"}, "cpu", rounds=3, budget=0.1)
+    assert calls == ["al", "bl", "bl", "al", "al", "bl", "am", "bm", "bm", "bm", "asm", "bsm", "bsm", "as", "as", "bsm"]
+    assert [len(rows[side]) for side in "ab"] == [3 + 1 + 4, 3 + 3 + 6]
+    assert {r["environment"]["commit"] for r in rows["a"]} == {"abc"}
+
+
+def test_versus_measures_the_operators_and_layers():
+    args = bench.parse(["--versus", "HEAD", "--device", "cpu"])
+    plan = bench.chosen(args)
+    assert {(t["level"], t["pixels"], n) for t in plan for n in t["names"]} == {
+        (level, pixels, name)
+        for level in ("operator", "layer")
+        for pixels in (224, 1024)
+        for name in ("linear_infsa", "pure_infsa")
+    }

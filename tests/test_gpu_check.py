@@ -6,9 +6,10 @@ import subprocess
 import sys
 
 import pytest
+from bench_rows import row
 from interpreter import needs_interpreter
 
-from bench import gpu_goals, machine, roofline
+from bench import goals, gpu_check, machine
 
 CEILINGS = {"launch": 2e-6, "read": 4e12, "copy": 4e12, "gemm": 8e14}
 
@@ -23,20 +24,19 @@ def python(*arguments):
 def test_a_dry_run_passes_every_part_and_ends_with_the_table(tmp_path):
     run = python("bench.gpu_check", "--dry-run", "--out", tmp_path)
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
-    results = json.loads((tmp_path / "results.json").read_text())
-    from bench.gpu_check import PARTS
-
-    assert set(results["parts"]) == set(PARTS)
-    for name in ("agreement", "repeatability", "large", "devices", "suite"):
-        assert results["parts"][name]["passed"] is True, results["parts"][name]
+    parts = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
+    assert set(parts) == set(gpu_check.PARTS)
+    for name in ("agreement", "repeatability", "large", "devices", "speed", "suite"):
+        assert parts[name]["passed"] is True, parts[name]
+    assert {r["status"] for r in parts["speed"]["rows"]} == {"ok"}
     # What raises in a part that measures is there too, as a failed part.
-    assert not [name for name, part in results["parts"].items() if part.get("passed") is False]
-    assert {g["goal"][0] for g in results["goals"]} == set("123456789")
+    assert not [name for name, part in parts.items() if part.get("passed") is False]
+    assert {line[0] for line in run.stdout.splitlines()[-len(goals.GPU) :]} == set("123456789")
     assert run.stdout.splitlines()[-1].startswith("9 Pure forward")
-    assert (tmp_path / "roofline.png").exists()
+    assert (tmp_path / "operator_roofline.png").exists()
 
     # What is there is not run again; a part that fails makes the whole fail.
-    broken = results["parts"]["large"] | {"passed": False, "wrong": ["pure: huge strides"]}
+    broken = parts["large"] | {"passed": False, "wrong": ["pure: huge strides"]}
     (tmp_path / "large.json").write_text(json.dumps(broken))
     again = python("bench.gpu_check", "--dry-run", "--out", tmp_path)
     assert again.returncode == 1
@@ -64,46 +64,49 @@ def test_floors_by_hand():
     # 65536 tokens of 64 heads of 16 in bfloat16 are 2^27 bytes.
     sizes = 1, 64, 65536, 16, 2, CEILINGS
     tokens = 2**27
-    assert roofline.floor("linear", "fwd", True, *sizes) == pytest.approx(2 * tokens / 4e12, rel=1e-4)
-    assert roofline.floor("linear", "bwd", False, *sizes) == pytest.approx(6 * tokens / 4e12, rel=1e-4)
+    assert gpu_check.floor("linear", "fwd", True, *sizes) == pytest.approx(2 * tokens / 4e12, rel=1e-4)
+    assert gpu_check.floor("linear", "bwd", False, *sizes) == pytest.approx(6 * tokens / 4e12, rel=1e-4)
     sizes = 2, 16, 4096, 64, 2, CEILINGS
     products = 4 * 2 * 4096**2 * 1024 / 8e14
-    assert roofline.floor("pure", "fwd", True, *sizes) == pytest.approx(products)
-    assert roofline.floor("pure", "bwd", True, *sizes) == pytest.approx(2.5 * products)
-    assert roofline.predict("pure", "bwd", False, *sizes) > 1.4 * 2.5 * products
+    assert gpu_check.floor("pure", "fwd", True, *sizes) == pytest.approx(products)
+    assert gpu_check.floor("pure", "bwd", True, *sizes) == pytest.approx(2.5 * products)
+    assert gpu_check.predict("pure", "bwd", False, *sizes) > 1.4 * 2.5 * products
     # At 197 tokens nothing but the one launch counts.
-    assert roofline.predict("linear", "fwd", True, 1, 64, 197, 16, 2, CEILINGS) == pytest.approx(2e-6, rel=0.2)
+    assert gpu_check.predict("linear", "fwd", True, 1, 64, 197, 16, 2, CEILINGS) == pytest.approx(2e-6, rel=0.2)
+
+
+def gpu(name, seconds, pixels=4096, which="fwd", **fields):
+    heads = {"H": 16, "d": 64} if name.startswith("pure") else {"H": 64, "d": 16}
+    facts = {"environment": {"device_type": "cuda"}, "way": "graph", "device": "cuda", "dtype": "bf16", **heads}
+    return row(name, pixels, which, level="operator", median_s=seconds, **{**facts, **fields})
 
 
 def test_goals_from_synthetic_times():
-    row = {
-        "N": 65536,
-        "B": 1,
-        "tied": 2.0,
-        "untied": 3.0,
-        "read tied": 1.0,
-        "read untied": 3.0,
-        "eager": 8.0,
-        "compiled": 3.0,
-    }
-    row |= {"bwd tied": 5.0, "copy tied": 4.0, "launch": 1.0}
-    parts = {"ceilings": CEILINGS, "linear": {"rows": [row]}}
-    by_name = {g["goal"]: g for g in gpu_goals.compare(parts)}
+    found = [gpu("linear_infsa@triton", 3.0), gpu("linear_infsa@cuda", 2.0), gpu("linear_infsa_untied@cuda", 3.0),
+             gpu("read", 1.0), gpu("read_qkv", 3.0), gpu("linear_plain", 8.0), gpu("linear_plain", 3.0, way="compile"),
+             gpu("linear_infsa@triton", 5.0, which="bwd"), gpu("clone", 4.0, which="bwd"), gpu("clone", 4.0),
+             gpu("gemm", 1.0, flops_per_s=8e14), gpu("launch", 1e-6),
+             gpu("linear_infsa@triton", 4.0, 224, batch=32), gpu("linear_infsa@cuda", 2.0, 224, batch=32),
+             gpu("launch", 1.0, 224, batch=32)]  # fmt: skip
+    by_name = {g["goal"]: g for g in goals.compare(found)}
+    # The faster of our backends counts.
     tied = by_name["1 Linear forward tied / read, N=65536 x1"]
     assert (tied["value"], tied["reached"]) == (2.0, False)
     untied = by_name["2 Linear forward untied / read, N=65536 x1"]
     assert (untied["value"], untied["reached"]) == (1.0, True)
+    assert by_name["4 Linear forward: plain / ours, N=65536 x1"]["value"] == 4.0
+    assert by_name["4 Linear forward: compiled / ours, N=65536 x1"]["value"] == 1.5
     # Q, V read and dQ, dV written, and Q read again: 5 units, of which a clone of Q and V moves 4.
     assert by_name["5 Linear backward tied / copy of its bytes, N=65536"]["value"] == 1.0
     assert by_name["6 Pure forward / GEMM rate, N=16384 x1"]["value"] is None
-    by_backend = {"triton": {"tied": 4.0, "untied": None}, "cuda": {"tied": 2.0, "untied": 3.0}}
-    small = {"N": 197, "B": 32, "launch": 1.0, "backends": by_backend}
-    ratios = {r["what"]: r["value"] for r in gpu_goals.ratios({"linear": {"rows": [small, row]}})}
-    assert ratios == {
-        "linear tied: CUDA / Triton, N=197 x32": 0.5,
-        "linear tied: triton / empty launch, N=197 x32": 4.0,
-        "linear tied: cuda / empty launch, N=197 x32": 2.0,
+    assert gpu_check.ratios(found) == {
+        "linear_infsa fwd, N=65536 x1: CUDA / Triton": 2 / 3,
+        "linear_infsa fwd, N=196 x32: CUDA / Triton": 0.5,
+        "linear_infsa@triton fwd, N=196 x32: time / empty launch": 4.0,
+        "linear_infsa@cuda fwd, N=196 x32: time / empty launch": 2.0,
     }
-    found = gpu_goals.beside_the_floor(parts)
-    assert [r["what"] for r in found] == [f"linear {n} N=65536 x1" for n in ("tied", "untied", "bwd tied")]
-    assert 0 < found[0]["floor"] < 1
+    floors = gpu_check.beside_the_floor(found)
+    assert [r["what"] for r in floors[:3]] == [
+        "linear_infsa@triton fwd N=65536 x1", "linear_infsa@cuda fwd N=65536 x1", "linear_infsa_untied@cuda fwd N=65536 x1",
+    ]  # fmt: skip
+    assert 0 < floors[0]["floor"] < 1

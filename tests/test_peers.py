@@ -14,14 +14,23 @@ from bench.peers import CORES, MECHANISMS
 
 D, H, GRID = 32, 2, (14, 16)
 N = GRID[0] * GRID[1]
-CAUSAL = ("gated_deltanet", "simple_linear")
-HERE = [name for name in MECHANISMS if name not in CAUSAL]
-FORMULAS = {
-    name: getattr(formulas, name.split("+")[0].removesuffix("_untied").removesuffix("_per_token")) for name in HERE
-}
-FORMULAS |= {
-    name: functools.partial(FORMULAS[name], tied=False) for name in ("linear_infsa_untied", "pure_infsa_untied")
-}
+CPU = torch.device("cpu")
+CAUSAL = ("gated_deltanet", "gated_deltanet_fla", "simple_linear", "simple_linear_fla", "window", "frwkv")
+# By another's kernels, which need a GPU: the same formula.
+KERNELS = {name for name, cls in CORES.items() if cls.unavailable(CPU)}
+SAME = {"sdpa_": "softmax", "softmax_": "softmax", "flash_": "softmax", "triton_sigmoid": "sigmoid",
+        "linear_plain": "linear_infsa", "pure_plain": "pure_infsa", "linear_attention": "linear_attention"}  # fmt: skip
+
+
+def formula(name):
+    base = name.split("+")[0]
+    base = next((same for start, same in SAME.items() if base.startswith(start)), base)
+    core = getattr(formulas, base.removesuffix("_untied").removesuffix("_per_token").removesuffix("_fla"))
+    return functools.partial(core, tied=False) if name.endswith("_untied") else core
+
+
+HERE = [name for name, (cls, _) in MECHANISMS.items() if "layer" in cls.LEVELS and name not in KERNELS]
+FORMULAS = {name: formula(name) for name in {*CORES, *HERE}}
 
 
 def make(name):
@@ -37,15 +46,41 @@ def make(name):
     return module
 
 
-@pytest.mark.parametrize("name", [name for name in CORES if name not in CAUSAL])
-def test_core_is_its_formula(name):
-    module = make(name)
-    q, k, v = torch.randn(3, 1, N, H, D // H, dtype=torch.float64).transpose(2, 3).unbind()
+def check(module, name, tokens=N):
+    q, k, v = torch.randn(3, 1, tokens, H, D // H, dtype=torch.float64).transpose(2, 3).unbind()
     expected = FORMULAS[name](module, *(array(t[0]) for t in (q, k, v)))
+    rows = torch.tensor([0, 7, tokens - 1])
+
+    def same(found, wanted):
+        found = array(found[0])
+        assert found.shape == wanted.shape if not module.POOLED else found.shape[1] == 1
+        np.testing.assert_allclose(np.broadcast_to(found, wanted.shape), wanted, rtol=1e-8, atol=1e-10)
+
     with torch.no_grad():
-        np.testing.assert_allclose(array(module.core(q, k, v)[0]), expected, rtol=1e-8, atol=1e-10)
-        rows = torch.tensor([0, 7, N - 1])
-        np.testing.assert_allclose(array(module.truth(q, k, v, rows)[0]), expected[:, rows], rtol=1e-8, atol=1e-10)
+        if name not in KERNELS:
+            same(module.core(q, k, v), expected)
+        same(module.truth(q, k, v, rows), expected[:, rows])
+
+
+@pytest.mark.parametrize("name", CORES)
+def test_core_is_its_formula(name):
+    check(make(name), name)
+
+
+@pytest.mark.parametrize("name", ["gated_deltanet", "simple_linear", "window"])
+@pytest.mark.parametrize("tokens", [9, 64, 129, 600])
+def test_chunks_of_a_causal_mechanism_do_not_show(monkeypatch, name, tokens):
+    monkeypatch.setattr(peers.window, "WIDTH", 100)
+    module = make(name)
+    check(module, name, tokens)
+    q, k, v = torch.randn(3, 1, H, tokens, D // H, dtype=torch.float64).unbind()
+    with torch.no_grad():
+        before = module.core(q, k, v)
+        k[:, :, tokens // 2 :], v[:, :, tokens // 2 :] = 9.0, 9.0
+        after = module.core(q, k, v)
+    # The tokens before a change do not see it: causal.
+    torch.testing.assert_close(after[:, :, : tokens // 2], before[:, :, : tokens // 2], rtol=1e-12, atol=1e-12)
+    assert not torch.equal(after[:, :, tokens // 2 :], before[:, :, tokens // 2 :])
 
 
 def linear(layer, x):
@@ -156,6 +191,11 @@ EXTRA = {
     "sigmoid": 0,
     "relu": 0,
     "mean": -2 * (D * D + D),
+    "linear_attention": 0,
+    "gated_deltanet": 2 * H,
+    "simple_linear": 0,
+    "window": 0,
+    "frwkv": 5 * D,
 }  # fmt: skip
 
 
@@ -164,7 +204,7 @@ def test_parameters(name):
     assert sum(p.numel() for p in make(name).parameters()) - (4 * D * D + 4 * D) == EXTRA[name]
 
 
-@pytest.mark.parametrize("name", MECHANISMS)
+@pytest.mark.parametrize("name", [name for name in MECHANISMS if name not in peers.LIMITS])
 def test_what_it_says_of_itself(name):
     cls, _ = MECHANISMS[name]
     states = []
@@ -174,7 +214,8 @@ def test_what_it_says_of_itself(name):
     assert states[1] == pytest.approx(states[0] * (4 if cls.QUADRATIC else 1), rel=0.01)
     assert ("N^2" in cls.TIME) == cls.QUADRATIC
     assert cls.CAUSAL == (name in CAUSAL) == ("causal" in cls.LABEL)
-    assert (cls.unavailable(torch.device("cpu")) is not None) == (name in CAUSAL)
+    reason = cls.unavailable(CPU)
+    assert reason is None or "is not installed" in reason or "needs a GPU" in reason
 
 
 def test_performer_draws_features_as_its_paper_does():

@@ -2,14 +2,14 @@
 
     O = sigmoid(s q k^T - ln N) v   (arXiv:2409.04431),      O = ReLU(s q k^T) v / N   (arXiv:2309.08586)
 
-A block of queries at a time: the N x N scores are never held.
+A block of queries at a time: the N x N scores are never held. "TritonSigmoid" (arXiv:2604.27124): sigmoid attention's kernels.
 """
 
 import math
 
 import torch
 
-from .mechanism import Mechanism, scale
+from .mechanism import Mechanism, missing, scale
 
 BLOCK_SCORES = 1 << 24
 
@@ -31,6 +31,23 @@ class Sigmoid(Elementwise):
 
     def weights(self, scores):
         return torch.sigmoid(scores - math.log(scores.shape[-1]))
+
+
+class TritonSigmoid(Sigmoid):
+    COMPILES = False
+    LABEL, SOURCE, LEVELS = "Sigmoid attention (TritonSigmoid)", "2604.27124", ("operator",)
+
+    @classmethod
+    def unavailable(cls, device):
+        return missing("triton_sigmoid", "TritonSigmoid", device)
+
+    def core(self, q, k, v):
+        from triton_sigmoid import sigmoid_attention
+
+        return sigmoid_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
+
+    def truth(self, q, k, v, rows):
+        return Sigmoid.core(self, q[:, :, rows], k, v)
 
 
 class ReLU(Elementwise):

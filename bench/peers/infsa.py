@@ -1,99 +1,174 @@
-"""The operators of this package: tied (K = Q, the paper's) and untied; Linear as the pooled layer and as a layer per token."""
+"""The operators of this package: tied (K = Q, the paper's) and untied; Linear as the pooled layer and as a layer per token.
+
+"Plain" is the paper's equations in torch operations, infsa_kernels.reference, with autograd's gradients.
+"""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import infsa_kernels
 from infsa_kernels import reference
 
-from ..truth import pure_rows
+from .machine import GEMM_SIZE
 from .mechanism import Mechanism
 
 RHO, EPS = 0.95, 1e-6
+
+# A score this small beside |u| |kappa| may have either sign in float32. Linear's central query carries the rounding of
+# a sum over all tokens, Pure's scores that of one product.
+KINK_LINEAR, KINK_PURE = 1e-5, 1e-6
+
+# float64 operations that checking one case of Pure may take, beyond one head, and scores that it holds.
+FLOPS, BLOCK_SCORES = 5e10, 1 << 21
 
 # Tokens up to which float64 scores are held whole to check against.
 MATERIALISED = 2048
 
 
-class LinearInfSA(Mechanism):
-    LABEL, SOURCE = "Linear-InfSA", "2603.00175"
-    TIME, STATE, HEADS = "N D", "d + 1, twice", 64
+class InfSA(Mechanism):
+    SOURCE, PROJECTIONS, COMPILES = "2603.00175", "qv", False
+    OP: str  # its operator
+
+    def keys(self, q, k):
+        return k if "k" in self.PROJECTIONS else q
+
+    @property
+    def untied(self) -> str:
+        return "_qkv" if "k" in self.PROJECTIONS else ""
+
+    def layer_flops(self, train: bool) -> float:
+        """Operations that the layer needs at least, for one picture."""
+        raise NotImplementedError
+
+
+class LinearInfSA(InfSA):
+    LABEL, OP = "Linear-InfSA", "linear"
+    TIME, STATE, HEADS, POOLED = "N D", "d + 1, twice", 64, True
     NOTE = "the pooled layer: exact, one product of N tokens and a D x D matrix"
-    PROJECTIONS = "qv"
 
     def state_size(self):
         return 2 * (self.dim + self.num_heads)
 
     def core(self, q, k, v):
-        return torch.ops.infsa.linear(q, self._keys(q, k), v, EPS, RHO).unsqueeze(2).expand_as(v)
+        return torch.ops.infsa.linear(q, self.keys(q, k), v, EPS, RHO).unsqueeze(2)
 
     def truth(self, q, k, v, rows):
-        return reference.linear(q, self._keys(q, k), v, RHO, EPS).unsqueeze(2).expand(-1, -1, len(rows), -1)
+        return reference.linear(q, self.keys(q, k), v, RHO, EPS).unsqueeze(2)
+
+    def undecided(self, q, k, v):
+        q, k = q.double(), self.keys(q, k).double()
+        energy = torch.linalg.vector_norm(q, dim=-1, keepdim=True)
+        central_query = (energy * q).sum(-2, keepdim=True)  # but for its length
+        return torch.nn.functional.cosine_similarity(central_query, k, dim=-1).abs() <= KINK_LINEAR
+
+    def head_groups(self, gradients):
+        return [list(group) for group in torch.arange(self.num_heads).split(8)]
+
+    def rows_to_check(self, gradients, rows, gradients_up_to):
+        return self.tokens, gradients
+
+    def limits(self, case, which):
+        if case["level"] == "layer":
+            return {} if self.untied and which != "fwd" else products(self.layer_flops(which == "train"), case)
+        parts = {"fwd": ("read",), "bwd": ("copy",), "train": ("read", "copy")}[which]
+        return {part + self.untied: 1.0 for part in parts}
 
     def layer_flops(self, train):
         # The query projection, and two products of N x D and D x H; in training again, and their gradients.
         return self.tokens * self.dim * ((8 if train else 2) * self.dim + (14 if train else 4) * self.num_heads)
 
-    def _keys(self, q, k):
-        return k if "k" in self.PROJECTIONS else q
-
     def forward(self, x, norm: nn.LayerNorm | None = None):
         """(B, 1, D): the row that every token gets."""
-        if norm is None:
-            return self._pooled(x)
-        return self._pooled(x, norm_weight=norm.weight, norm_bias=norm.bias, norm_eps=norm.eps)
+        tensors = {"norm_weight": norm.weight, "norm_bias": norm.bias, "norm_eps": norm.eps} if norm is not None else {}
+        if self.untied:
+            tensors |= {"k_weight": self.k_proj.weight, "k_bias": self.k_proj.bias}
+        return infsa_kernels.pooled_linear_infsa(
+            x, self.num_heads, self.q_proj.weight, self.v_proj.weight, self.out_proj.weight, rho=RHO, eps=EPS,
+            q_bias=self.q_proj.bias, v_bias=self.v_proj.bias, out_bias=self.out_proj.bias, **tensors,
+        ).unsqueeze(1)  # fmt: skip
 
     def sublayer(self, x, norm):
         return x + self(x, norm)
-
-    def _pooled(self, x, **norm):
-        keys = {"k_weight": self.k_proj.weight, "k_bias": self.k_proj.bias} if "k" in self.PROJECTIONS else {}
-        return infsa_kernels.pooled_linear_infsa(
-            x, self.num_heads, self.q_proj.weight, self.v_proj.weight, self.out_proj.weight,
-            q_bias=self.q_proj.bias, v_bias=self.v_proj.bias, out_bias=self.out_proj.bias, rho=RHO, eps=EPS, **keys, **norm,
-        ).unsqueeze(1)  # fmt: skip
 
 
 class LinearInfSAUntied(LinearInfSA):
     LABEL, PROJECTIONS = "Linear-InfSA, untied", "qkv"
 
-    def layer_flops(self, train):
-        return None if train else super().layer_flops(train)
-
 
 class LinearInfSAPerToken(LinearInfSA):
-    LABEL = "Linear-InfSA, per token"
+    LABEL, LEVELS = "Linear-InfSA, per token", ("layer",)
     NOTE = "the authors' order: q, v and the output projected for every token; only the operator is fused"
 
-    def layer_flops(self, train):
-        return None
+    def limits(self, case, which):
+        return {}
 
     def forward(self, x):
-        return Mechanism.forward(self, x)
+        q, k, v = self.project(x)
+        return self.finish(x, self.core(q, k, v).expand_as(v), q, v)
 
     def sublayer(self, x, norm):
         return Mechanism.sublayer(self, x, norm)
 
 
-class PureInfSA(Mechanism):
-    LABEL, SOURCE = "Pure InfSA", "2603.00175"
+class LinearPlain(LinearInfSA):
+    PLAIN = COMPILES = True
+    LABEL, LEVELS, NOTE = "Linear-InfSA, plain torch", ("operator",), "the equations in torch operations"
+
+    def core(self, q, k, v):
+        return reference.linear(q, self.keys(q, k), v, RHO, EPS).unsqueeze(2)
+
+
+class LinearPlainUntied(LinearPlain):
+    LABEL, PROJECTIONS = "Linear-InfSA, plain torch, untied", "qkv"
+
+
+class PureInfSA(InfSA):
+    LABEL, OP = "Pure InfSA", "pure"
     TIME, STATE, QUADRATIC = "N^2 D", "2 N d (keys and values), 1 norm", True
-    PROJECTIONS = "qv"
 
     def state_size(self):
         return 2 * self.tokens * self.dim + self.num_heads
 
     def core(self, q, k, v):
-        return torch.ops.infsa.pure(q, k if "k" in self.PROJECTIONS else q, v, EPS, RHO)
+        return torch.ops.infsa.pure(q, self.keys(q, k), v, EPS, RHO)
 
     def truth(self, q, k, v, rows):
-        k = k if "k" in self.PROJECTIONS else q
+        k = self.keys(q, k)
         heads = [tuple(t[:, h : h + 1] for t in (q, k, v)) for h in range(q.shape[1])]
         if torch.is_grad_enabled() or self.tokens <= MATERIALISED or len(q) > 1:
             return torch.cat([reference.pure(*head, RHO, EPS)[:, :, rows] for head in heads], 1)
         parts = [{n: t[0, 0] for n, t in zip("qkv", head)} for head in heads]
         found = [pure_rows(part, part["v"], rows, q.dtype, gradients=False)[1]["out"] for part in parts]
         return torch.stack(found)[None]
+
+    def results(self, q, k, v, dout, rows, gradients):
+        parts = []
+        for h in range(q.shape[1]):
+            inputs = {n: t[0, h] for n, t in zip("qkv", (q, k, v)) if n != "k" or self.untied}
+            decided, found = pure_rows(inputs, dout[0, h], rows, q.dtype, gradients)
+            parts.append(found | {"undecided": ~decided})
+        return {name: torch.stack([part[name] for part in parts])[None] for name in parts[0]}
+
+    def undecided(self, q, k, v):
+        u, kappa = (torch.nn.functional.normalize(t.double(), dim=-1) for t in (q, self.keys(q, k)))
+        near = torch.cat([(u[:, h] @ kappa[:, h].mT).abs()[:, None] <= KINK_PURE for h in range(q.shape[1])], 1)
+        return near.any(-1) | near.any(-2)
+
+    def head_groups(self, gradients):
+        per_head = (4 if gradients else 2) * self.tokens**2 * self.head_dim
+        drawn = torch.randperm(self.num_heads, generator=torch.Generator().manual_seed(self.tokens))
+        return [drawn[: max(1, int(FLOPS / per_head))].sort().values.tolist()]
+
+    def rows_to_check(self, gradients, rows, gradients_up_to):
+        return min(rows, self.tokens), gradients
+
+    def limits(self, case, which):
+        if case["level"] == "layer":
+            train = which == "train"
+            return {} if self.untied and train else products(self.layer_flops(train), case)
+        count = flops("pure", which, case["batch"], self.num_heads, self.tokens, self.head_dim)
+        return products(count / case["batch"], case)
 
     def layer_flops(self, train):
         # 6 N D^2 for the three projections and 4 N^2 D forward; backward twice and two and a half times that.
@@ -104,5 +179,89 @@ class PureInfSA(Mechanism):
 class PureInfSAUntied(PureInfSA):
     LABEL, PROJECTIONS = "Pure InfSA, untied", "qkv"
 
-    def layer_flops(self, train):
-        return None
+
+class PurePlain(PureInfSA):
+    PLAIN = COMPILES = True
+    LABEL, LEVELS, NOTE = (
+        "Pure InfSA, plain torch",
+        ("operator",),
+        "the equations in torch operations: holds N x N scores",
+    )
+
+    def core(self, q, k, v):
+        return reference.pure(q, self.keys(q, k), v, RHO, EPS)
+
+
+class PurePlainUntied(PurePlain):
+    LABEL, PROJECTIONS = "Pure InfSA, plain torch, untied", "qkv"
+
+
+def flops(op: str, which: str, B: int, H: int, N: int, d: int) -> int:
+    """Operations of a pass by the operator's registered formula: the paper's N x N products, none saved by symmetry."""
+    q, v = (torch.empty(B, H, N, d, device="meta", requires_grad=True) for _ in range(2))
+    with FlopCounterMode(display=False) as counter:
+        out = getattr(torch.ops.infsa, op)(q, q, v)
+        fwd = counter.get_total_flops()
+        torch.autograd.grad(out, [q, v], torch.empty_like(out))
+    return {"fwd": fwd, "bwd": counter.get_total_flops() - fwd, "train": counter.get_total_flops()}[which]
+
+
+def traffic(op: str, which: str, tied: bool, tokens: int, heads: int) -> int:
+    """Bytes that must move at least: every input of a pass read once, every result written once.
+
+    Args:
+        tokens, heads: bytes of a tensor of all tokens, as q, and of one row per head, as Linear's result.
+    """
+    out = tokens if op == "pure" else heads
+    inputs = tokens * (2 if tied else 3)
+    fwd = inputs + out
+    # Pure's backward reads out as well as dout: its norm's gradient needs <dout, out>.
+    bwd = 2 * inputs + out * (2 if op == "pure" else 1)
+    return {"fwd": fwd, "bwd": bwd, "train": fwd + bwd}[which]
+
+
+def products(count: float, case: dict) -> dict[str, float]:
+    """Operations of one picture as a number of the machine's matrix products."""
+    return {"gemm": case["batch"] * count / (2 * GEMM_SIZE[case["device"]] ** 3)}
+
+
+def pure_rows(inputs, dout, rows, dtype, gradients) -> tuple[Tensor, dict[str, Tensor]]:
+    """Rows of out, dq, dk and dv of one head (N, d), computed in ``dtype`` with sums over all N x N in blocks.
+
+    Also returns which rows have no score whose sign hangs on rounding.
+    """
+    s = inputs["q"].shape[-1] ** -0.5
+    u = inputs["q"].to(dtype) * s
+    kappa = inputs.get("k", inputs["q"]).to(dtype) * s
+    v, dout = inputs["v"].to(dtype), dout.to(dtype)
+
+    # F^2 = sum P^2 and <dO, P v>, of which the norm's gradient is made.
+    squares = dout_p_v = 0.0
+    for i in torch.arange(len(u), device=u.device).split(max(1, BLOCK_SCORES // len(kappa))):
+        scores = torch.relu_(u[i] @ kappa.T)
+        squares += scores.flatten().dot(scores.flatten()).item()
+        if gradients:
+            dout_p_v += (dout[i] * (scores @ v)).sum().item()
+    norm = squares**0.5
+    gain = RHO / (norm + EPS)
+    c = gain * dout_p_v / (norm * (norm + EPS)) if norm else 0.0
+
+    row_scores = u[rows] @ kappa.T  # (R, M)
+    found = {"out": gain * torch.relu(row_scores) @ v}
+    lengths = torch.linalg.vector_norm(u, dim=-1), torch.linalg.vector_norm(kappa, dim=-1)
+    decided = (row_scores.abs() > KINK_PURE * lengths[0][rows, None] * lengths[1]).all(1)
+    if not gradients:
+        return decided, found
+
+    dscores = gain * dout[rows] @ v.T - c * row_scores
+    found["dq"] = s * dscores.masked_fill(row_scores <= 0, 0) @ kappa
+    column_scores = u @ kappa[rows].T  # (N, R)
+    dscores = gain * dout @ v[rows].T - c * column_scores
+    dk = s * dscores.masked_fill(column_scores <= 0, 0).T @ u
+    found["dv"] = gain * torch.relu(column_scores).T @ dout
+    if "k" in inputs:
+        found["dk"] = dk
+        decided &= (column_scores.abs() > KINK_PURE * lengths[0][:, None] * lengths[1][rows]).all(0)
+    else:
+        found["dq"] = found["dq"] + dk
+    return decided, found

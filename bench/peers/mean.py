@@ -6,13 +6,13 @@ from .mechanism import Mechanism, wide
 class Mean(Mechanism):
     LABEL, SOURCE = "Mean pooling", "-"
     TIME, STATE = "N D", "d"
-    PROJECTIONS = "v"
+    PROJECTIONS, POOLED = "v", True
 
     def state_size(self):
         return self.dim
 
     def core(self, q, k, v):
-        return wide(v).mean(-2, keepdim=True).to(v.dtype).expand_as(v)
+        return wide(v).mean(-2, keepdim=True).to(v.dtype)
 
     def forward(self, x):
         return self.out_proj(self.v_proj(wide(x).mean(1, keepdim=True).to(x.dtype)))

@@ -1,5 +1,7 @@
 """What every comparator is: a token mixer on a grid of patches, as a core on q, k, v and as a layer on tokens."""
 
+import importlib.util
+
 import torch
 from torch import Tensor, nn
 
@@ -24,10 +26,15 @@ class Mechanism(nn.Module):
     HAS_LOCAL = False
     HEADS = 16
     NOTE = ""
+    POOLED = False  # the core gives one token for all: (B, H, 1, d)
+    PLAIN = False  # the plain code that our kernels' errors are measured by
+    COMPILES = (
+        True  # whether torch.compile is tried: not on kernels, which are the same compiled, nor on loops over tokens
+    )
+    LEVELS = ("operator", "layer")
 
     PROJECTIONS = "qkv"
     PROJECTION_BIAS = True
-    OUT_PROJECTION = True
 
     def __init__(self, dim: int, num_heads: int, grid: tuple[int, int], local: bool = False):
         super().__init__()
@@ -36,8 +43,7 @@ class Mechanism(nn.Module):
         self.local = local and self.HAS_LOCAL
         for name in self.PROJECTIONS:
             setattr(self, f"{name}_proj", nn.Linear(dim, dim, self.PROJECTION_BIAS))
-        if self.OUT_PROJECTION:
-            self.out_proj = nn.Linear(dim, dim)
+        self.out_proj = nn.Linear(dim, dim)
 
     @classmethod
     def unavailable(cls, device: torch.device) -> str | None:
@@ -53,7 +59,40 @@ class Mechanism(nn.Module):
 
     def truth(self, q: Tensor, k: Tensor, v: Tensor, rows: Tensor) -> Tensor:
         """Rows of the core's output, by plain torch operations in the dtype of q: what the core is checked against."""
-        return self.core(q[:, :, rows] if self.QUADRATIC else q, k, v)[:, :, slice(None) if self.QUADRATIC else rows]
+        if self.QUADRATIC:
+            return self.core(q[:, :, rows], k, v)
+        out = self.core(q, k, v)
+        return out if self.POOLED else out[:, :, rows]
+
+    def results(
+        self, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, rows: Tensor, gradients: bool
+    ) -> dict[str, Tensor]:
+        """Rows of out and, if asked, of dq, dk and dv, by plain operations in the dtype of q; of those q, k, v that count.
+
+        "undecided" (B, H, rows), if there: tokens with a score whose sign hangs on rounding, where dq and dk jump.
+        """
+        if not gradients:
+            return {"out": self.truth(q, k, v, rows)}
+        leaves = {n: t.detach().requires_grad_() for n, t in zip(("dq", "dk", "dv"), (q, k, v))}
+        out = self.truth(*leaves.values(), torch.arange(q.shape[2], device=q.device))
+        grads = torch.autograd.grad(out, list(leaves.values()), dout, allow_unused=True)
+        found = {"out": out.detach() if self.POOLED else out.detach()[:, :, rows]}
+        found |= {n: g[:, :, rows] for n, g in zip(leaves, grads) if g is not None}
+        unsure = self.undecided(q, k, v)
+        return found if unsure is None else found | {"undecided": unsure[:, :, rows]}
+
+    def undecided(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
+        """(B, H, N): tokens with a score whose sign hangs on rounding; None for a mechanism without a jump that matters."""
+        return None
+
+    def head_groups(self, gradients: bool) -> list[list[int]]:
+        """Heads that ``results`` looks at, and at how many at once: all, unless heads do not mix and float64 is dear."""
+        return [list(range(self.num_heads))]
+
+    def rows_to_check(self, gradients: bool, rows: int, gradients_up_to: int) -> tuple[int, bool]:
+        """How many tokens are compared with float64, and whether gradients are."""
+        gradients = gradients and self.tokens <= gradients_up_to
+        return (self.tokens if gradients else min(rows, self.tokens)), gradients
 
     def local_part(self, x: Tensor, v: Tensor) -> Tensor:
         """(B, N, D) from the layer's tokens (B, N, D) and values (B, H, N, d)."""
@@ -86,11 +125,11 @@ class Mechanism(nn.Module):
         y = norm(x)
         q, k, v = self.project(y)
         out = self.truth(q, k, v, rows)
-        return x[:, rows] + Mechanism.finish(self, y[:, rows], out, q[:, :, rows], v)
+        return x[:, rows] + Mechanism.finish(self, y[:, rows], out, None if q is None else q[:, :, rows], v)
 
-    def layer_flops(self, train: bool) -> float | None:
-        """Operations that the layer needs at least; None where nobody has counted them."""
-        return None
+    def limits(self, case: dict, which: str) -> dict[str, float]:
+        """What bounds a pass ("fwd", "bwd", "train") from below: names of the machine's limits, and how many of each."""
+        return {}
 
     def heads(self, x: Tensor) -> Tensor:
         """(B, N, D) as (B, H, N, d), a view."""
@@ -109,3 +148,14 @@ def wide(x: Tensor) -> Tensor:
 
 def scale(q: Tensor) -> float:
     return q.shape[-1] ** -0.5
+
+
+def missing(module: str, package: str, device: torch.device) -> str | None:
+    """Why a package's kernels do not run on a device."""
+    try:
+        installed = importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the package around the module
+        installed = False
+    if not installed:
+        return f"{package} is not installed"
+    return None if device.type == "cuda" else f"{package} needs a GPU"

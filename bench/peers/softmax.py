@@ -1,8 +1,11 @@
-"""Softmax attention through torch's fused kernels: O = softmax(s q k^T) v."""
+"""Softmax attention, O = softmax(s q k^T) v: torch's fused kernels, each of them alone, and FlashAttention 3 and 4."""
+
+import importlib
 
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .mechanism import Mechanism
+from .mechanism import Mechanism, missing, scale
 
 
 class Softmax(Mechanism):
@@ -14,3 +17,59 @@ class Softmax(Mechanism):
 
     def core(self, q, k, v):
         return F.scaled_dot_product_attention(q, k, v)
+
+    def truth(self, q, k, v, rows):
+        return (scale(q) * q[:, :, rows] @ k.mT).softmax(-1) @ v
+
+
+class SoftmaxOn64(Softmax):
+    LABEL, HEADS, LEVELS = "Softmax (SDPA), 64 heads", 64, ("operator",)
+    NOTE = "on the q, k and v of Linear-InfSA"
+
+
+def by(backend: str, devices: tuple[str, ...]) -> type[Softmax]:
+    """Softmax by one backend of SDPA alone."""
+    kind = {"flash": SDPBackend.FLASH_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION,
+            "cudnn": SDPBackend.CUDNN_ATTENTION, "math": SDPBackend.MATH}[backend]  # fmt: skip
+
+    class ByBackend(Softmax):
+        COMPILES = False
+        LABEL = f"Softmax (SDPA: {backend})"
+
+        @classmethod
+        def unavailable(cls, device):
+            return None if device.type in devices else f"SDPA's {backend} backend needs a GPU"
+
+        def core(self, q, k, v):
+            with sdpa_kernel(kind):
+                return super().core(q, k, v)
+
+    return ByBackend
+
+
+class FlashAttention(Softmax):
+    """A package with ``flash_attn_func(q, k, v)`` on (B, N, H, d)."""
+
+    COMPILES = False
+    LEVELS = ("operator",)
+    MODULE: str
+    PACKAGE: str
+
+    @classmethod
+    def unavailable(cls, device):
+        return missing(cls.MODULE, cls.PACKAGE, device)
+
+    def core(self, q, k, v):
+        out = importlib.import_module(self.MODULE).flash_attn_func(*(t.transpose(1, 2) for t in (q, k, v)))
+        # Some releases return the log-sum-exp beside it.
+        return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
+
+
+class FlashAttention3(FlashAttention):
+    LABEL, SOURCE = "Softmax (FlashAttention 3)", "2407.08608"
+    MODULE, PACKAGE = "flash_attn_interface", "FlashAttention 3"
+
+
+class FlashAttention4(FlashAttention):
+    LABEL, SOURCE = "Softmax (FlashAttention 4)", "flash-attn-4"
+    MODULE, PACKAGE = "flash_attn.cute", "FlashAttention 4"

@@ -1,13 +1,16 @@
-"""Time and peak memory of one call, and of many calls in turn.
+"""The one timer: one call, or many calls in turn, with cold or warm caches, and the peak memory of a call.
 
 An action is a function of one argument, `lap`, that it may call to end one part of its work and begin the next: a
 training step calls it between forward and backward. It returns the tensors it made.
 """
 
+import contextlib
 import ctypes
+import functools
+import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -20,59 +23,90 @@ TURN_SECONDS = 2e-3
 TURN_CALLS = 20
 LEAST_SAMPLES, MAX_SAMPLES = 3, 100
 
-# A call above this time is measured once.
-LONG_CALL_SECONDS = 4.0
-COLD_CACHE_BYTES = 256 << 20
+# A call above this time is measured once; above the next, the other state of the caches makes no difference to it.
+LONG_CALL_SECONDS = 3.0
+CACHED_SECONDS = 0.05
+OTHER_SAMPLES = 3
+CACHE_BYTES = {"cpu": 96 << 20, "cuda": 256 << 20}
+
+# A first call, which finds fresh memory and compiles, counts only if it takes so long that this is a small part of it.
+FIRST_COUNTS_SECONDS = 10.0
+ENERGY_SECONDS = 2.0
 
 
 @dataclass
 class Observation:
-    """What calls of one action showed: seconds of every lap, and peak bytes per lap beyond those before the call."""
+    """What calls of one action showed: seconds of every lap, and peak bytes per lap beyond those before the call.
+
+    ``other`` has the samples with the other state of the caches: warm on a GPU, cold on a CPU.
+    """
 
     samples: list[list[float]]
     peaks: list[int] | None
     result_bytes: int
+    other: list[list[float]] = field(default_factory=list)
 
     @property
     def seconds(self) -> float:
         return sorted(sum(laps) for laps in self.samples)[len(self.samples) // 2]
 
 
-def observe(action: Action, device: torch.device, warm_up: bool) -> tuple[Observation, list[Tensor]]:
+def observe(action: Action, device: torch.device, warm_up: bool = True) -> tuple[Observation, list[Tensor]]:
     """One call, after one that does not count if ``warm_up``: its times and peak memory, and what it returned."""
     if warm_up:
         _call(action, device)
     memory = CudaMemory(device) if device.type == "cuda" else HostMemory()
-    laps, results = _call(action, device, memory)
+    laps, results = _call(action, device, memory=memory)
     return Observation([laps], memory.peaks, sum(t.nbytes for t in results)), results
+
+
+def first(action: Action, device: torch.device, warm_up: bool) -> tuple[Observation, list[Tensor]]:
+    """One call that counts, after one that does not, unless the first is long and nobody asks for ``warm_up``."""
+    if warm_up or (seen := observe(action, device, warm_up=False))[0].seconds < FIRST_COUNTS_SECONDS:
+        return observe(action, device, warm_up)
+    return seen
 
 
 def interleave(actions: dict[str, Action], seen: dict[str, Observation], budget: float, device: torch.device) -> None:
     """Calls the actions in turn, each until it has taken about ``budget`` seconds, and puts the samples into ``seen``.
 
-    An action whose one observed call was long keeps that sample; the others get fresh ones.
+    An action whose one observed call was long keeps that sample; the others get fresh ones. A GPU's calls start with a cold
+    L2, a CPU's with what the call before left; short ones are then also called a few times the other way round.
     """
+    cold = device.type == "cuda"
     seconds = {name: seen[name].seconds for name in actions}
     wanted = {name: _samples(seconds[name], budget) for name in actions if seconds[name] <= LONG_CALL_SECONDS}
     fresh = {name: [] for name in wanted}
     while wanted:
         for name in list(wanted):
             calls = int(min(TURN_CALLS, max(1, TURN_SECONDS / max(seconds[name], 1e-9))))
-            laps = [_call(actions[name], device)[0] for _ in range(calls)]
+            laps = [_call(actions[name], device, cold)[0] for _ in range(calls)]
             fresh[name] += laps[1:] if calls > 1 else laps
             if len(fresh[name]) >= wanted[name]:
                 seen[name].samples = fresh[name]
                 del wanted[name]
+    for _ in range(OTHER_SAMPLES):
+        for name in fresh:
+            if seconds[name] <= CACHED_SECONDS:
+                if cold:
+                    _call(actions[name], device, False)
+                seen[name].other.append(_call(actions[name], device, not cold)[0])
 
 
 def _samples(seconds: float, budget: float) -> int:
     return int(min(MAX_SAMPLES, max(LEAST_SAMPLES, budget / max(seconds, 1e-9))))
 
 
-def _call(action: Action, device: torch.device, memory=None) -> tuple[list[float], list[Tensor]]:
-    """Seconds of every lap, and the results. On a GPU every call starts with a cold L2 cache."""
+@functools.cache
+def _cache(device: torch.device) -> Tensor:
+    return torch.empty(CACHE_BYTES[device.type], dtype=torch.int8, device=device)
+
+
+def _call(action: Action, device: torch.device, cold: bool = False, memory=None) -> tuple[list[float], list[Tensor]]:
+    """Seconds of every lap, and the results; ``cold``: after something else has filled the caches."""
+    if cold:
+        _cache(device).zero_()
     if device.type == "cuda":
-        torch.empty(COLD_CACHE_BYTES, dtype=torch.int8, device=device).zero_()
         torch.cuda.synchronize(device)
     clock = CudaClock() if device.type == "cuda" else HostClock()
 
@@ -90,6 +124,66 @@ def _call(action: Action, device: torch.device, memory=None) -> tuple[list[float
     if memory:
         memory.lap()
     return clock.laps(), results
+
+
+def times(laps: list[list[float]], which: str = "train") -> dict:
+    """Median and 20th to 80th percentile of a pass in seconds; the backward pass is the last lap of a training step."""
+    seconds = sorted(lap[-1] if which == "bwd" else sum(lap) for lap in laps)
+
+    def quantile(share):
+        at = share * (len(seconds) - 1)
+        low, high = seconds[math.floor(at)], seconds[math.ceil(at)]
+        return low + (high - low) * (at - math.floor(at))
+
+    return {"median_s": quantile(0.5), "p20_s": quantile(0.2), "p80_s": quantile(0.8), "samples": len(seconds)}
+
+
+@functools.cache
+def capture_stream():
+    """The one stream of all captures: autograd runs a backward pass on the stream of its forward pass, which has to be it."""
+    return torch.cuda.Stream()
+
+
+@contextlib.contextmanager
+def on_capture_stream(device: torch.device):
+    if device.type == "cpu":
+        yield
+        return
+    capture_stream().wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(capture_stream()):
+        yield
+    torch.cuda.current_stream().wait_stream(capture_stream())
+
+
+def capture(run: Callable[[], list[Tensor]], keep_graph: bool = False):
+    """A CUDA graph of one call, and the tensors that a replay writes. ``keep_graph`` leaves it open to inspection."""
+    with on_capture_stream(torch.device("cuda")):
+        for _ in range(3):
+            run()
+    graph = torch.cuda.CUDAGraph(keep_graph=keep_graph)
+    with torch.cuda.graph(graph, stream=capture_stream()):
+        results = run()
+    return graph, results
+
+
+def energy(action: Action, device: torch.device) -> float | None:
+    """Joules of a call, by the board's own counter over at least ENERGY_SECONDS; None where there is no such counter."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+        read = functools.partial(pynvml.nvmlDeviceGetTotalEnergyConsumption, handle)
+        read()
+    except Exception:
+        return None
+    torch.cuda.synchronize()
+    before, began, calls = read(), time.perf_counter(), 0
+    while time.perf_counter() - began < ENERGY_SECONDS:
+        action(lambda: None)
+        torch.cuda.synchronize()
+        calls += 1
+    return (read() - before) / 1e3 / calls
 
 
 class HostClock:
@@ -164,17 +258,6 @@ class CudaMemory:
     def lap(self) -> None:
         self.peaks.append(torch.cuda.max_memory_allocated(self._device) - self._base)
         torch.cuda.reset_peak_memory_stats(self._device)
-
-
-def available_memory(device: torch.device) -> int:
-    """Bytes that a new allocation may take; where the system does not tell, none that could be exceeded."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        with open("/proc/meminfo") as f:
-            return next(int(line.split()[1]) << 10 for line in f if line.startswith("MemAvailable"))
-    except OSError:
-        return 1 << 62
 
 
 def _status(key: str) -> int:

@@ -1,0 +1,145 @@
+"""InfSA among the mechanisms of the field and beside what the machine needs at least.
+
+    operator   q, k, v given                 layer   tokens -> attention sub-layer -> tokens, D = 1024
+    model      a picture -> class scores of a 4- or 24-layer Vision Transformer
+
+Without options: the main figures, in at most 3 minutes of measuring. Each turn runs in a process of its own and becomes rows of
+OUT/rows.jsonl. What has its row is not measured again (--again does), so an interrupted run goes on.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from . import cases, compare, peers, report
+from .machine import ROOT
+from .run import run
+
+OWN_PLAN = ("level", "only", "sizes", "phase", "way", "depth", "dtype", "layout", "batch")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parse(arguments)
+    if args.compare:
+        return compare.show(*(compare.load(path) for path in args.compare))
+    plan = chosen(args)
+    if args.versus:
+        return compare.versus(args.versus, plan, args.device, args.rounds, args.budget, args.out / "versus")
+    if args.report:
+        return show(args, "tables")
+    rows = []
+    for level, turns, minutes in plan:
+        if args.all and len(plan) > 1:
+            print(f"{level}: at most {minutes:g} minutes", file=sys.stderr)
+        rows += run(turns, args.out, args.device, minutes, args.budget, args.limit, args.again)
+    show(args, "screen" if not (args.all or args.own_plan) else "tables")
+    return int(any(row["status"] == "wrong" for row in rows))
+
+
+def chosen(args) -> list:
+    """(level, turns, minutes) for each part of a run; for ``--versus`` the turns alone."""
+    minutes = cases.MINUTES[args.device]
+    if args.versus:
+        levels, names, sizes = (
+            args.level or cases.LEVELS[:2],
+            args.only or compare.VERSUS["names"],
+            args.sizes or compare.VERSUS["sizes"],
+        )
+        return [t for level in levels for t in cases.turns(level, names, sizes, args.device, depths=args.depth)]
+    if args.all:
+        plans = {level: cases.everything(level, args.device, args.quick) for level in args.level or cases.LEVELS}
+    elif args.own_plan:
+        case = {f: getattr(args, f) for f in ("dtype", "layout", "batch") if getattr(args, f)}
+        sizes = args.sizes or (cases.QUICK_SIZES if args.quick else (1024,))
+        plans = {level: cases.turns(level, args.only or cases.FIELD[level], sizes, args.device, args.phase, args.way,
+                                    depths=args.depth, **case) for level in args.level or cases.LEVELS}  # fmt: skip
+    else:
+        plan = cases.main(args.device)
+        quick = [t | {"pixels": min(t["pixels"], 512)} for t in plan if t["pixels"] <= 1024]
+        plans = {"main": cases.unique(quick) if args.quick else plan}
+    given = args.minutes or (cases.QUICK_MINUTES if args.quick else None)
+    return [(level, turns, given or minutes.get(level, minutes["main"])) for level, turns in plans.items()]
+
+
+def show(args, what: str) -> int:
+    """Draws and writes what the folder has, and prints it."""
+    rows, files, left_out = report.write(args.out)
+    if left_out:
+        print(f"{left_out} rows of other machines or older commits are left out", file=sys.stderr)
+    if not rows:
+        print(f"No rows.jsonl is in {args.out}: run `make bench` first", file=sys.stderr)
+        return 1
+    shown = [path for path in files if path.stem in ("overview", "layer_speed_up", "report")]
+    print(report.screen(rows, shown) if what == "screen" else report.text(rows))
+    if what != "screen":
+        print(f"\nWritten to {args.out}: rows.jsonl, {', '.join(path.name for path in files)}")
+    return 0
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--all", action="store_true", help="everything instead of the main figures, each level in its minutes")
+    add("--level", type=_of(cases.LEVELS), help="of operator,layer,model")
+    add(
+        "--only",
+        type=cases.names_of,
+        help=f"mechanisms, e.g. softmax,mlla+local, also on a backend, as linear_infsa@triton; of {', '.join(peers.MECHANISMS)}",
+    )
+    add("--sizes", type=cases.sizes_of, help="sides of the picture in pixels, multiples of 16")
+    add("--phase", type=_of(("fwd", "train")), help="of fwd,train (default: both)")
+    add("--way", type=_of(("eager", "compile", "graph")), help="of eager,compile,graph (default: eager)")
+    add(
+        "--depth",
+        type=lambda value: [int(part) for part in value.split(",")],
+        help="layers of the models (default: 4,24)",
+    )
+    add("--dtype", choices=("fp32", "bf16", "fp16", "fp64"), help="default: fp32 on a CPU, bf16 on a GPU")
+    add("--layout", choices=("bnhd", "bhnd"), help="of q, k and v in memory (default: bnhd)")
+    add("--batch", type=int, help="pictures in a call (default: 1)")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: cuda if there is one")
+    add("--quick", action="store_true", help="small pictures: under two minutes")
+    add("--again", action="store_true", help="measure also what has its row")
+    add("--minutes", type=float, help="the most that the run, or each level of --all, takes")
+    add("--limit", type=float, help="seconds of one mechanism, with its building, check and compilation")
+    add("--budget", type=float, help="seconds of calls per mechanism")
+    add("--out", type=Path, default=ROOT / "bench" / "out", help="folder of rows.jsonl, plots, table and page")
+    add("--report", action="store_true", help="measure nothing: draw and print what the folder has")
+    add(
+        "--compare",
+        type=Path,
+        nargs=2,
+        metavar=("A", "B"),
+        help="two rows.jsonl: how the times of B stand to those of A",
+    )
+    add("--versus", metavar="REV", help="this working tree beside a commit, branch or tag, in turn")
+    add("--rounds", type=int, default=5, help="times that --versus measures each turn on each side")
+    args = parser.parse_args(arguments)
+    args.own_plan = any(getattr(args, name) for name in OWN_PLAN)
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    args.phase, args.way, args.depth = (
+        args.phase or ("fwd", "train"),
+        args.way or ("eager",),
+        args.depth or cases.DEPTHS,
+    )
+    args.budget = args.budget or (cases.QUICK_BUDGET if args.quick else cases.BUDGET)
+    return args
+
+
+def _of(known: tuple[str, ...]):
+    def parts(value: str) -> list[str]:
+        found = value.split(",")
+        if unknown := set(found) - set(known):
+            raise argparse.ArgumentTypeError(f"no {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+        return found
+
+    return parts
+
+
+if __name__ == "__main__":
+    sys.exit(main())

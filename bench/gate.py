@@ -1,0 +1,224 @@
+"""The one gate: a result counts only if it is as close to float64 as plain torch code of its dtype (infsa_kernels.testing).
+
+    operator    out, and the gradients of q, k, v        layer    what it adds to x, and the gradients of x and of its parameters
+    model       class scores, on small pictures
+
+Plain code is the mechanism's own ``truth`` in the dtype of the case. Of long sequences some rows, drawn at random, are compared,
+and of Pure some heads. A gradient jumps where a score is 0, and either side is right there: tokens with a score that float32
+cannot tell from 0 are left out when gradients are compared. Of a batch, the last picture is compared.
+"""
+
+import copy
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import infsa_kernels
+from infsa_kernels.testing import FORWARD, GRADIENT, error_of_eager, rounding
+
+from . import peers
+from .subject import Subject
+
+ROWS = 64
+# Tokens up to which gradients are compared, where nothing cheaper than all pairs is known, and models.
+GRADIENTS_UP_TO, MODELS_UP_TO = 1024, 256
+DRAWS, ZERO = 3, 1e-12
+
+# What a truth depends on, and the last one of our operators.
+SHARED = ("pixels", "dtype", "layout", "batch", "dim", "phase", "device")
+_known: dict[tuple | bool, tuple] = {}
+
+
+@dataclass
+class Verdict:
+    """The tensor that is worst beside its bound; error and bound are relative to the tensor's largest entry."""
+
+    right: bool
+    error: float
+    bound: float
+    what: str
+    checked: str
+
+    def row(self) -> dict:
+        error = self.error if math.isfinite(self.error) else None
+        found = {"error": error, "bound": self.bound, "worst": self.what, "checked": self.checked}
+        if self.right:
+            return found
+        reason = f"{self.what}: error {self.error:.1e} of its largest entry, allowed {self.bound:.1e}"
+        return found | {"status": "wrong", "reason": reason}
+
+
+def examine(subject: Subject, function) -> Verdict | None:
+    """Calls the function once and compares; None for what would take longer in float64 than all the rest."""
+    level = subject.case["level"]
+    if level == "model" and _tokens(subject) > MODELS_UP_TO:
+        return None
+    subject.module.eval()
+    exact = copy.deepcopy(subject.module).double()
+    with sdpa_kernel(SDPBackend.MATH):  # float64 not by the backend under test, which may have none
+        compare = {"operator": _operator, "layer": _layer, "model": _model}[level](subject, exact)
+    return compare(function)
+
+
+def _tokens(subject: Subject) -> int:
+    return (subject.case["pixels"] // 16) ** 2
+
+
+def _rows(subject: Subject, train: bool) -> tuple[Tensor, bool]:
+    N = _tokens(subject)
+    count, gradients = subject.mechanism.rows_to_check(train, ROWS, GRADIENTS_UP_TO)
+    drawn = torch.randperm(N, generator=torch.Generator().manual_seed(N))[:count]
+    return drawn.sort().values.to(subject.device), gradients
+
+
+def _operator(subject: Subject, exact):
+    rows, gradients = _rows(subject, subject.case["phase"] == "train")
+    shape = list(subject.inputs[2].shape)
+    shape[2] = 1 if exact.POOLED else shape[2]
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(subject.inputs[2])
+    # A gradient arrives in the layout of the output: that of q.
+    dout = noise if exact.POOLED else torch.empty_like(subject.inputs[0]).copy_(noise)
+    groups = exact.head_groups(gradients)
+    heads = [h for group in groups for h in group]
+
+    def evaluate(inputs):
+        parts = [[t[:, group] for t in (*inputs, dout[-1:])] for group in groups]
+        truth = _joined([exact.results(*(t.double() for t in part), rows, gradients) for part in parts])
+        plain = _joined([subject.module.results(*part, rows, gradients) for part in parts])
+        return truth, plain, truth.pop("undecided", None)
+
+    # Plain code, and our operators on every backend, are compared with one truth.
+    shared = isinstance(exact, peers.InfSA) and (exact.OP, exact.untied, *(str(subject.case.get(f)) for f in SHARED))
+    if not shared or shared not in _known:
+        _known.clear()
+        few = gradients and _tokens(subject) <= GRADIENTS_UP_TO
+        _known[shared] = _expected(evaluate, [t[-1:] for t in subject.inputs], DRAWS if few else 1)
+    expected = _known[shared]
+    part = "" if len(heads) == exact.num_heads else f" in {len(heads)} of {exact.num_heads} heads"
+    checked = _part(rows, subject) + part + (" and gradients" if gradients else "")
+
+    def compare(function) -> Verdict:
+        found = _call(function, subject.inputs, dout if gradients else None, ("dq", "dk", "dv"))
+        found = {n: t[-1:, heads] for n, t in found.items()}
+        found = {n: t if n == "out" and exact.POOLED else t[:, :, rows] for n, t in found.items()}
+        return judge(found, *expected, checked)
+
+    return compare
+
+
+def _layer(subject: Subject, exact):
+    N, module = _tokens(subject), subject.module
+    gradients = subject.case["phase"] == "train" and N <= GRADIENTS_UP_TO
+    rows = torch.arange(N, device=subject.device) if gradients else _rows(subject, False)[0]
+    rows = rows if gradients else rows[:: max(1, len(rows) // ROWS)]
+    dout = torch.randn(subject.inputs[0][-1:].shape, generator=torch.Generator().manual_seed(1)).to(subject.inputs[0])
+    names = ("dx", *(n for n, _ in module.named_parameters()))
+
+    def results(function, of, x):
+        with torch.set_grad_enabled(gradients):
+            found = _call(function, [x], dout.to(x.dtype) if gradients else None, names, list(of.parameters()))
+        # The residual would hide what the layer adds.
+        return found | {"out": (found["out"].double() - x[:, rows].double()).to(x.dtype)}
+
+    def evaluate(inputs):
+        truth, plain = (
+            results(lambda x: m.sublayer_truth(x, m.sublayer_norm, rows), m, inputs[0].to(dtype))
+            for m, dtype in ((exact, torch.float64), (module, subject.dtype))
+        )
+        undecided = None
+        if gradients:
+            with torch.no_grad():
+                q, k, v = exact.project(exact.sublayer_norm(inputs[0].double()))
+                undecided = exact.undecided(q, k, v) if q is not None else None
+        if undecided is not None and undecided.any():
+            undecided = undecided.any(
+                1
+            )  # (B, N): a token's gradient has a part from every head, the weights' from every token
+            truth = {n: t for n, t in truth.items() if n == "out" or (n == "dx" and not undecided.all())}
+        # What is exactly 0, as the gradient of a bias on softmax's keys, has no digits to compare.
+        largest = max(t.abs().max() for t in truth.values())
+        truth = {n: t for n, t in truth.items() if t.abs().max() > ZERO * largest}
+        return truth, plain, undecided if undecided is not None and undecided.any() else None
+
+    expected = _expected(evaluate, [subject.inputs[0][-1:]], DRAWS if gradients or N <= MODELS_UP_TO else 1)
+    checked = _part(rows, subject) + (" and gradients" if len(expected[0]) > 1 else "")
+
+    def compare(function) -> Verdict:
+        if gradients:
+            return judge(results(function, module, subject.inputs[0][-1:]), *expected, checked)
+        found = results(lambda x: function(subject.inputs[0])[-1:, rows], module, subject.inputs[0][-1:])
+        return judge(found, *expected, checked)
+
+    return compare
+
+
+def _model(subject: Subject, exact):
+    def evaluate(inputs):
+        with torch.no_grad(), infsa_kernels.backend("eager"):
+            return {"out": exact(inputs[0].double())}, {"out": subject.module(inputs[0])}, None
+
+    expected = _expected(evaluate, [subject.inputs[0][-1:]], DRAWS)
+
+    def compare(function) -> Verdict:
+        with torch.no_grad():
+            return judge({"out": function(*subject.inputs)[-1:]}, *expected, "all")
+
+    return compare
+
+
+def _expected(evaluate, inputs: list[Tensor], draws: int) -> tuple[dict[str, Tensor], dict[str, float], Tensor | None]:
+    """Truth, the error of plain code, and the undecided tokens; the error is the largest over a few nearby inputs.
+
+    One draw of plain code may be right by luck; among many tokens luck makes no difference.
+    """
+    expected, errors = None, {}
+    generator = torch.Generator().manual_seed(2)
+    for draw in range(draws):
+        noise = [(torch.rand(t.shape, generator=generator).to(t) - 0.5) / 32 if draw else 0 for t in inputs]
+        truth, plain, undecided = evaluate([t * (1 + n) for t, n in zip(inputs, noise)])
+        expected = expected or (truth, errors, undecided)
+        for name, true in truth.items():
+            error = error_of_eager(*(_decided(name, t, undecided) for t in (plain[name], true)), plain[name].dtype)
+            errors[name] = max(errors.get(name, 0.0), error)
+    return expected
+
+
+def _decided(name: str, t: Tensor, undecided: Tensor | None) -> Tensor:
+    """The tensor, with 0 where the sign of a score hangs on rounding if it is a gradient that jumps there."""
+    return t if undecided is None or name not in ("dq", "dk", "dx") else t.masked_fill(undecided[..., None], 0)
+
+
+def _part(rows: Tensor, subject: Subject) -> str:
+    return "all" if len(rows) == _tokens(subject) else f"{len(rows)} of {_tokens(subject)} rows"
+
+
+def _joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([part[name] for part in parts], 1) for name in parts[0]}
+
+
+def _call(function, inputs, dout, names, parameters=()) -> dict[str, Tensor]:
+    """What a function gives: out and, where there is a ``dout``, the gradients of inputs and parameters that have one."""
+    if dout is None:
+        with torch.no_grad():
+            return {"out": function(*inputs)}
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    out = function(*leaves)
+    grads = torch.autograd.grad(out, [*leaves, *parameters], dout, allow_unused=True)
+    return {"out": out.detach(), **{n: g for n, g in zip(names, grads) if g is not None}}
+
+
+def judge(found: dict, truth: dict, errors: dict, undecided: Tensor | None, checked: str) -> Verdict:
+    """Every tensor of the truth by the rule: the one that is worst beside its bound."""
+    verdicts = []
+    for name, true in truth.items():
+        if name not in found or found[name].shape != true.shape:
+            return Verdict(False, math.nan, 0.0, name, checked)
+        actual, true = (_decided(name, t, undecided) for t in (found[name], true))
+        bound = (FORWARD if name == "out" else GRADIENT) * errors[name] + rounding(true, actual.dtype)
+        error = (actual.double() - true).abs().max().item()
+        largest = true.abs().max().item() or 1.0
+        verdicts.append(Verdict(error <= bound, error / largest, bound / largest, name, checked))  # False for NaN
+    return max(verdicts, key=lambda v: math.inf if math.isnan(v.error) else v.error / (v.bound or 1e-300))

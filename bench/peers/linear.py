@@ -1,0 +1,78 @@
+"""Linear attention: causal as a sum of outer products, and bidirectional with ELU + 1 and a normaliser.
+
+    O_i = s sum_{j <= i} (q_i . k_j) v_j            O = phi_q (phi_k^T v / N) / (phi_q . mean phi_k + 1e-6),  phi = ELU + 1
+
+"fla", "flash_bla": the same by the kernels of flash-linear-attention and flash-bidirectional-linear-attention.
+"""
+
+import torch.nn.functional as F
+
+from .flatten import normalised_linear_attention
+from .mechanism import Mechanism, missing, scale, wide
+
+CHUNK = 128
+
+
+class SimpleLinear(Mechanism):
+    LABEL, SOURCE = "Linear attention (causal)", "2006.16236"
+    TIME, STATE, CAUSAL = "N D (d + C)", "d^2", True
+    NOTE = "plain torch in chunks of 128; no feature map, no normaliser"
+
+    def state_size(self):
+        return self.dim * self.head_dim
+
+    def core(self, q, k, v):
+        dtype, N = v.dtype, q.shape[2]
+        q, k, v = (F.pad(t, (0, 0, 0, -N % CHUNK)).unflatten(2, (-1, CHUNK)) for t in (scale(q) * q, k, v))
+        states = wide(k.mT @ v).cumsum(2)  # after each chunk
+        before = F.pad(states, (0, 0, 0, 0, 1, 0))[:, :, :-1].to(dtype)
+        return (q @ before + (q @ k.mT).tril() @ v).flatten(2, 3)[:, :, :N]
+
+
+class SimpleLinearFla(SimpleLinear):
+    COMPILES = False
+    LABEL, NOTE = "Linear attention (causal, fla)", "flash-linear-attention's kernels"
+
+    @classmethod
+    def unavailable(cls, device):
+        return missing("fla", "flash-linear-attention", device)
+
+    def core(self, q, k, v):
+        from fla.ops.linear_attn import chunk_linear_attn
+
+        tokens = [t.transpose(1, 2).contiguous() for t in (q, k, v)]
+        return chunk_linear_attn(*tokens, scale=scale(q), normalize=False)[0].transpose(1, 2)
+
+    def truth(self, q, k, v, rows):
+        return SimpleLinear.core(self, q, k, v)[:, :, rows]
+
+
+class Bidirectional(Mechanism):
+    LABEL, SOURCE = "Linear attention", "2006.16236"
+    TIME, STATE = "N D d", "d (d + 1)"
+
+    def state_size(self):
+        return self.dim * (self.head_dim + 1)
+
+    def core(self, q, k, v):
+        return self.mix(F.elu(q) + 1, F.elu(k) + 1, v)
+
+    def mix(self, q, k, v):
+        return normalised_linear_attention(q, k, v)
+
+
+class BidirectionalFlash(Bidirectional):
+    COMPILES = False
+    LABEL, NOTE = "Linear attention (flash_bla)", "the kernels of flash-bidirectional-linear-attention"
+
+    @classmethod
+    def unavailable(cls, device):
+        return missing("flash_bla", "flash-bidirectional-linear-attention", device)
+
+    def mix(self, q, k, v):
+        from flash_bla.ops.linear_attn.fused import linear_attention
+
+        return linear_attention(q, k, v, eps=1e-6)
+
+    def truth(self, q, k, v, rows):
+        return normalised_linear_attention(F.elu(q) + 1, F.elu(k) + 1, v)[:, :, rows]

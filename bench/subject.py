@@ -1,0 +1,193 @@
+"""What a row measures, built: a mechanism on one of three levels, its inputs, and what calls it.
+
+    operator    q, k, v (B, H, N, d) given       -> the core
+    layer       x (B, N, D)                      -> x + layer(LayerNorm(x))
+    model       a picture                        -> class scores of a Vision Transformer of 4 or 24 layers
+
+The model is InfViT with any mechanism in the place of its attention, pooled by the mean of its tokens: half of the mechanisms
+need tokens on a grid, so there is no class token.
+"""
+
+import time
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+
+import infsa_kernels
+from infsa_kernels.nn.vit import Block, InfViT
+
+from . import peers
+from .image import PATCH, D, picture, queries_keys_values, tokens
+from .timer import capture, on_capture_stream
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+
+# The paper's two depths, with the heads that its Linear-InfSA has there.
+HEADS = {4: 64, 24: 16}
+
+
+class Subject:
+    """A mechanism in a case: a dictionary of level, dtype, layout, batch, dim, depth, pixels, phase and way."""
+
+    def __init__(self, case: dict, name: str, device: torch.device):
+        self.case, self.name, self.device, self.dtype = case, name, device, DTYPES[case["dtype"]]
+        self.parts: dict[str, float] = {}
+        grid = (case["pixels"] // PATCH,) * 2
+        torch.manual_seed(0)
+        if case["level"] == "model":
+            self.module = model(name, case["depth"], case["pixels"], case["dim"])
+            if device.type == "cpu":
+                watch(self.module, self.parts)
+        else:
+            self.module = peers.build(name, case["dim"], grid)
+        if case["level"] == "layer":
+            self.module.add_module("sublayer_norm", nn.LayerNorm(case["dim"]))
+        self.module = self.module.to(device, self.dtype)
+        self.inputs = list(given(case["level"], case["pixels"], case["batch"], case["dim"], self.dtype, device))
+        if case["level"] == "operator":
+            self.inputs = [self.module.heads(t) for t in self.inputs]
+            if case["layout"] == "bhnd":
+                self.inputs = [t.contiguous() for t in self.inputs]
+
+    @property
+    def mechanism(self) -> peers.Mechanism | None:
+        return self.module if isinstance(self.module, peers.Mechanism) else None
+
+    def function(self):
+        """What is called: inputs -> output, on the backend that the name asks for."""
+        level, module = self.case["level"], self.module
+        if level == "model":
+            run = module
+        elif level == "operator":
+            run = module.core
+        else:
+
+            def run(x):
+                return module.sublayer(x, module.sublayer_norm)
+
+        backend = self.name.partition("@")[2]
+        if backend:
+
+            def on_backend(*inputs):
+                with infsa_kernels.backend(backend):
+                    return run(*inputs)
+
+            return on_backend
+        if self.case["way"] == "compile":
+            torch._dynamo.reset()
+            return torch.compile(run, dynamic=False)
+        return run
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [p for n, p in self.module.named_parameters() if not n.startswith("sublayer_norm")]
+
+    def leaves(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Inputs that gradients are asked of, and with them whatever else a training step gives gradients to."""
+        inputs = [t.detach().requires_grad_() for t in self.inputs]
+        return inputs, [*inputs, *self.module.parameters()]
+
+    def action(self, function):
+        if self.case["phase"] == "fwd" or isinstance(self.module, peers.machine.Limit):
+            self.module.eval()
+
+            def forward(lap):
+                with torch.no_grad():
+                    out = function(*self.inputs)
+                return list(out) if isinstance(out, list) else [out]
+
+            return self._graphed(lambda: forward(None)) if self.case["way"] == "graph" else forward
+        self.module.train()
+        inputs, wanted = self.leaves()
+        dout = []
+
+        def gradients(out, **keep):
+            if not dout:
+                dout.append(torch.randn_like(out))
+            return [g for g in torch.autograd.grad(out, wanted, dout[0], allow_unused=True, **keep) if g is not None]
+
+        def train(lap):
+            out = function(*inputs)
+            lap()
+            return [out.detach(), *gradients(out)]
+
+        if self.case["way"] != "graph":
+            return train
+        # The backward pass alone, of a graph of autograd kept between calls.
+        with on_capture_stream(self.device):
+            kept = function(*inputs)
+            gradients(kept, retain_graph=True)
+        return self._graphed(lambda: gradients(kept, retain_graph=True))
+
+    def _graphed(self, run):
+        """Replays of a CUDA graph: the host's launches, the same for everybody, do not hide the kernels."""
+        if self.device.type == "cpu":
+            return lambda lap: run()
+        graph, results = capture(run)
+
+        def replay(lap):
+            graph.replay()
+            return results
+
+        return replay
+
+
+class PeerBlock(Block):
+    """A block whose attention is a mechanism."""
+
+    def __init__(self, mechanism: peers.Mechanism):
+        super().__init__(mechanism.dim, mechanism.num_heads, 4.0, "softmax")
+        self.attn = mechanism
+
+    def _attend(self, x, first_only):
+        return self.attn(self.norm1(x))
+
+
+def model(name: str, depth: int, pixels: int, dim: int = D) -> InfViT:
+    """4 or 24 layers of a mechanism for pictures of a size; its head starts at random, so that outputs can be compared."""
+    heads = max(1, (HEADS[depth] if name.startswith("linear_infsa") else 16) * dim // D)
+    if name in ("linear_infsa", "pure_infsa"):
+        net = InfViT(pixels, depth=depth, embed_dim=dim, num_heads=heads, variant=name, tied=True, pool="mean")
+    else:
+        net = InfViT(pixels, depth=0, embed_dim=dim, variant="softmax", pool="mean")
+        grid = (pixels // PATCH,) * 2
+        net.blocks = nn.ModuleList(PeerBlock(peers.build(name, dim, grid, heads)) for _ in range(depth))
+    nn.init.normal_(net.head.weight, std=dim**-0.5)
+    return net
+
+
+def watch(net: InfViT, seconds: dict[str, float]) -> None:
+    """Fills in the seconds of patch embedding, attention and MLP in a model's last call."""
+    began = 0.0
+
+    def part(module: nn.Module, name: str):
+        def start(module, args):
+            nonlocal began
+            if name == "patches":
+                seconds.update(patches=0.0, attention=0.0, MLP=0.0)
+            began = time.perf_counter()
+
+        def stop(module, args, out):
+            seconds[name] += time.perf_counter() - began
+
+        module.register_forward_pre_hook(start)
+        module.register_forward_hook(stop)
+
+    part(net.patch_embed, "patches")
+    for block in net.blocks:
+        part(block.attn, "attention")
+        part(block.mlp, "MLP")
+
+
+@lru_cache(maxsize=2)  # points come by size, and a large picture takes seconds to project
+def _of_photograph(level: str, pixels: int) -> list[Tensor]:
+    if level == "model":
+        return [picture(pixels)]
+    return [t[None] for t in ([tokens(pixels)] if level == "layer" else queries_keys_values(pixels))]
+
+
+@lru_cache(maxsize=2)
+def given(level: str, pixels: int, batch: int, dim: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """What a level starts from: pictures, x (B, N, D), or q, k and v of that shape. The batch is the picture, rolled."""
+    pictures = [torch.cat([t.roll(i, -2) for i in range(batch)]) for t in _of_photograph(level, pixels)]
+    return [(t if level == "model" else t[..., :dim]).to(device, dtype) for t in pictures]
