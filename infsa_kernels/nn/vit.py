@@ -154,24 +154,31 @@ class InfViT(nn.Module):
     def _tokens(self, images: Tensor, cls_only: bool = False) -> Tensor:
         """Tokens before the last norm: (B, N, D), or (B, 1, D) if ``cls_only``."""
         x = self._embed(images)
-        total = None
-        for layer, block in enumerate(self.blocks, 1):
-            first_only = cls_only and block is self.blocks[-1]
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                x, attention = checkpoint(block, x, first_only, use_reentrant=False)
-            else:
-                x, attention = block(x, first_only)
-            if self.neumann is not None:
-                term = self.neumann.term(layer, attention[:, :1] if cls_only else attention)
-                total = term if total is None else total + term
-        return x if total is None else x + total
+
+        def attentions():
+            nonlocal x
+            for block in self.blocks:
+                first_only = cls_only and block is self.blocks[-1]
+                if self.grad_checkpointing and torch.is_grad_enabled():
+                    x, attention = checkpoint(block, x, first_only, use_reentrant=False)
+                else:
+                    x, attention = block(x, first_only)
+                yield attention[:, :1] if cls_only else attention
+
+        if self.neumann is not None:
+            # A layer at a time: the sum never holds the outputs of two.
+            total = self.neumann(attentions())
+            return x + total
+        for _ in attentions():
+            pass
+        return x
 
     def _embed(self, images: Tensor) -> Tensor:
         """Images as tokens with their positions, (B, N, D)."""
         p = self.patch_size
         images = whole_patches(images, self.patch_embed.in_channels, p)
         B, grid = images.shape[0], (images.shape[2] // p, images.shape[3] // p)
-        first = self._first_token(B)
+        first = self._first_token(images)
         if _all_at_once(images) or B * math.prod(grid) <= CHUNK_TOKENS:
             patches = self._patches(images, grid, slice(None))
             return torch.cat([first.to(patches.dtype), patches], 1)
@@ -195,12 +202,12 @@ class InfViT(nn.Module):
         learned = self.pos_embed[0, int(self.cls_token is not None) :].unflatten(0, self.grid)
         return patches + resized_positions(learned, self.grid, grid, rows)
 
-    def _first_token(self, B: int) -> Tensor:
+    def _first_token(self, images: Tensor) -> Tensor:
         """The token before the patches, (B, 1, D), or (B, 0, D) if there is none."""
         if self.cls_token is None:
-            return self.patch_embed.weight.new_empty(B, 0, self.embed_dim)
+            return images.new_empty(images.shape[0], 0, self.embed_dim)
         token = self.cls_token if self.pos_embed is None else self.cls_token + self.pos_embed[:, :1]
-        return token.expand(B, -1, -1)
+        return token.expand(images.shape[0], -1, -1)
 
 
 class PatchEmbed(Leaf, nn.Conv2d):
@@ -256,8 +263,9 @@ class Block(nn.Module):
         if isinstance(self.attn, SoftmaxAttention):
             return self.attn(self.norm1(x), queries=1 if first_only else None)
         norm = self.norm1
-        if not is_plain(norm, nn.LayerNorm, x.device):
-            # Called here, not handed over: what tools hook onto attn may move or look into its arguments.
+        if isinstance(x, Proxy) or not is_plain(norm, nn.LayerNorm, x.device):
+            # Called here, not handed over: what tools hook onto attn may move or look into its arguments, and torch.fx has no
+            # node for a module that is one.
             x, norm = norm(x), None
         attention = self.attn(x, norm=norm, expanded=True)[0]
         return attention[:, :1] if first_only else attention

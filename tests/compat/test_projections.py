@@ -254,10 +254,11 @@ def test_convert_refuses_what_adapters_hold():
 
 @pytest.mark.parametrize("build", [
     lambda: InfViT(16, 4, 3, 5, D, 2, H),
+    lambda: InfViT(16, 4, 3, 5, D, 2, H, pool="mean", neumann="head"),
     lambda: InfViT(16, 4, 3, 5, D, 2, H, variant="softmax"),
     lambda: timm.create_model("vit_tiny_patch16_224", embed_dim=D, num_heads=H, depth=2, img_size=32, attn_layer=TimmAttention),
     lambda: convert(nn.TransformerEncoder(nn.TransformerEncoderLayer(D, H, 64, 0.0, batch_first=True), 2)).model,
-], ids=["InfViT", "its softmax twin", "timm", "nn.TransformerEncoder"])  # fmt: skip
+], ids=["InfViT", "InfViT mean Neumann", "its softmax twin", "timm", "nn.TransformerEncoder"])  # fmt: skip
 def test_accelerate_cpu_offload(build):
     model = build().eval()
     x = torch.randn(2, N, D) if isinstance(model, nn.TransformerEncoder) else torch.randn(2, 3, 32, 32)
