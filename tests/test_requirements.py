@@ -1,4 +1,4 @@
-"""The locks of requirements/ hold pins and nothing else, for all that pyproject.toml asks for; README names the versions tested."""
+"""The locks hold pins and nothing else, for all that pyproject.toml asks for; README names the versions that were tested."""
 
 import re
 from pathlib import Path
