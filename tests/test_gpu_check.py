@@ -21,6 +21,7 @@ def python(*arguments):
 
 
 @needs_interpreter
+@pytest.mark.sweep
 def test_a_dry_run_passes_every_part_and_ends_with_the_table(tmp_path):
     run = python("bench.gpu_check", "--dry-run", "--out", tmp_path)
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
@@ -35,10 +36,19 @@ def test_a_dry_run_passes_every_part_and_ends_with_the_table(tmp_path):
     assert run.stdout.splitlines()[-1].startswith("9 Pure forward")
     assert (tmp_path / "operator_roofline.png").exists()
 
-    # What is there is not run again; a part that fails makes the whole fail.
+
+@needs_interpreter
+def test_parts_that_ran_are_not_run_again_and_one_that_failed_makes_the_whole_fail(tmp_path):
+    arguments = "bench.gpu_check", "--dry-run", "--parts", "backends,agreement,large", "--out", tmp_path
+    run = python(*arguments)
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    parts = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
+    assert set(parts) == {"backends", "agreement", "large"}
+    for name in ("agreement", "large"):
+        assert parts[name]["passed"] is True, parts[name]
     broken = parts["large"] | {"passed": False, "wrong": ["pure: huge strides"]}
     (tmp_path / "large.json").write_text(json.dumps(broken))
-    again = python("bench.gpu_check", "--dry-run", "--out", tmp_path)
+    again = python(*arguments)
     assert again.returncode == 1
     assert "pure: huge strides" in again.stdout
 
