@@ -124,7 +124,7 @@ PURE: dict[tuple[str, str], dict[str, dict[int, Pure]]] = {
     },
     ("sm_120", "pointers"): {
         "fwd": {64: Pure(128, 64, 8, 3), 128: Pure(64, 32, 4, 2), 256: Pure(64, 32, 8, 2)},
-        "bwd_queries": {64: Pure(128, 64, 8, 2), 128: Pure(64, 64, 8, 2), 256: Pure(64, 32, 8, 1)},
+        "bwd_queries": {64: Pure(128, 64, 8, 2), 128: Pure(64, 64, 8, 1), 256: Pure(64, 32, 8, 1)},
         "bwd_keys": {64: Pure(64, 64, 8, 2), 128: Pure(64, 64, 8, 2), 256: Pure(32, 32, 8, 1)},
         "bwd_tied": {64: Pure(32, 32, 4, 2), 128: Pure(64, 16, 8, 2), 256: Pure(32, 16, 8, 1)},
     },
