@@ -106,8 +106,9 @@ def _pure(q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask):
     # Row by row and then over the rows: a float32 sum of N M squares in one go loses digits.
     norm = op.ReduceL2(op.ReduceL2(scores, [3], keepdims=1), [2], keepdims=1)  # (B, H, 1, 1)
     gain = op.Div(_effective_rho(rho, head_rho, [2, 3], acc), op.Add(norm, eps))
-    out = op.Cast(op.Mul(op.MatMul(scores, v), gain), to=q.dtype)
-    return out, op.Squeeze(op.Mul(op.Mul(norm, a), b), [2, 3])
+    # Once more: 0 times a value or a norm that is no number is none either.
+    out = _keep(op.Mul(op.MatMul(scores, v), gain), _of_rows(query_padding_mask), acc)
+    return op.Cast(out, to=q.dtype), op.Squeeze(op.Mul(op.Mul(norm, a), b), [2, 3])
 
 
 def _central_query(x, weight, bias, norm_eps, eps, padding_mask):

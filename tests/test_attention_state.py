@@ -145,7 +145,7 @@ def test_wrong_construction(arguments, message):
 
 
 @pytest.mark.parametrize(
-    "eps, message", [("1e-6", "eps is a str"), (torch.ones((), requires_grad=True), "eps is a tensor that")]
+    "eps, message", [("1e-6", "eps is '1e-6', a str"), (torch.ones((), requires_grad=True), "eps is a tensor that")]
 )
 def test_eps_is_a_number(eps, message):
     with pytest.raises(TypeError, match=f"InfSAAttention: {message}.*expected a number"):

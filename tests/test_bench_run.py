@@ -145,6 +145,8 @@ def test_a_death_and_a_time_limit_are_rows_and_the_rest_is_measured():
 
 
 def test_a_worker_that_does_not_start_says_so(tmp_path):
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench" / "__init__.py").touch()
     with pytest.raises(RuntimeError, match=r"did not start[^$]*No module named"), Worker("cpu", 0.001, tmp_path):
         pass
 

@@ -14,7 +14,8 @@ from . import _check
 from ._library import _takes_backend, library
 from ._raw import AUTOCAST_KEYS
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def overridable(function: Callable[P, R]) -> Callable[P, R]:
