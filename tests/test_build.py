@@ -121,6 +121,7 @@ def test_other_flags_compile_everything(folder):
     assert compiled(folder, CFLAGS="-DANOTHER", CPATH=str(folder)) == EVERYTHING
 
 
+@pytest.mark.sweep
 def test_sources_that_changed_without_a_new_time_are_compiled(folder):
     compiled(folder)
     rewrite(folder / "csrc/facts.h", "\n", "\n\n")

@@ -4,6 +4,7 @@ import io
 
 import pytest
 import torch
+from sweep import swept
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.export import Dim
@@ -40,7 +41,7 @@ def compare(graph, made, sizes, batches=(2,)):
         assert_close(graph(x), made(x), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("form, planned", [("linear", True), ("linear", False), ("pure", True)])
+@pytest.mark.parametrize("form, planned", [("linear", True), swept(("linear", False)), ("pure", True)])
 def test_one_graph_for_all_sizes(form, planned, monkeypatch):
     assert torch.backends.opt_einsum.is_available()
     monkeypatch.setattr(torch.backends.opt_einsum, "enabled", planned)
