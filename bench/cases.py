@@ -21,13 +21,14 @@ FIELD = {level: [n for n, (cls, _) in peers.MECHANISMS.items() if level in cls.L
 # The figures of `make bench`: level, mechanisms, side of the picture, phases.
 MAIN = (
     ("operator", (*KERNELS[:5], "mean", *MACHINE), 1024, ("fwd",)),
-    ("operator", ("linear_infsa", "linear_plain", "pure_infsa", "softmax", "copy", "clone", "gemm"), 1024, ("train",)),
-    ("model", ("linear_infsa", "linear_infsa_per_token", "softmax"), 1024, ("fwd",)),
-    ("layer", (*peers.PAPER, "mean", "fastformer", "linear_infsa_per_token"), 1024, ("fwd", "train")),
     ("operator", ("linear_infsa", "linear_plain", "read", "read_qqv", "clone"), 4096, ("fwd", "train")),
     ("operator", KERNELS[:5], 224, ("fwd",)),
+    ("operator", ("linear_infsa", "linear_plain", "pure_infsa", "softmax", "copy", "clone", "gemm"), 1024, ("train",)),
+    ("layer", (*peers.PAPER, "mean", "fastformer", "linear_infsa_per_token"), 1024, ("fwd",)),
+    ("model", ("linear_infsa", "linear_infsa_per_token", "softmax"), 1024, ("fwd",)),
     ("operator", KERNELS[:5], 512, ("fwd",)),
     ("operator", KERNELS[:2], 2048, ("fwd",)),
+    ("layer", (*peers.PAPER, "mean", "fastformer", "linear_infsa_per_token"), 1024, ("train",)),
 )
 
 SIZES = {
