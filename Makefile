@@ -37,8 +37,8 @@ bench-vs: $(VENV)/built ## this working tree beside revision REV, in turn
 bench-extreme: $(VENV)/built ## a whole model on one picture of 9216 x 9216 pixels: 331,776 tokens
 	$(bin)/python -m bench --level model --only linear_infsa --sizes 9216 --depth 4 --phase fwd --minutes 30 --limit 1800 $(BENCH_ARGS)
 
-# At most 8 minutes on 2 cores; TEST_ARGS are pytest's. `--random-order --random-order-seed=1` shuffles.
-test: $(VENV)/built ## the tests, in at most 8 minutes on 2 cores
+# To stay below 8 minutes on 2 cores; TEST_ARGS are pytest's. `--random-order --random-order-seed=1` shuffles.
+test: $(VENV)/built ## the tests
 	$(bin)/python tests/run.py $(TEST_ARGS)
 
 # What is too long for `make test`: every case of what that tries some of.

@@ -310,3 +310,13 @@ def test_no_convergence_names_products_and_error():
     q, k = tokens(1, 1, 60, 3, tied=False, dtype=torch.float32)
     with pytest.raises(RuntimeError, match=r"after 3 products the error is bounded by .*, expected tol = 1.0e-12"):
         eigenvector_centrality(TokenGraph(q, k), tol=1e-12, max_products=3)
+
+
+@pytest.mark.parametrize("function", [katz_centrality, eigenvector_centrality, pagerank])
+def test_nan_stays_in_its_head(function):
+    q = torch.rand(1, 2, 9, 3)
+    expected = function(TokenGraph(q))
+    q[0, 1, 4] = torch.nan
+    found = function(TokenGraph(q))
+    assert found[0, 1].isnan().any()
+    torch.testing.assert_close(found[0, 0], expected[0, 0], rtol=1e-5, atol=1e-6)

@@ -47,7 +47,8 @@ def eigenvector_centrality(
         y = graph.matmul(x)
         size = (x * y).sum(-2, keepdim=True)
         error = torch.linalg.vector_norm(y - size * x, dim=-2, keepdim=True) / torch.where(size > 0, size, 1)
-        if (error <= tol).all():
+        if not (error > tol).any():  # so said, a head with NaN in it ends too
+            x = torch.where(error.isnan(), torch.nan, x)
             info = SolverInfo(products, error[..., 0, 0])
             return (x.squeeze(-1), info) if return_info else x.squeeze(-1)
         # The shift, as networkx's, ends the swinging of a graph whose cycles are all even.
@@ -101,7 +102,7 @@ def pagerank(
         y = y + (1 - y.sum(-2, keepdim=True)) * start
         error = (y - x).abs().sum(-2, keepdim=True) * (damping / (1 - damping))
         x = y
-        if (error <= tol).all():
+        if not (error > tol).any():  # so said, a head with NaN in it ends too
             info = SolverInfo(products, error[..., 0, 0])
             return (x.squeeze(-1), info) if return_info else x.squeeze(-1)
     not_converged("pagerank", max_products, error, tol)
