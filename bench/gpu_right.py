@@ -116,7 +116,7 @@ def suite(args) -> dict:
     began, logs = time.perf_counter(), {}
     for name in ("test_tables.py",) if args.dry_run else SUITES:
         options = ["-m", "pytest", "-p", "no:cacheprovider", "-k", chosen]
-        command = [sys.executable, *options, str(machine.ROOT / "tests" / name)]
+        command = [sys.executable, *options, str(machine.ROOT / "tests" / "ops" / name)]
         log = (args.out / f"suite_{name.removesuffix('.py')}.log").open("w")
         logs[name] = subprocess.Popen(command, env=environment, cwd=machine.ROOT, stdout=log, stderr=log), log
     found, right, passed = {}, True, 0

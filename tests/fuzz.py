@@ -1,7 +1,7 @@
 """Random calls: sizes, strides, values, masks, dtypes, forms of a call. The tests run fixed ones, `make fuzz` new ones.
 
-`python tests/fuzz.py --minutes 20 --seed 7` holds what it draws to the rule of tolerance.py against float64, prints for every
-failure the command that repeats that one call, and ends with a count and exit code 1 if anything failed.
+`python tests/fuzz.py --minutes 20 --seed 7` holds what it draws to the rule of infsa_kernels/testing.py, prints for
+every failure the command that repeats that one call, and ends with a count and exit code 1 if anything failed.
 """
 
 import argparse
@@ -13,14 +13,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from random import Random
 
-import layer_calls
 import torch
-from calls import DTYPES, OPS, Call, Expected, accumulation, expected, output_gradient, raw_op
-from conftest import backends_of
-from tolerance import FORWARD, GRADIENT, assert_within
+from helpers import layer_calls
+from helpers.backends import backends_of
+from helpers.calls import DTYPES, OPS, Call, Expected, accumulation, expected, output_gradient, raw_op
 from torch.utils.checkpoint import checkpoint
 
 import infsa_kernels
+from infsa_kernels.testing import FORWARD, GRADIENT, assert_within
 
 
 def size(draw: Random) -> int:

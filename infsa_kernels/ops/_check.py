@@ -1,6 +1,6 @@
 """Argument checks of the raw operators for the backends written in Python and for fake tensors.
 
-The same checks, with the same words, stand in csrc/check.h for the compiled backends; tests/test_bad_input.py holds the two
+The same checks, with the same words, stand in csrc/check.h for the compiled backends; tests/ops/test_bad_input.py holds the two
 together.
 """
 

@@ -1,4 +1,4 @@
-"""Launch configurations as data, each with its reason. tests/data/triton_resources.txt holds what each compiles to.
+"""Launch configurations as data, each with its reason. tests/gpu/triton_resources.txt holds what each compiles to.
 
 No GPU has measured any of them yet. Linear's were chosen by register count (how many programs one multiprocessor holds) and by
 the loads that stay in flight; Pure's as the largest tile that compiles without a spill in every variant, and on Hopper with its

@@ -4,7 +4,7 @@ import io
 
 import pytest
 import torch
-from sweep import swept
+from helpers.sweep import swept
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.export import Dim

@@ -1,0 +1,122 @@
+"""`make gpu-check`, without a GPU: every part of it runs on the CPU in Triton's interpreter, and its arithmetic is checked."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from helpers.bench_rows import row
+from helpers.interpreter import needs_interpreter
+
+from bench import goals, gpu_check, machine
+
+CEILINGS = {"launch": 2e-6, "read": 4e12, "copy": 4e12, "gemm": 8e14}
+
+
+def python(*arguments):
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", *map(str, arguments)]
+    return subprocess.run(command, env=environment, cwd=machine.ROOT, capture_output=True, text=True)
+
+
+@needs_interpreter
+@pytest.mark.sweep
+def test_a_dry_run_passes_every_part_and_ends_with_the_table(tmp_path):
+    run = python("bench.gpu_check", "--dry-run", "--out", tmp_path)
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    parts = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
+    assert set(parts) == set(gpu_check.PARTS)
+    for name in ("agreement", "repeatability", "large", "devices", "speed", "suite"):
+        assert parts[name]["passed"] is True, parts[name]
+    assert {r["status"] for r in parts["speed"]["rows"]} == {"ok"}
+    # What raises in a part that measures is there too, as a failed part.
+    assert not [name for name, part in parts.items() if part.get("passed") is False]
+    assert {line[0] for line in run.stdout.splitlines()[-len(goals.GPU) :]} == set("123456789")
+    assert run.stdout.splitlines()[-1].startswith("9 Pure forward")
+    assert (tmp_path / "operator_roofline.png").exists()
+
+
+@needs_interpreter
+def test_parts_that_ran_are_not_run_again_and_one_that_failed_makes_the_whole_fail(tmp_path):
+    arguments = "bench.gpu_check", "--dry-run", "--parts", "backends,agreement,large", "--out", tmp_path
+    run = python(*arguments)
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    parts = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
+    assert set(parts) == {"backends", "agreement", "large"}
+    for name in ("agreement", "large"):
+        assert parts[name]["passed"] is True, parts[name]
+    broken = parts["large"] | {"passed": False, "wrong": ["pure: huge strides"]}
+    (tmp_path / "large.json").write_text(json.dumps(broken))
+    again = python(*arguments)
+    assert again.returncode == 1
+    assert "pure: huge strides" in again.stdout
+
+
+def test_it_says_what_is_missing(tmp_path):
+    pytest.importorskip("triton")
+    assert "no part lunch" in python("bench.gpu_check", "--parts", "lunch", "--out", tmp_path).stderr
+
+
+def test_it_needs_no_package_that_a_lent_machine_lacks():
+    pytest.importorskip("triton")
+    code = """
+import sys
+for name in ("rich", "tqdm", "skimage", "hypothesis", "packaging"):
+    sys.modules[name] = None
+import bench.gpu_check, bench.tune, infsa_kernels.triton.linear, infsa_kernels.triton.pure
+"""
+    run = subprocess.run([sys.executable, "-c", code], cwd=machine.ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+def test_floors_by_hand():
+    # 65536 tokens of 64 heads of 16 in bfloat16 are 2^27 bytes.
+    sizes = 1, 64, 65536, 16, 2, CEILINGS
+    tokens = 2**27
+    assert gpu_check.floor("linear", "fwd", True, *sizes) == pytest.approx(2 * tokens / 4e12, rel=1e-4)
+    assert gpu_check.floor("linear", "bwd", False, *sizes) == pytest.approx(6 * tokens / 4e12, rel=1e-4)
+    sizes = 2, 16, 4096, 64, 2, CEILINGS
+    products = 4 * 2 * 4096**2 * 1024 / 8e14
+    assert gpu_check.floor("pure", "fwd", True, *sizes) == pytest.approx(products)
+    assert gpu_check.floor("pure", "bwd", True, *sizes) == pytest.approx(2.5 * products)
+    assert gpu_check.predict("pure", "bwd", False, *sizes) > 1.4 * 2.5 * products
+    # At 197 tokens nothing but the one launch counts.
+    assert gpu_check.predict("linear", "fwd", True, 1, 64, 197, 16, 2, CEILINGS) == pytest.approx(2e-6, rel=0.2)
+
+
+def gpu(name, seconds, pixels=4096, which="fwd", **fields):
+    heads = {"H": 16, "d": 64} if name.startswith("pure") else {"H": 64, "d": 16}
+    facts = {"environment": {"device_type": "cuda"}, "way": "graph", "device": "cuda", "dtype": "bf16", **heads}
+    return row(name, pixels, which, level="operator", median_s=seconds, **{**facts, **fields})
+
+
+def test_goals_from_synthetic_times():
+    found = [gpu("linear_infsa@triton", 3.0), gpu("linear_infsa@cuda", 2.0), gpu("linear_infsa_untied@cuda", 3.0),
+             gpu("read", 1.0), gpu("read_qkv", 3.0), gpu("linear_plain", 8.0), gpu("linear_plain", 3.0, way="compile"),
+             gpu("linear_infsa@triton", 5.0, which="bwd"), gpu("clone", 4.0, which="bwd"), gpu("clone", 4.0),
+             gpu("gemm", 1.0, flops_per_s=8e14), gpu("launch", 1e-6),
+             gpu("linear_infsa@triton", 4.0, 224, batch=32), gpu("linear_infsa@cuda", 2.0, 224, batch=32),
+             gpu("launch", 1.0, 224, batch=32)]  # fmt: skip
+    by_name = {g["goal"]: g for g in goals.compare(found)}
+    # The faster of our backends counts.
+    tied = by_name["1 Linear forward tied / read, N=65536 x1"]
+    assert (tied["value"], tied["reached"]) == (2.0, False)
+    untied = by_name["2 Linear forward untied / read, N=65536 x1"]
+    assert (untied["value"], untied["reached"]) == (1.0, True)
+    assert by_name["4 Linear forward: plain / ours, N=65536 x1"]["value"] == 4.0
+    assert by_name["4 Linear forward: compiled / ours, N=65536 x1"]["value"] == 1.5
+    # Q, V read and dQ, dV written, and Q read again: 5 units, of which a clone of Q and V moves 4.
+    assert by_name["5 Linear backward tied / copy of its bytes, N=65536"]["value"] == 1.0
+    assert by_name["6 Pure forward / GEMM rate, N=16384 x1"]["value"] is None
+    assert gpu_check.ratios(found) == {
+        "linear_infsa fwd, N=65536 x1: CUDA / Triton": 2 / 3,
+        "linear_infsa fwd, N=196 x32: CUDA / Triton": 0.5,
+        "linear_infsa@triton fwd, N=196 x32: time / empty launch": 4.0,
+        "linear_infsa@cuda fwd, N=196 x32: time / empty launch": 2.0,
+    }
+    floors = gpu_check.beside_the_floor(found)
+    assert [r["what"] for r in floors[:3]] == [
+        "linear_infsa@triton fwd N=65536 x1", "linear_infsa@cuda fwd N=65536 x1", "linear_infsa_untied@cuda fwd N=65536 x1",
+    ]  # fmt: skip
+    assert 0 < floors[0]["floor"] < 1

@@ -1,0 +1,164 @@
+"""What every shipped Triton configuration compiles to, with no GPU.
+
+`PYTHONPATH=tests python -m helpers.triton_resources` writes the table.
+
+The launchers run on meta tensors with Triton's driver replaced by one that names an architecture, and each launch compiles, by
+Triton's own specialisation of the arguments, instead of starting.
+"""
+
+import argparse
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from helpers.triton_sass import CODE, RESOURCES, measure
+from infsa_kernels.triton import configs, linear, pure, pure_backward
+
+TABLE = Path(__file__).parents[1] / "gpu" / "triton_resources.txt"
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
+COLUMNS = ["arch", "kernel", "case", "tile", *RESOURCES, *CODE]
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of an operator, forward and backward, as the launchers see it; tf32 is float32 at "high" precision."""
+
+    op: str
+    dtype: str
+    d: int
+    N: int
+    tied: bool = False
+    masked: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.dtype}/d{self.d}/N{self.N}" + ("/tied" if self.tied else "") + ("/masked" if self.masked else "")
+
+    def run(self) -> None:
+        def token_major():
+            t = torch.empty(1, self.N, 1024 // self.d, self.d, dtype=DTYPES[self.dtype], device="meta")
+            return t.transpose(1, 2)
+
+        q, v = token_major(), token_major()
+        k = None if self.tied else token_major()
+        rho = torch.empty(q.shape[:2], device="meta")
+        mask = torch.empty(1, self.N, dtype=torch.bool, device="meta") if self.masked else None
+        forward, backward = {
+            "linear": (linear.forward, linear.backward),
+            "pure": (pure.forward, pure_backward.backward),
+        }[self.op]
+        out, *saved = forward(q, k, v, 1e-6, 1.0, rho, mask, mask)
+        saved = [out, *saved] if self.op == "pure" else saved
+        backward(torch.empty_like(out), q, k, v, *saved, 1e-6, 1.0, rho, mask, mask, [True] * 4)
+
+
+def cases() -> list[Case]:
+    """Every configuration, in the variant of it that needs the most registers before the others."""
+    found = [Case("linear", "bf16", 16, N, tied) for N in (197, 4096) for tied in (False, True)]
+    found += [Case("linear", dtype, 64, 4096, masked=True) for dtype in ("fp16", "fp32")]
+    for d in (64, 128, 256):
+        for tied in (False, True):
+            found += [Case("pure", "fp16", d, 4000, tied, masked) for masked in (False, True)]
+            found += [Case("pure", "bf16", d, 4096, tied)]
+        found += [Case("pure", dtype, d, 4000) for dtype in ("fp32", "tf32")]
+        found += [Case("pure", dtype, d, 32) for dtype in ("fp16", "fp32")]  # few scores: another preparation
+    return found
+
+
+def rows(arch: str, once: bool = False) -> list[dict[str, str]]:
+    """One row per kernel and case; what compiles alike is not repeated.
+
+    ``once``: one row per kernel, tile, head dimension and width of the dtype, and only the kernels with a budget for their
+    code disassembled.
+    """
+    modules = linear, pure, pure_backward
+    kernels = {f for m in modules for f in vars(m).values() if hasattr(f, "device_caches")}
+    arch_of, launch, precision = configs.arch_of, linear.launch, torch.get_float32_matmul_precision()
+    table, seen, case = {}, set(), None
+
+    def record(kernel, programs, device, *args, **options):
+        row = {"arch": arch, "kernel": kernel.fn.__name__.removesuffix("_kernel"), "case": str(case)}
+        row["tile"] = _tile(options)
+        key = row["kernel"], row["tile"], case.d, DTYPES[case.dtype].itemsize == 4 and case.dtype
+        if once and key in seen:
+            return
+        seen.add(key)
+        compiled = kernel.warmup(*args, grid=(programs,), enable_fp_fusion=True, **options)
+        if compiled.hash not in table:
+            disassemble = not once or row["kernel"].startswith(("linear", "pure_fwd"))
+            table[compiled.hash] = row | measure(arch, compiled, disassemble)
+
+    driver.set_active(_Driver(arch))
+    configs.arch_of = lambda device: arch
+    try:
+        for m in modules:
+            m.launch = record
+        for kernel in kernels:
+            kernel.device_caches.clear()
+        for case in cases():
+            torch.set_float32_matmul_precision("high" if case.dtype == "tf32" else "highest")
+            case.run()
+        return list(table.values())
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        configs.arch_of = arch_of
+        for m in modules:
+            m.launch = launch
+        for kernel in kernels:
+            kernel.device_caches.clear()
+        with contextlib.suppress(RuntimeError):  # without a GPU there is no driver to go back to
+            driver.reset_active()
+
+
+class _Driver:
+    def __init__(self, arch: str):
+        nvidia = arch.startswith("sm_")
+        self.target = GPUTarget("cuda", int(arch[3:]), 32) if nvidia else GPUTarget("hip", arch, 64)
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+def _tile(options: dict) -> str:
+    names = [n for n in ("G", "BT", "BLOCK_M", "BLOCK_N", "ROWS") if n in options]
+    described = "+tma" if options.get("DESCRIPTORS") else ""
+    return "x".join(str(options[n]) for n in names) + f"/w{options['num_warps']}" + described
+
+
+def text(found: list[dict[str, str]]) -> str:
+    widths = [max(len(c), *(len(row.get(c, "?")) for row in found)) for c in COLUMNS]
+    lines = [
+        "  ".join(value.ljust(w) for value, w in zip(row, widths)).rstrip()
+        for row in (COLUMNS, *([r.get(c, "?") for c in COLUMNS] for r in found))
+    ]
+    return f"# Triton {triton.__version__}; the columns are explained in triton_sass.py\n" + "\n".join(lines) + "\n"
+
+
+def read() -> tuple[str, list[dict[str, str]]]:
+    """The Triton version and the rows of the committed table."""
+    head, _, *lines = TABLE.read_text().splitlines()
+    return head.split()[2].rstrip(";"), [dict(zip(COLUMNS, line.split())) for line in lines]
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--arch", action="append", choices=ARCHITECTURES, help="print this one's rows, write nothing")
+    parser.add_argument("--once", action="store_true", help="with --arch: each kernel and tile once")
+    args = parser.parse_args()
+    fresh = [row for arch in args.arch or ARCHITECTURES for row in rows(arch, args.once)]
+    if args.arch:
+        print(text(fresh), end="")
+    else:
+        TABLE.parent.mkdir(exist_ok=True)
+        TABLE.write_text(text(fresh))
