@@ -5,8 +5,8 @@ import platform
 import torch
 
 from . import __version__
-from .ops._extension import PACKAGE
-from .ops._library import RAW, SUFFIXES, explain_backend
+from .ops.backends import RAW, SUFFIXES, explain_backend
+from .ops.extension import PACKAGE
 
 
 def describe() -> str:

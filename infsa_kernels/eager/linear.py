@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from ..ops._check import acc_dtype
-from ._common import effective_rho, like, remove, rows, scale, split, unit
+from ..ops.check import acc_dtype
+from .common import effective_rho, like, remove, rows, scale, split, unit
 
 
 def forward(q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask):

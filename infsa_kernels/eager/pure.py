@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..ops._check import acc_dtype
-from ._common import effective_rho, like, remove, rows, scale, split, unit
+from ..ops.check import acc_dtype
+from .common import effective_rho, like, remove, rows, scale, split, unit
 
 # Scores held at a time, over all heads. Large enough to keep matrix products efficient, small enough that a block's
 # float32 sum of squares is exact to its last digits.

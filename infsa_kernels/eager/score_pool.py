@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from ..ops._check import acc_dtype
-from ._common import like
-from ._tokens import Block, blocks
+from ..ops.check import acc_dtype
+from .common import like
+from .tokens import Block, blocks
 
 
 def forward(x, keys, key_bias, norm_eps, eps, padding_mask):

@@ -10,7 +10,7 @@ import functools
 import torch
 from torch import Tensor
 
-from ..ops import _check
+from ..ops import check
 from ..ops.pure import operator, pure_infsa_scores
 
 
@@ -51,7 +51,7 @@ class TokenGraph:
             raise ValueError(
                 f"TokenGraph: q has shape {list(q.shape)}, expected (B, H, N, d); view it with 4 dimensions"
             )
-        acc = _check.acc_dtype(q)
+        acc = check.acc_dtype(q)
         self.q = q.to(acc)
         self.k = self.q if k is q else k.to(acc)
         self.key_padding_mask, self.query_padding_mask, self.eps = key_padding_mask, query_padding_mask, eps

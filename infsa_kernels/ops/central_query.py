@@ -10,9 +10,9 @@ import torch
 
 from .. import reference
 from ..eager import central_query as eager
-from . import _check
-from ._check_tokens import central_query_arguments
-from ._raw import RawOps
+from . import check
+from .autograd import RawOps
+from .check_tokens import central_query_arguments
 
 OP = "infsa::central_query"
 
@@ -20,16 +20,16 @@ OP = "infsa::central_query"
 def _fake_forward(x, weight, bias, norm_eps, eps, padding_mask):
     central_query_arguments(OP, x, weight, bias, norm_eps, eps, padding_mask)
     B, (H, d, _) = x.shape[0], weight.shape
-    acc = _check.acc_dtype(x)
+    acc = check.acc_dtype(x)
     return x.new_empty(B, H, d, dtype=acc), x.new_empty(B, H, dtype=acc)
 
 
 def _check_backward(dcentral_query, x, weight, bias, central_query, energy_sum, norm_eps, eps, padding_mask):
     central_query_arguments(OP, x, weight, bias, norm_eps, eps, padding_mask)
     B, (H, d, _) = x.shape[0], weight.shape
-    _check.statistic(OP, "dcentral_query", dcentral_query, x, (B, H, d), "(B, H, d)", "x")
-    _check.statistic(OP, "central_query", central_query, x, (B, H, d), "(B, H, d)", "x")
-    _check.statistic(OP, "energy_sum", energy_sum, x, (B, H), "(B, H)", "x")
+    check.statistic(OP, "dcentral_query", dcentral_query, x, (B, H, d), "(B, H, d)", "x")
+    check.statistic(OP, "central_query", central_query, x, (B, H, d), "(B, H, d)", "x")
+    check.statistic(OP, "energy_sum", energy_sum, x, (B, H), "(B, H)", "x")
 
 
 def _fake_backward(*args):
@@ -38,12 +38,12 @@ def _fake_backward(*args):
     return (
         torch.empty_like(x) if output_mask[0] else x.new_empty(0),
         torch.empty_like(weight) if output_mask[1] else x.new_empty(0),
-        torch.empty_like(bias) if output_mask[2] and bias is not None else x.new_empty(0, dtype=_check.acc_dtype(x)),
+        torch.empty_like(bias) if output_mask[2] and bias is not None else x.new_empty(0, dtype=check.acc_dtype(x)),
     )
 
 
 def _formula(x, weight, bias, norm_eps, eps, padding_mask):
-    acc = _check.acc_dtype(x)
+    acc = check.acc_dtype(x)
     return (reference.central_query(x.to(acc), weight.to(acc), bias, norm_eps, eps, padding_mask),)
 
 

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from .. import reference
 from ..eager import linear as eager
-from . import _check
-from ._library import triton_kernels
-from ._operator import Operator
-from ._public import overridable
+from . import check
+from .backends import triton_kernels
+from .qkv import Operator
+from .register import overridable
 
 OP = "infsa::linear"
 
@@ -52,7 +52,7 @@ def linear_infsa(
         >>> linear_infsa(q, q, torch.randn(1, 64, 4096, 16)).shape
         torch.Size([1, 64, 4096, 16])
     """
-    _check.python_types(OP, q, k, v, rho, eps, key_padding_mask, query_padding_mask)
+    check.python_types(OP, q, k, v, rho, eps, key_padding_mask, query_padding_mask)
     op = operator.overload(rho)
     context = op(q, k, v, eps, rho, key_padding_mask, query_padding_mask)
     return context.unsqueeze(-2).expand(*q.shape[:-1], context.shape[-1])
@@ -72,16 +72,16 @@ def linear_infsa_scores(
     In torch operations, for analysis and for dropout on the scores; sums in float32 or wider whatever the dtype of ``q``.
     """
     operator.check_scores(q, k, rho, eps, key_padding_mask, query_padding_mask)
-    acc = _check.acc_dtype(q)
+    acc = check.acc_dtype(q)
     scores = reference.linear_scores(q.to(acc), k.to(acc), rho, eps, key_padding_mask, query_padding_mask)
     return scores.to(q.dtype).unsqueeze(-1)
 
 
 def _fake_forward(q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask):
-    _check.forward_arguments(OP, q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask)
+    check.forward_arguments(OP, q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask)
     B, H, _, d = q.shape
     dv = v.shape[3]
-    acc = _check.acc_dtype(q)
+    acc = check.acc_dtype(q)
     return (
         q.new_empty(B, H, dv),
         q.new_empty(B, H, dv, dtype=acc),
@@ -94,20 +94,20 @@ def _fake_forward(q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_m
 def _check_backward(
     dout, q, k, v, context, central_query, energy_sum, score_sum, eps, rho, head_rho, key_padding_mask, query_padding_mask
 ):  # fmt: skip
-    _check.forward_arguments(OP, q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask)
+    check.forward_arguments(OP, q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask)
     B, H, _, d = q.shape
     dv = v.shape[3]
-    _check.like_q(OP, "dout", dout, q, (B, H, dv), "(B, H, dv)")
-    _check.statistic(OP, "context", context, q, (B, H, dv), "(B, H, dv)")
-    _check.statistic(OP, "central_query", central_query, q, (B, H, d), "(B, H, d)")
-    _check.statistic(OP, "energy_sum", energy_sum, q, (B, H), "(B, H)")
-    _check.statistic(OP, "score_sum", score_sum, q, (B, H), "(B, H)")
+    check.like_q(OP, "dout", dout, q, (B, H, dv), "(B, H, dv)")
+    check.statistic(OP, "context", context, q, (B, H, dv), "(B, H, dv)")
+    check.statistic(OP, "central_query", central_query, q, (B, H, d), "(B, H, d)")
+    check.statistic(OP, "energy_sum", energy_sum, q, (B, H), "(B, H)")
+    check.statistic(OP, "score_sum", score_sum, q, (B, H), "(B, H)")
 
 
 def _fake_backward(dout, q, k, v, *rest):
     *rest, output_mask = rest
     _check_backward(dout, q, k, v, *rest)
-    return _check.empty_gradients(q, k, v, rest[-3], output_mask)
+    return check.empty_gradients(q, k, v, rest[-3], output_mask)
 
 
 def _flops_forward(B, H, N, M, d, dv):
@@ -119,7 +119,7 @@ def _flops_backward(B, H, N, M, d, dv):
 
 
 def _eager_forward(*args):
-    _check.forward_arguments(OP, *args)
+    check.forward_arguments(OP, *args)
     return eager.forward(*args)
 
 
@@ -129,7 +129,7 @@ def _eager_backward(*args):
 
 
 def _triton_forward(*args):
-    _check.forward_arguments(OP, *args)
+    check.forward_arguments(OP, *args)
     return triton_kernels(OP, args[0]).forward(*args)
 
 

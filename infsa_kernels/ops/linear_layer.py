@@ -12,14 +12,14 @@ Exactness, gradients and what is saved: docs/linear_layer.md.
 import torch
 from torch import Tensor
 
-from . import _check, _dtensor, _public, central_query, score_pool
-from ._check_tokens import norm_eps_number
-from ._library import SUFFIXES, backend_of_backward, choose_backend
+from . import central_query, check, register, score_pool, sharding
+from .backends import SUFFIXES, backend_of_backward, choose_backend
+from .check_tokens import norm_eps_number
 
 OP = "infsa::linear_layer"
 
 
-@_public.overridable
+@register.overridable
 def pooled_linear_infsa(
     x: Tensor,
     num_heads: int,
@@ -73,7 +73,7 @@ def pooled_linear_infsa(
         "q_bias": q_bias, "k_weight": k_weight, "k_bias": k_bias, "v_bias": v_bias, "out_bias": out_bias,
         "norm_weight": norm_weight, "norm_bias": norm_bias, "padding_mask": padding_mask,
     }  # fmt: skip
-    _check.layer_python_types(OP, tensors, optional, num_heads, rho, eps, norm_eps)
+    check.layer_python_types(OP, tensors, optional, num_heads, rho, eps, norm_eps)
     op = tensor_rho if isinstance(rho, Tensor) else scalar_rho
     return op(*tensors.values(), num_heads, **optional, rho=rho, eps=eps, norm_eps=norm_eps)
 
@@ -82,13 +82,13 @@ def _call(
     x, q_weight, v_weight, out_weight, num_heads, q_bias=None, k_weight=None, k_bias=None, v_bias=None, out_bias=None,
     rho=None, eps=1e-6, norm_weight=None, norm_bias=None, norm_eps=None, padding_mask=None, backend="",
 ):  # fmt: skip
-    _dtensor.register_waiting()
+    sharding.register_waiting()
     _check_arguments(
         x, num_heads, {"q_weight": q_weight, "k_weight": k_weight, "v_weight": v_weight, "out_weight": out_weight},
         {"q_bias": q_bias, "k_bias": k_bias, "v_bias": v_bias, "out_bias": out_bias},
         {"norm_weight": norm_weight, "norm_bias": norm_bias, "norm_eps": norm_eps}, rho, padding_mask,
     )  # fmt: skip
-    d, acc = q_weight.shape[0] // num_heads, _check.acc_dtype(x)
+    d, acc = q_weight.shape[0] // num_heads, check.acc_dtype(x)
     forced = backend or backend_of_backward()
     suffix = SUFFIXES[choose_backend("linear_layer", x.device, x.dtype, (x.shape[0], num_heads, x.shape[1], d), forced)]
     tensors = x, q_weight, k_weight, v_weight, out_weight, q_bias, k_bias, v_bias, out_bias, norm_weight, norm_bias
@@ -106,7 +106,7 @@ def _call(
         bias = None if bias is None else bias.to(acc).unflatten(0, (num_heads, width))
         return weight.unflatten(0, (num_heads, width)), bias
 
-    with _public.without_autograd_if_unused(*tensors, rho_tensor):
+    with register.without_autograd_if_unused(*tensors, rho_tensor):
         weight, bias = heads(q_weight, q_bias)
         forward = central_query.raw.forwards[suffix]
         qbar = forward(x, weight.to(x.dtype), bias, norm_eps, eps, padding_mask)[0]  # (B, H, d)
@@ -137,7 +137,7 @@ def _call(
 def _check_arguments(x, num_heads, weights, biases, norm, rho, padding_mask):
     for name, t in {**weights, **biases, "rho": rho}.items():
         if isinstance(t, Tensor) or name in ("q_weight", "v_weight", "out_weight"):
-            _check.dense(OP, name, t)
+            check.dense(OP, name, t)
     _check_tokens(x, **norm, padding_mask=padding_mask)
     if num_heads < 1:
         raise ValueError(f"{OP}: num_heads is {num_heads}, expected at least 1")
@@ -145,8 +145,8 @@ def _check_arguments(x, num_heads, weights, biases, norm, rho, padding_mask):
     for name, t in weights.items():
         if t is None:
             continue
-        _check.dtype(OP, name, t, x.dtype)
-        _check.device(OP, name, t, x, "x")
+        check.dtype(OP, name, t, x.dtype)
+        check.device(OP, name, t, x, "x")
         if t.dim() != 2:
             raise ValueError(
                 f"{OP}: {name} has shape {list(t.shape)}, expected two dimensions, as nn.Linear.weight has"
@@ -157,29 +157,29 @@ def _check_arguments(x, num_heads, weights, biases, norm, rho, padding_mask):
             )
     q_width, v_width = weights["q_weight"].shape[0], weights["v_weight"].shape[0]
     out_width = weights["out_weight"].shape[0]
-    _check.shape(OP, "q_weight", weights["q_weight"], (q_width, D), "(H*d, D)")
+    check.shape(OP, "q_weight", weights["q_weight"], (q_width, D), "(H*d, D)")
     if weights["k_weight"] is not None:
-        _check.shape(OP, "k_weight", weights["k_weight"], (q_width, D), "(H*d, D)")
+        check.shape(OP, "k_weight", weights["k_weight"], (q_width, D), "(H*d, D)")
     elif biases["k_bias"] is not None:
         raise ValueError(f"{OP}: k_bias is given without k_weight; keys tied to the queries have q_bias")
-    _check.shape(OP, "v_weight", weights["v_weight"], (v_width, D), "(H*dv, D)")
-    _check.shape(OP, "out_weight", weights["out_weight"], (out_width, v_width), "(D_out, H*dv)")
+    check.shape(OP, "v_weight", weights["v_weight"], (v_width, D), "(H*dv, D)")
+    check.shape(OP, "out_weight", weights["out_weight"], (out_width, v_width), "(D_out, H*dv)")
     lengths = {"q_bias": (q_width, "(H*d,)"), "k_bias": (q_width, "(H*d,)"), "v_bias": (v_width, "(H*dv,)")}
     lengths["out_bias"] = out_width, "(D_out,)"
     for name, t in biases.items():
         _check_vector(name, t, x, *lengths[name])
     if isinstance(rho, Tensor):
-        _check.rho_tensor(OP, rho, x, num_heads, "(H,)", "x")
+        check.rho_tensor(OP, rho, x, num_heads, "(H,)", "x")
     elif rho is not None:
-        _check.finite_rho(OP, rho)
+        check.finite_rho(OP, rho)
 
 
 def _check_tokens(x, norm_weight, norm_bias, norm_eps, padding_mask):
     """The tokens, and what concerns them before any projection."""
     for name, t in {"x": x, "norm_weight": norm_weight, "norm_bias": norm_bias, "padding_mask": padding_mask}.items():
         if t is not None or name == "x":
-            _check.dense(OP, name, t)
-    _check.floating(OP, "x", x)
+            check.dense(OP, name, t)
+    check.floating(OP, "x", x)
     if x.dim() != 3:
         raise ValueError(f"{OP}: x has shape {list(x.shape)}, expected (B, N, D); view it with 3 dimensions")
     for name, t in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
@@ -188,16 +188,16 @@ def _check_tokens(x, norm_weight, norm_bias, norm_eps, padding_mask):
         norm_eps_number(OP, norm_eps)
     elif norm_weight is not None or norm_bias is not None:
         raise ValueError(f"{OP}: norm_weight or norm_bias is given without norm_eps; give LayerNorm's eps, as 1e-5")
-    _check.mask(OP, "padding_mask", padding_mask, x, x.shape[:2], "(B, N)", "x")
+    check.mask(OP, "padding_mask", padding_mask, x, x.shape[:2], "(B, N)", "x")
 
 
 def _check_vector(name, t, x, length, letters):
     if t is None:
         return
-    if t.dtype not in (x.dtype, _check.acc_dtype(x)):
-        _check.dtype(OP, name, t, x.dtype)
-    _check.device(OP, name, t, x, "x")
-    _check.shape(OP, name, t, (length,), letters)
+    if t.dtype not in (x.dtype, check.acc_dtype(x)):
+        check.dtype(OP, name, t, x.dtype)
+    check.device(OP, name, t, x, "x")
+    check.shape(OP, name, t, (length,), letters)
 
 
 def _cast(dtype_of, args, kwargs):
@@ -232,7 +232,7 @@ _ARGUMENTS = (
     "Tensor? k_weight=None, Tensor? k_bias=None, Tensor? v_bias=None, Tensor? out_bias=None, {}, float eps=1e-6, "
     "Tensor? norm_weight=None, Tensor? norm_bias=None, float? norm_eps=None, Tensor? padding_mask=None, str backend=''"
 )
-tensor_rho, scalar_rho = _public.define(
+tensor_rho, scalar_rho = register.define(
     "linear_layer",
     {"": _ARGUMENTS.format("Tensor? rho=None"), "scalar_rho": _ARGUMENTS.format("float rho=1.0")},
     _call,

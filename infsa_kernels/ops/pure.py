@@ -9,10 +9,10 @@ from torch import Tensor
 
 from .. import reference
 from ..eager import pure as eager
-from . import _check
-from ._library import triton_kernels
-from ._operator import Operator
-from ._public import overridable
+from . import check
+from .backends import triton_kernels
+from .qkv import Operator
+from .register import overridable
 
 OP = "infsa::pure"
 
@@ -51,7 +51,7 @@ def pure_infsa(
         >>> pure_infsa(q, k, v).shape
         torch.Size([1, 16, 197, 64])
     """
-    _check.python_types(OP, q, k, v, rho, eps, key_padding_mask, query_padding_mask)
+    check.python_types(OP, q, k, v, rho, eps, key_padding_mask, query_padding_mask)
     op = operator.overload(rho)
     return op(q, k, v, eps, rho, key_padding_mask, query_padding_mask)
 
@@ -70,28 +70,28 @@ def pure_infsa_scores(
     In torch operations, for analysis and for dropout on the scores; sums in float32 or wider whatever the dtype of ``q``.
     """
     operator.check_scores(q, k, rho, eps, key_padding_mask, query_padding_mask)
-    acc = _check.acc_dtype(q)
+    acc = check.acc_dtype(q)
     return reference.pure_scores(q.to(acc), k.to(acc), rho, eps, key_padding_mask, query_padding_mask).to(q.dtype)
 
 
 def _fake_forward(q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask):
-    _check.forward_arguments(OP, q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask)
-    return eager.output_like(q, v), q.new_empty(q.shape[:2], dtype=_check.acc_dtype(q))
+    check.forward_arguments(OP, q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask)
+    return eager.output_like(q, v), q.new_empty(q.shape[:2], dtype=check.acc_dtype(q))
 
 
 def _check_backward(dout, q, k, v, out, norm, eps, rho, head_rho, key_padding_mask, query_padding_mask):
-    _check.forward_arguments(OP, q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask)
+    check.forward_arguments(OP, q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask)
     B, H, N, _ = q.shape
     dv = v.shape[3]
-    _check.like_q(OP, "dout", dout, q, (B, H, N, dv), "(B, H, N, dv)")
-    _check.like_q(OP, "out", out, q, (B, H, N, dv), "(B, H, N, dv)")
-    _check.statistic(OP, "norm", norm, q, (B, H), "(B, H)")
+    check.like_q(OP, "dout", dout, q, (B, H, N, dv), "(B, H, N, dv)")
+    check.like_q(OP, "out", out, q, (B, H, N, dv), "(B, H, N, dv)")
+    check.statistic(OP, "norm", norm, q, (B, H), "(B, H)")
 
 
 def _fake_backward(dout, q, k, v, *rest):
     *rest, output_mask = rest
     _check_backward(dout, q, k, v, *rest)
-    return _check.empty_gradients(q, k, v, rest[-3], output_mask)
+    return check.empty_gradients(q, k, v, rest[-3], output_mask)
 
 
 def _flops_forward(B, H, N, M, d, dv):
@@ -103,7 +103,7 @@ def _flops_backward(B, H, N, M, d, dv):
 
 
 def _eager_forward(*args):
-    _check.forward_arguments(OP, *args)
+    check.forward_arguments(OP, *args)
     return eager.forward(*args)
 
 
@@ -113,7 +113,7 @@ def _eager_backward(*args):
 
 
 def _triton_forward(*args):
-    _check.forward_arguments(OP, *args)
+    check.forward_arguments(OP, *args)
     return triton_kernels(OP, args[0]).forward(*args)
 
 

@@ -10,9 +10,9 @@ import torch
 
 from .. import reference
 from ..eager import score_pool as eager
-from . import _check
-from ._check_tokens import score_pool_arguments
-from ._raw import RawOps
+from . import check
+from .autograd import RawOps
+from .check_tokens import score_pool_arguments
 
 OP = "infsa::score_pool"
 
@@ -26,9 +26,9 @@ def _fake_forward(x, keys, key_bias, norm_eps, eps, padding_mask):
 def _check_backward(dpooled, dmass, x, keys, key_bias, pooled, score_sum, norm_eps, eps, padding_mask):
     score_pool_arguments(OP, x, keys, key_bias, norm_eps, eps, padding_mask)
     for name, t in (("dpooled", dpooled), ("pooled", pooled)):
-        _check.statistic(OP, name, t, x, keys.shape, "(B, H, D)", "x")
+        check.statistic(OP, name, t, x, keys.shape, "(B, H, D)", "x")
     for name, t in (("dmass", dmass), ("score_sum", score_sum)):
-        _check.statistic(OP, name, t, x, keys.shape[:2], "(B, H)", "x")
+        check.statistic(OP, name, t, x, keys.shape[:2], "(B, H)", "x")
 
 
 def _fake_backward(*args):
@@ -42,7 +42,7 @@ def _fake_backward(*args):
 
 
 def _formula(x, keys, key_bias, norm_eps, eps, padding_mask):
-    return reference.score_pool(x.to(_check.acc_dtype(x)), keys, key_bias, norm_eps, eps, padding_mask)
+    return reference.score_pool(x.to(check.acc_dtype(x)), keys, key_bias, norm_eps, eps, padding_mask)
 
 
 def _flops(products):

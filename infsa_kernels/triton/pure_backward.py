@@ -5,10 +5,10 @@ import triton
 import triton.language as tl
 
 from ..eager import pure as eager
-from ..eager._common import scale
-from ..ops._check import empty_gradients
+from ..eager.common import scale
+from ..ops.check import empty_gradients
 from . import configs
-from ._common import countable, launch, padded, relu, strides
+from .launch import countable, launch, padded, relu, strides
 from .tiles import (
     addressable,
     describable,

@@ -10,8 +10,8 @@ from helpers.calls import OPS
 pytest.importorskip("triton")
 
 from infsa_kernels.eager import pure as eager
-from infsa_kernels.ops import _check
-from infsa_kernels.triton import _common, configs, linear, pure, pure_backward
+from infsa_kernels.ops import check
+from infsa_kernels.triton import configs, launch, linear, pure, pure_backward
 
 by_op = pytest.mark.parametrize("op", OPS)
 by_tie = pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
@@ -118,9 +118,9 @@ def test_steps_between_tokens_of_pure_that_tiles_cannot_take(kernels):
 def test_the_largest_grid(hip, largest, monkeypatch, kernels):
     monkeypatch.setattr(torch.version, "hip", hip)
     kernel = Recorder()
-    _common.launch(kernel, largest, torch.device("cpu"), num_warps=8)
+    launch.launch(kernel, largest, torch.device("cpu"), num_warps=8)
     with pytest.raises(ValueError, match=f"needs {largest + 1} programs"):
-        _common.launch(kernel, largest + 1, torch.device("cpu"), num_warps=8)
+        launch.launch(kernel, largest + 1, torch.device("cpu"), num_warps=8)
     assert kernel.grids == [(largest, None)]
 
 
@@ -140,15 +140,15 @@ def test_kernels_start_on_the_device_of_their_tensors(at, guarded, monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "device", Guard)
-    _common.launch(kernel, 1, torch.device(at), num_warps=4)
+    launch.launch(kernel, 1, torch.device(at), num_warps=4)
     assert kernel.grids == [(1, guarded)] and kernel.inside is None
 
 
 def test_every_launch_goes_through_the_checks():
-    for file in Path(_common.__file__).parent.glob("*.py"):
+    for file in Path(launch.__file__).parent.glob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
-                assert file.name == "_common.py", f"{file.name}:{node.lineno} starts a kernel past launch()"
+                assert file.name == "launch.py", f"{file.name}:{node.lineno} starts a kernel past launch()"
 
 
 @by_op
@@ -159,13 +159,13 @@ def test_tensors_on_different_gpus_are_refused(op, name):
             self.device = torch.device("cuda", index)
 
     with pytest.raises(ValueError, match=f"{name} is on cuda:1, expected cuda:0, where q is; move it with .to"):
-        _check.device(f"infsa::{op}", name, On(1), On(0))
+        check.device(f"infsa::{op}", name, On(1), On(0))
 
 
 def test_no_kernel_transposes_the_result_of_a_product():
     """Triton 3.4 to 3.7.0 silently miscompile it on Hopper: only what came from memory is transposed."""
     transposed = 0
-    for file in Path(_common.__file__).parent.glob("*.py"):
+    for file in Path(launch.__file__).parent.glob("*.py"):
         for function in ast.walk(ast.parse(file.read_text())):
             if not isinstance(function, ast.FunctionDef):
                 continue

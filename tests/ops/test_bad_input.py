@@ -1,7 +1,7 @@
 """Whatever is wrong with an argument is refused with the op, the argument, what it is and what it must be.
 
 The same words come from the public function, from torch.ops, from the raw ops of every backend (csrc/check.h and
-ops/_check.py) and from fake tensors.
+ops/check.py) and from fake tensors.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ from helpers.calls import OPS, raw_op
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import infsa_kernels
-from infsa_kernels.ops._library import SUFFIXES
+from infsa_kernels.ops.backends import SUFFIXES
 
 pytestmark = pytest.mark.parametrize("op", OPS)
 

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 import infsa_kernels
-from infsa_kernels.ops._library import SUFFIXES
+from infsa_kernels.ops.backends import SUFFIXES
 
 RAW_FORMS = [form for form in FORMS if form != "three_dimensions"]
 OUTPUT_MASKS = [[w == "1" for w in wanted] for wanted in ("1111", "0000", "1010", "0101", "1001")]

@@ -193,7 +193,7 @@ def test_backend_is_honoured(backend):
 
     with Recorder():
         pooled_linear_infsa(**layer()).sum().backward()
-    suffix = infsa_kernels.ops._library.SUFFIXES[backend]
+    suffix = infsa_kernels.ops.backends.SUFFIXES[backend]
     assert {name for name in called if name.startswith("infsa::")} == {
         f"infsa::{name}_{direction}{suffix}" for name in RAW for direction in ("fwd", "bwd")
     }

@@ -1,14 +1,14 @@
 """What the two operators share: one public op over q, k and v that picks a backend, and the raw ops behind it.
 
 Public `infsa::<name>` is composite: it views 3-D input as 4-D, sees that k is q, turns rho into a number and a (B, H) tensor,
-asks for a backend and calls that backend's raw forward op (_raw.py), to which autograd, vmap and fake tensors belong.
+asks for a backend and calls that backend's raw forward op (autograd.py), to which autograd, vmap and fake tensors belong.
 """
 
 from torch import Tensor
 
-from . import _check, _dtensor, _public
-from ._library import SUFFIXES, backend_of_backward, choose_backend
-from ._raw import RawOps
+from . import check, register, sharding
+from .autograd import RawOps
+from .backends import SUFFIXES, backend_of_backward, choose_backend
 
 _ARGUMENTS = "Tensor? key_padding_mask=None, Tensor? query_padding_mask=None, str backend=''"
 
@@ -29,7 +29,7 @@ class Operator(RawOps):
         self, name, *, reference, outputs, saved, fake_forward, fake_backward, flops_forward, flops_backward
     ):  # fmt: skip
         self.op, self.reference, self.flops = f"infsa::{name}", reference, (flops_forward, flops_backward)
-        self.tensor_rho, self.scalar_rho = _public.define(
+        self.tensor_rho, self.scalar_rho = register.define(
             name,
             {
                 "": f"Tensor q, Tensor k, Tensor v, float eps=1e-6, Tensor? rho=None, {_ARGUMENTS}",
@@ -42,7 +42,7 @@ class Operator(RawOps):
         masks = {"key_padding_mask": "BM", "query_padding_mask": "BN"}
 
         def formula(q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask):
-            acc = _check.acc_dtype(q)
+            acc = check.acc_dtype(q)
             rho = rho if head_rho is None else rho * head_rho
             masks = key_padding_mask, query_padding_mask
             out = reference(q.to(acc), (q if k is None else k).to(acc), v.to(acc), rho, eps, *masks)
@@ -71,19 +71,19 @@ class Operator(RawOps):
         return self.tensor_rho if isinstance(rho, Tensor) else self.scalar_rho
 
     def _call(self, q, k, v, eps=1e-6, rho=None, key_padding_mask=None, query_padding_mask=None, backend=""):
-        _dtensor.register_waiting()
+        sharding.register_waiting()
         self._check_layout(q, k, v, rho, key_padding_mask, query_padding_mask)
         unbatched = q.dim() == 3 and k.dim() == 3 and v.dim() == 3
         tied = k is q
         if unbatched:
-            _check.three_dimensions(self.op, q, k, v)
+            check.three_dimensions(self.op, q, k, v)
             q, v = q.unsqueeze(1), v.unsqueeze(1)
             k = q if tied else k.unsqueeze(1)
         rho, head_rho = self._split_rho(rho, q, unbatched)
         name = choose_backend(self.name, q.device, q.dtype, q.shape, backend or backend_of_backward())
         forward = self.forwards[SUFFIXES[name]]
         k = None if tied else k
-        with _public.without_autograd_if_unused(q, k, v, head_rho):
+        with register.without_autograd_if_unused(q, k, v, head_rho):
             out = forward(q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask)[0]
         return out.squeeze(1) if unbatched else out
 
@@ -95,30 +95,30 @@ class Operator(RawOps):
 
     def check_scores(self, q, k, rho, eps, key_padding_mask, query_padding_mask) -> None:
         """The checks of the operator for its scores, which have no v."""
-        _check.python_types(self.op, q, k, k, rho, eps, key_padding_mask, query_padding_mask)
+        check.python_types(self.op, q, k, k, rho, eps, key_padding_mask, query_padding_mask)
         self._check_layout(q, k, k, rho, key_padding_mask, query_padding_mask)
         unbatched = q.dim() == 3 and k.dim() == 3
         if unbatched:
-            _check.three_dimensions(self.op, q, k, k)
+            check.three_dimensions(self.op, q, k, k)
             q, k = q.unsqueeze(1), k.unsqueeze(1)
         rho, head_rho = self._split_rho(rho, q, unbatched)
-        _check.forward_arguments(self.op, q, k, k, eps, rho, head_rho, key_padding_mask, query_padding_mask)
+        check.forward_arguments(self.op, q, k, k, eps, rho, head_rho, key_padding_mask, query_padding_mask)
 
     def _check_layout(self, q, k, v, rho, key_padding_mask, query_padding_mask) -> None:
         for name, t in (("q", q), ("k", k), ("v", v)):
-            _check.dense(self.op, name, t)
+            check.dense(self.op, name, t)
         masks = ("key_padding_mask", key_padding_mask), ("query_padding_mask", query_padding_mask)
         for name, t in (("rho", rho), *masks):
             if isinstance(t, Tensor):
-                _check.dense(self.op, name, t)
+                check.dense(self.op, name, t)
 
     def _split_rho(self, rho, q, unbatched) -> tuple[float, Tensor | None]:
         """rho as a number times a (B, H) tensor of the accumulation dtype, through which its gradient flows."""
         if not isinstance(rho, Tensor):
             return 1.0 if rho is None else rho, None
         heads = q.shape[0 if unbatched else 1] if q.dim() == 4 else 1
-        _check.rho_tensor(self.op, rho, q, heads, "(B*H,)" if unbatched else "(H,)")
-        head_rho = rho.to(_check.acc_dtype(q))
+        check.rho_tensor(self.op, rho, q, heads, "(B*H,)" if unbatched else "(H,)")
+        head_rho = rho.to(check.acc_dtype(q))
         if unbatched and rho.dim() == 1:
             head_rho = head_rho.unsqueeze(-1)
         return 1.0, head_rho.expand(q.shape[:2]) if q.dim() == 4 else head_rho

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch.overrides import TorchFunctionMode
 
-from . import _extension
+from . import extension
 
 
 def _register() -> torch.library.Library:
@@ -50,9 +50,9 @@ SUFFIXES = {"cpu": "", "cuda": "", "triton": "_triton", "eager": "_eager"}
 PREFERENCE = {"cpu": ("cpu", "eager"), "cuda": ("eager",)}
 
 
-_extension_error = _extension.load()
+_extension_error = extension.load()
 # A source folder that hides an installed package has said so already.
-_warned_of_fallback = bool(_extension_error and _extension.shadowed_package())
+_warned_of_fallback = bool(_extension_error and extension.shadowed_package())
 
 
 # The raw operators behind each public one.
@@ -94,7 +94,7 @@ def _why_not_cuda(op: str, device: torch.device, dtype: torch.dtype, shape: Sequ
     if not (compiled := _compiled_architectures()):
         return (
             "the extension was built without CUDA kernels; build it again beside a CUDA build of torch, with "
-            f"`FORCE_CUDA=1 {_extension.build_command()}`"
+            f"`FORCE_CUDA=1 {extension.build_command()}`"
         )
     if not _has_kernels(op, "", "CUDA"):
         return f"infsa::{op} has no CUDA C++ kernels"

@@ -19,8 +19,8 @@ from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 from torch.utils.flop_counter import register_flop_formula
 
-from . import _dtensor
-from ._library import SUFFIXES, library
+from . import sharding
+from .backends import SUFFIXES, library
 
 AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU).add(torch._C.DispatchKey.AutocastCUDA)
 
@@ -72,7 +72,7 @@ class RawOps:
                 register_flop_formula(op.overloadpacket)(
                     _flop_formula(flops, names.index(self.tensors[0]), self.tensors)
                 )
-                _dtensor.shard(op, self._shardings(names, results))
+                sharding.shard(op, self._shardings(names, results))
             self._make_differentiable(forward, backward)
 
     def implement(self, backend: str, key: str, forward, backward) -> None:
@@ -121,7 +121,7 @@ class RawOps:
         return rule
 
     def _shardings(self, names, results):
-        """Per letter that may be sharded, where it lies in every argument and result; see _dtensor.shard."""
+        """Per letter that may be sharded, where it lies in every argument and result; see sharding.shard."""
         return [
             (
                 [self.dims_of(n).find(letter) if self._is_tensor(n) else None for n in names],
@@ -273,7 +273,7 @@ def _refuse_forward_mode(op):
 
 def _one_level(function):
     def autograd(keyset, *args):
-        _dtensor.register_waiting()
+        sharding.register_waiting()
         if not torch._C._are_functorch_transforms_active():
             return function.apply(keyset, *unwrap_dead_wrappers(args))
         # At this key functorch has already unwrapped to one level: record on it, and let the redispatch reach the next.

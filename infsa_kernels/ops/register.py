@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function
 
-from . import _check
-from ._library import _takes_backend, library
-from ._raw import AUTOCAST_KEYS
+from . import check
+from .autograd import AUTOCAST_KEYS
+from .backends import _takes_backend, library
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -64,7 +64,7 @@ def _naming_real_tensors(op, names, call):
         try:
             return call(*args, **kwargs)
         except AssertionError as error:
-            if "FakeTensor" in str(error) and (told := _check.real_among_fake(op, dict(zip(names, args)) | kwargs)):
+            if "FakeTensor" in str(error) and (told := check.real_among_fake(op, dict(zip(names, args)) | kwargs)):
                 raise told from error
             raise
 
