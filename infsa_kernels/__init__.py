@@ -4,7 +4,7 @@ from . import onnx as onnx
 from .ops.attention import infsa_attention
 from .ops.backends import backend, choose_backend, explain_backend
 from .ops.linear import linear_infsa, linear_infsa_scores
-from .ops.linear_layer import pooled_linear_infsa
+from .ops.pooled_linear import pooled_linear_infsa
 from .ops.pure import pure_infsa, pure_infsa_scores
 
 __version__ = "0.1.0"

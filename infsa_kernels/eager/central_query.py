@@ -1,4 +1,4 @@
-"""Projected queries and their central query in torch operations, a block of tokens at a time (docs/linear_layer.md)."""
+"""Projected queries and their central query in torch operations, a block of tokens at a time (docs/pooled_linear.md)."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""ReLU scores against keys of width D and the tokens pooled by them, a block of tokens at a time (docs/linear_layer.md)."""
+"""ReLU scores against keys of width D and the tokens pooled by them, a block of tokens at a time (docs/pooled_linear.md)."""
 
 import torch
 from torch import Tensor

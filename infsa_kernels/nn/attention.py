@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..ops import check
 from ..ops.linear import linear_infsa_scores
-from ..ops.linear_layer import pooled_linear_infsa
+from ..ops.pooled_linear import pooled_linear_infsa
 from ..ops.pure import pure_infsa, pure_infsa_scores
 from ._arguments import integer, number
 from ._host import Leaf

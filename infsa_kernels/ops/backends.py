@@ -56,7 +56,7 @@ _warned_of_fallback = bool(_extension_error and extension.shadowed_package())
 
 
 # The raw operators behind each public one.
-RAW = {"linear": ("linear",), "pure": ("pure",), "linear_layer": ("central_query", "score_pool")}
+RAW = {"linear": ("linear",), "pure": ("pure",), "pooled_linear": ("central_query", "score_pool")}
 
 
 def why_not(op: str, backend: str, device: torch.device, dtype: torch.dtype, shape: Sequence[int]) -> str | None:
@@ -179,7 +179,7 @@ def choose_backend(
 ) -> str:  # fmt: skip
     """The backend that runs `infsa::<op>` on q of this device, dtype and shape (B, H, N, d).
 
-    ``op`` is "linear", "pure" or "linear_layer". ``forced`` names a backend, as ``with infsa_kernels.backend(...)`` does: it is
+    ``op`` is "linear", "pure" or "pooled_linear". ``forced`` names a backend, as ``with infsa_kernels.backend(...)`` does: it is
     that one or a RuntimeError that says why not.
     """
     if forced:

@@ -3,7 +3,7 @@
     u_i = s (W_h x^_i + b_h),  e_i = ||u_i||,  qbar_h = sum_i e_i u_i / (sum_i e_i + eps)        s = 1/sqrt(d)
 
 with x^ the tokens (B, N, D), or these normalised to mean 0 and variance 1, without an affine part, where norm_eps is given.
-Half of the pooled layer (linear_layer.py); the gradients, what is saved and why: docs/linear_layer.md.
+Half of the pooled layer (pooled_linear.py); the gradients, what is saved and why: docs/pooled_linear.md.
 """
 
 import torch

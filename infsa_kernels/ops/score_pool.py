@@ -3,7 +3,7 @@
     r_j = ReLU(x^_j . key_h + key_bias_h),  R = sum_j r_j,  pooled_h = sum_j r_j x^_j / (R + eps),  mass_h = R / (R + eps)
 
 with x^ the tokens (B, N, D), or these normalised to mean 0 and variance 1, without an affine part, where norm_eps is given.
-Half of the pooled layer (linear_layer.py); the gradients, what is saved and why: docs/linear_layer.md.
+Half of the pooled layer (pooled_linear.py); the gradients, what is saved and why: docs/pooled_linear.md.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""`infsa::linear_layer`: Linear-InfSA self-attention with its projections, from tokens to the one row that all of them get.
+"""`infsa::pooled_linear`: Linear-InfSA self-attention with its projections, from tokens to the one row that all of them get.
 
     y = W_o z + b_o,   z_h = rho (W_v,h p_h + A_h b_v,h),   p_h = sum_j a_hj x^_j,   A_h = sum_j a_hj
 
@@ -6,7 +6,7 @@ The output is one row per image, so x is pooled first and projected once: values
 never formed for a token, and neither are keys, whose scores x^_j . (W_k,h^T qbar_h) come from x itself. Two raw operators carry
 all that touches tokens, `central_query` and `score_pool`; the rest is per image, in float32 and differentiated by autograd.
 
-Exactness, gradients and what is saved: docs/linear_layer.md.
+Exactness, gradients and what is saved: docs/pooled_linear.md.
 """
 
 import torch
@@ -16,7 +16,7 @@ from . import central_query, check, register, score_pool, sharding
 from .backends import SUFFIXES, backend_of_backward, choose_backend
 from .check_tokens import norm_eps_number
 
-OP = "infsa::linear_layer"
+OP = "infsa::pooled_linear"
 
 
 @register.overridable
@@ -90,7 +90,9 @@ def _call(
     )  # fmt: skip
     d, acc = q_weight.shape[0] // num_heads, check.acc_dtype(x)
     forced = backend or backend_of_backward()
-    suffix = SUFFIXES[choose_backend("linear_layer", x.device, x.dtype, (x.shape[0], num_heads, x.shape[1], d), forced)]
+    suffix = SUFFIXES[
+        choose_backend("pooled_linear", x.device, x.dtype, (x.shape[0], num_heads, x.shape[1], d), forced)
+    ]
     tensors = x, q_weight, k_weight, v_weight, out_weight, q_bias, k_bias, v_bias, out_bias, norm_weight, norm_bias
     rho_tensor = rho if isinstance(rho, Tensor) else None
 
@@ -233,7 +235,7 @@ _ARGUMENTS = (
     "Tensor? norm_weight=None, Tensor? norm_bias=None, float? norm_eps=None, Tensor? padding_mask=None, str backend=''"
 )
 tensor_rho, scalar_rho = register.define(
-    "linear_layer",
+    "pooled_linear",
     {"": _ARGUMENTS.format("Tensor? rho=None"), "scalar_rho": _ARGUMENTS.format("float rho=1.0")},
     _call,
     _cast,

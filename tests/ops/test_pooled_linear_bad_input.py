@@ -143,7 +143,7 @@ def test_raw(op, direction):
 
 def said_alike(op, direction, exception, words, arguments):
     messages = set()
-    for backend in backends_of("cpu", "linear_layer"):
+    for backend in backends_of("cpu", "pooled_linear"):
         function = getattr(torch.ops.infsa, f"{op}_{direction}{SUFFIXES[backend]}")
         messages.add(refused(exception, words, function, *arguments.values()))
     if "is on" not in words:
