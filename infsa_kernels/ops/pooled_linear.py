@@ -12,14 +12,16 @@ Exactness, gradients and what is saved: docs/pooled_linear.md.
 import torch
 from torch import Tensor
 
-from . import central_query, check, register, score_pool, sharding
-from .backends import SUFFIXES, backend_of_backward, choose_backend
-from .check_tokens import norm_eps_number
+from ..eager.common import acc_dtype
+from . import central_query, check, score_pool
+from .autograd import skipped_if_unused
+from .backends import backend_of_backward, choose_backend
+from .register import overridable, public
 
 OP = "infsa::pooled_linear"
 
 
-@register.overridable
+@overridable
 def pooled_linear_infsa(
     x: Tensor,
     num_heads: int,
@@ -68,143 +70,31 @@ def pooled_linear_infsa(
         >>> pooled_linear_infsa(x, 4, *w, norm_eps=1e-6).shape
         torch.Size([1, 64])
     """
-    tensors = {"x": x, "q_weight": q_weight, "v_weight": v_weight, "out_weight": out_weight}
-    optional = {
-        "q_bias": q_bias, "k_weight": k_weight, "k_bias": k_bias, "v_bias": v_bias, "out_bias": out_bias,
-        "norm_weight": norm_weight, "norm_bias": norm_bias, "padding_mask": padding_mask,
-    }  # fmt: skip
-    check.layer_python_types(OP, tensors, optional, num_heads, rho, eps, norm_eps)
-    op = tensor_rho if isinstance(rho, Tensor) else scalar_rho
-    return op(*tensors.values(), num_heads, **optional, rho=rho, eps=eps, norm_eps=norm_eps)
-
-
-def _call(
-    x, q_weight, v_weight, out_weight, num_heads, q_bias=None, k_weight=None, k_bias=None, v_bias=None, out_bias=None,
-    rho=None, eps=1e-6, norm_weight=None, norm_bias=None, norm_eps=None, padding_mask=None, backend="",
-):  # fmt: skip
-    sharding.register_waiting()
-    _check_arguments(
-        x, num_heads, {"q_weight": q_weight, "k_weight": k_weight, "v_weight": v_weight, "out_weight": out_weight},
-        {"q_bias": q_bias, "k_bias": k_bias, "v_bias": v_bias, "out_bias": out_bias},
-        {"norm_weight": norm_weight, "norm_bias": norm_bias, "norm_eps": norm_eps}, rho, padding_mask,
+    return pooled_linear(
+        x, q_weight, v_weight, out_weight, num_heads, q_bias, k_weight, k_bias, v_bias, out_bias, rho, eps, norm_weight,
+        norm_bias, norm_eps, padding_mask,
     )  # fmt: skip
-    d, acc = q_weight.shape[0] // num_heads, check.acc_dtype(x)
-    forced = backend or backend_of_backward()
-    suffix = SUFFIXES[
-        choose_backend("pooled_linear", x.device, x.dtype, (x.shape[0], num_heads, x.shape[1], d), forced)
-    ]
-    tensors = x, q_weight, k_weight, v_weight, out_weight, q_bias, k_bias, v_bias, out_bias, norm_weight, norm_bias
-    rho_tensor = rho if isinstance(rho, Tensor) else None
-
-    def heads(weight, bias):
-        """A projection of LayerNorm's output as one of normalised tokens, per head: (H, ., D) and (H, .) or None."""
-        weight = weight.to(acc)
-        if norm_bias is not None:
-            shift = weight @ norm_bias.to(acc)
-            bias = shift if bias is None else bias.to(acc) + shift
-        if norm_weight is not None:
-            weight = weight * norm_weight.to(acc)
-        width = weight.shape[0] // num_heads
-        bias = None if bias is None else bias.to(acc).unflatten(0, (num_heads, width))
-        return weight.unflatten(0, (num_heads, width)), bias
-
-    with register.without_autograd_if_unused(*tensors, rho_tensor):
-        weight, bias = heads(q_weight, q_bias)
-        forward = central_query.raw.forwards[suffix]
-        qbar = forward(x, weight.to(x.dtype), bias, norm_eps, eps, padding_mask)[0]  # (B, H, d)
-
-        # r_j = ReLU(qbar . s k_j) with k_j = W x^_j + b
-        if k_weight is not None:
-            weight, bias = heads(k_weight, k_bias)
-        if d:
-            qbar = qbar * d**-0.5
-        # Inside vmap, functorch brings autocast back, and with it a lower dtype.
-        keys = torch.einsum("bhd,hdc->bhc", qbar, weight).to(acc)
-        key_bias = None if bias is None else (qbar * bias).sum(-1)
-        forward = score_pool.raw.forwards[suffix]
-        pooled, mass, _ = forward(x, keys, key_bias, norm_eps, eps, padding_mask)  # (B, H, D), (B, H)
-
-        weight, bias = heads(v_weight, v_bias)
-        z = torch.einsum("bhc,hec->bhe", pooled, weight)
-        if bias is not None:
-            z = z + mass[..., None] * bias
-        if rho_tensor is not None:
-            rho = rho_tensor.to(acc)
-            rho = rho[..., None] if rho.dim() else rho
-        z = z if rho is None else rho * z
-        out_bias = None if out_bias is None else out_bias.to(acc)
-        return torch.nn.functional.linear(z.flatten(1), out_weight.to(acc), out_bias).to(x.dtype)
 
 
-def _check_arguments(x, num_heads, weights, biases, norm, rho, padding_mask):
-    for name, t in {**weights, **biases, "rho": rho}.items():
-        if isinstance(t, Tensor) or name in ("q_weight", "v_weight", "out_weight"):
-            check.dense(OP, name, t)
-    _check_tokens(x, **norm, padding_mask=padding_mask)
-    if num_heads < 1:
-        raise ValueError(f"{OP}: num_heads is {num_heads}, expected at least 1")
-    D = x.shape[2]
-    for name, t in weights.items():
-        if t is None:
-            continue
-        check.dtype(OP, name, t, x.dtype)
-        check.device(OP, name, t, x, "x")
-        if t.dim() != 2:
-            raise ValueError(
-                f"{OP}: {name} has shape {list(t.shape)}, expected two dimensions, as nn.Linear.weight has"
-            )
-        if name != "out_weight" and t.shape[0] % num_heads:
-            raise ValueError(
-                f"{OP}: {name} has shape {list(t.shape)}, whose {t.shape[0]} outputs {num_heads} heads do not divide"
-            )
-    q_width, v_width = weights["q_weight"].shape[0], weights["v_weight"].shape[0]
-    out_width = weights["out_weight"].shape[0]
-    check.shape(OP, "q_weight", weights["q_weight"], (q_width, D), "(H*d, D)")
-    if weights["k_weight"] is not None:
-        check.shape(OP, "k_weight", weights["k_weight"], (q_width, D), "(H*d, D)")
-    elif biases["k_bias"] is not None:
-        raise ValueError(f"{OP}: k_bias is given without k_weight; keys tied to the queries have q_bias")
-    check.shape(OP, "v_weight", weights["v_weight"], (v_width, D), "(H*dv, D)")
-    check.shape(OP, "out_weight", weights["out_weight"], (out_width, v_width), "(D_out, H*dv)")
-    lengths = {"q_bias": (q_width, "(H*d,)"), "k_bias": (q_width, "(H*d,)"), "v_bias": (v_width, "(H*dv,)")}
-    lengths["out_bias"] = out_width, "(D_out,)"
-    for name, t in biases.items():
-        _check_vector(name, t, x, *lengths[name])
-    if isinstance(rho, Tensor):
-        check.rho_tensor(OP, rho, x, num_heads, "(H,)", "x")
-    elif rho is not None:
-        check.finite_rho(OP, rho)
-
-
-def _check_tokens(x, norm_weight, norm_bias, norm_eps, padding_mask):
-    """The tokens, and what concerns them before any projection."""
-    for name, t in {"x": x, "norm_weight": norm_weight, "norm_bias": norm_bias, "padding_mask": padding_mask}.items():
-        if t is not None or name == "x":
-            check.dense(OP, name, t)
-    check.floating(OP, "x", x)
-    if x.dim() != 3:
-        raise ValueError(f"{OP}: x has shape {list(x.shape)}, expected (B, N, D); view it with 3 dimensions")
-    for name, t in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
-        _check_vector(name, t, x, x.shape[2], "(D,)")
-    if norm_eps is not None:
-        norm_eps_number(OP, norm_eps)
-    elif norm_weight is not None or norm_bias is not None:
-        raise ValueError(f"{OP}: norm_weight or norm_bias is given without norm_eps; give LayerNorm's eps, as 1e-5")
-    check.mask(OP, "padding_mask", padding_mask, x, x.shape[:2], "(B, N)", "x")
-
-
-def _check_vector(name, t, x, length, letters):
-    if t is None:
-        return
-    if t.dtype not in (x.dtype, check.acc_dtype(x)):
-        check.dtype(OP, name, t, x.dtype)
-    check.device(OP, name, t, x, "x")
-    check.shape(OP, name, t, (length,), letters)
+TENSORS = {
+    "x": "(B, N, D)",
+    "norm_weight": "(D,) or acc",
+    "norm_bias": "(D,) or acc",
+    "padding_mask": "(B, N) bool",
+    "q_weight": "(H*d, D)",
+    "k_weight": "(H*d, D)",
+    "v_weight": "(H*dv, D)",
+    "out_weight": "(D_out, H*dv)",
+    "q_bias": "(H*d,) or acc",
+    "k_bias": "(H*d,) or acc",
+    "v_bias": "(H*dv,) or acc",
+    "out_bias": "(D_out,) or acc",
+}
 
 
 def _cast(dtype_of, args, kwargs):
     """Tokens and matrices take autocast's dtype; float32 vectors stay, since they are used in float32."""
-    given = dict(zip((a.name for a in tensor_rho._schema.arguments), args)) | kwargs
+    given = dict(zip(pooled_linear.signature.arguments, args)) | kwargs
     if given.get("norm_eps") is not None and dtype_of(given["x"]) != given["x"].dtype:
         given |= {"x": _normalised(given), "norm_weight": None, "norm_bias": None, "norm_eps": None}
 
@@ -222,21 +112,103 @@ def _normalised(given):
         for t in (given.get(name) for name in ("x", "norm_weight", "norm_bias"))
     )
     eps, mask = given["norm_eps"], given.get("padding_mask")
-    _check_tokens(x, weight, bias, eps, mask)
+    _TOKENS.check((x, weight, bias, eps, mask))
     if mask is not None:
         # A removed token may hold anything, but 0 * NaN would reach gradients. Its stand-in has a variance: eps may be 0.
         x = torch.where(mask[..., None], torch.arange(x.shape[2], dtype=x.dtype, device=x.device), x)
     return torch.nn.functional.layer_norm(x, x.shape[2:], weight, bias, eps)
 
 
-_ARGUMENTS = (
-    "Tensor x, Tensor q_weight, Tensor v_weight, Tensor out_weight, int num_heads, Tensor? q_bias=None, "
-    "Tensor? k_weight=None, Tensor? k_bias=None, Tensor? v_bias=None, Tensor? out_bias=None, {}, float eps=1e-6, "
-    "Tensor? norm_weight=None, Tensor? norm_bias=None, float? norm_eps=None, Tensor? padding_mask=None, str backend=''"
+_TOKENS = check.Signature(
+    "pooled_linear(Tensor x, Tensor? norm_weight, Tensor? norm_bias, float? norm_eps, Tensor? padding_mask) -> Tensor",
+    TENSORS,
 )
-tensor_rho, scalar_rho = register.define(
-    "pooled_linear",
-    {"": _ARGUMENTS.format("Tensor? rho=None"), "scalar_rho": _ARGUMENTS.format("float rho=1.0")},
-    _call,
-    _cast,
+
+
+@public(
+    "pooled_linear(Tensor x, Tensor q_weight, Tensor v_weight, Tensor out_weight, int num_heads, Tensor? q_bias=None, "
+    "Tensor? k_weight=None, Tensor? k_bias=None, Tensor? v_bias=None, Tensor? out_bias=None, Tensor? rho=None, "
+    "float eps=1e-6, Tensor? norm_weight=None, Tensor? norm_bias=None, float? norm_eps=None, Tensor? padding_mask=None, "
+    "str backend='') -> Tensor",
+    TENSORS,
+    raw=[central_query.raw, score_pool.raw],
+    cast=_cast,
 )
+def pooled_linear(
+    x, q_weight, v_weight, out_weight, num_heads, q_bias=None, k_weight=None, k_bias=None, v_bias=None, out_bias=None,
+    rho=None, eps=1e-6, norm_weight=None, norm_bias=None, norm_eps=None, padding_mask=None, backend="",
+):  # fmt: skip
+    """`torch.ops.infsa.pooled_linear`: the row (B, D_out)."""
+    _check_heads(num_heads, q_weight=q_weight, k_weight=k_weight, v_weight=v_weight, out_weight=out_weight)
+    pooled_linear.signature.check(
+        (x, q_weight, v_weight, out_weight, num_heads, q_bias, k_weight, k_bias, v_bias, out_bias, rho, eps, norm_weight,
+         norm_bias, norm_eps, padding_mask)
+    )  # fmt: skip
+    if isinstance(rho, Tensor):
+        check.rho_tensor(OP, rho, x, num_heads, "(H,)", "x")
+    elif rho is not None:
+        check.finite(OP, "rho", rho)
+    if k_bias is not None and k_weight is None:
+        raise ValueError(f"{OP}: k_bias is given without k_weight; keys tied to the queries have q_bias")
+    if norm_eps is None and not (norm_weight is None and norm_bias is None):
+        raise ValueError(f"{OP}: norm_weight or norm_bias is given without norm_eps; give LayerNorm's eps, as 1e-5")
+
+    d, acc = q_weight.shape[0] // num_heads, acc_dtype(x)
+    shape = x.shape[0], num_heads, x.shape[1], d
+    name = choose_backend("pooled_linear", x.device, x.dtype, shape, backend or backend_of_backward())
+    query_op, pool_op = central_query.raw.forwards[name], score_pool.raw.forwards[name]
+    tensors = x, q_weight, k_weight, v_weight, out_weight, q_bias, k_bias, v_bias, out_bias, norm_weight, norm_bias
+    rho_tensor = rho if isinstance(rho, Tensor) else None
+
+    def heads(weight, bias):
+        """A projection of LayerNorm's output as one of normalised tokens, per head: (H, ., D) and (H, .) or None."""
+        weight = weight.to(acc)
+        if norm_bias is not None:
+            shift = weight @ norm_bias.to(acc)
+            bias = shift if bias is None else bias.to(acc) + shift
+        if norm_weight is not None:
+            weight = weight * norm_weight.to(acc)
+        width = weight.shape[0] // num_heads
+        bias = None if bias is None else bias.to(acc).unflatten(0, (num_heads, width))
+        return weight.unflatten(0, (num_heads, width)), bias
+
+    with skipped_if_unused(*tensors, rho_tensor):
+        weight, bias = heads(q_weight, q_bias)
+        qbar = query_op(x, weight.to(x.dtype), bias, norm_eps, eps, padding_mask)[0]  # (B, H, d)
+
+        # r_j = ReLU(qbar . s k_j) with k_j = W x^_j + b
+        if k_weight is not None:
+            weight, bias = heads(k_weight, k_bias)
+        if d:
+            qbar = qbar * d**-0.5
+        # Inside vmap, functorch brings autocast back, and with it a lower dtype.
+        keys = torch.einsum("bhd,hdc->bhc", qbar, weight).to(acc)
+        key_bias = None if bias is None else (qbar * bias).sum(-1)
+        pooled, mass, _ = pool_op(x, keys, key_bias, norm_eps, eps, padding_mask)  # (B, H, D), (B, H)
+
+        weight, bias = heads(v_weight, v_bias)
+        z = torch.einsum("bhc,hec->bhe", pooled, weight)
+        if bias is not None:
+            z = z + mass[..., None] * bias
+        if rho_tensor is not None:
+            rho = rho_tensor.to(acc)
+            rho = rho[..., None] if rho.dim() else rho
+        z = z if rho is None else rho * z
+        out_bias = None if out_bias is None else out_bias.to(acc)
+        return torch.nn.functional.linear(z.flatten(1), out_weight.to(acc), out_bias).to(x.dtype)
+
+
+def _check_heads(num_heads, **weights):
+    if num_heads < 1:
+        raise ValueError(f"{OP}: num_heads is {num_heads}, expected at least 1")
+    for name, t in weights.items():
+        if t is None:
+            continue
+        if t.dim() != 2:
+            raise ValueError(
+                f"{OP}: {name} has shape {list(t.shape)}, expected two dimensions, as nn.Linear.weight has"
+            )
+        if name != "out_weight" and t.shape[0] % num_heads:
+            raise ValueError(
+                f"{OP}: {name} has shape {list(t.shape)}, whose {t.shape[0]} outputs {num_heads} heads do not divide"
+            )

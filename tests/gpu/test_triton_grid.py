@@ -6,13 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.calls import OPS
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton")
 
 from infsa_kernels.eager import pure as eager
-from infsa_kernels.ops import check
+from infsa_kernels.ops import linear as linear_op
+from infsa_kernels.ops import pure as pure_op
 from infsa_kernels.triton import configs, launch, linear, pure, pure_backward
 
+RAW = {"linear": linear_op.raw, "pure": pure_op.raw}
 by_op = pytest.mark.parametrize("op", OPS)
 by_tie = pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 LIMIT = (1 << 31) - 1
@@ -49,7 +52,8 @@ def run(op, B, H, N, d=16, tied=False, layout="bhnd", M=None):
     forward, backward = {"linear": (linear.forward, linear.backward), "pure": (pure.forward, pure.backward)}[op]
     out, *saved = forward(q, k, v, 1e-6, 1.0, None, None, None)
     saved = [out, *saved] if op == "pure" else saved
-    backward(torch.empty_like(out), q, k, v, *saved, 1e-6, 1.0, None, None, None, [True] * 4)
+    arguments = torch.empty_like(out), q, k, v, *saved, 1e-6, 1.0, None, None, None
+    backward(*arguments, RAW[op].gradients((*arguments, [True] * 4)))
 
 
 @by_op
@@ -154,12 +158,15 @@ def test_every_launch_goes_through_the_checks():
 @by_op
 @pytest.mark.parametrize("name", ["k", "v", "key_padding_mask"])
 def test_tensors_on_different_gpus_are_refused(op, name):
-    class On:
-        def __init__(self, index):
-            self.device = torch.device("cuda", index)
-
-    with pytest.raises(ValueError, match=f"{name} is on cuda:1, expected cuda:0, where q is; move it with .to"):
-        check.device(f"infsa::{op}", name, On(1), On(0))
+    with FakeTensorMode():
+        sizes = {"q": (1, 2, 5, 4), "k": (1, 2, 6, 4), "v": (1, 2, 6, 4), "key_padding_mask": (1, 6)}
+        tensors = {
+            n: torch.empty(s, dtype=torch.bool if n.endswith("mask") else None, device=f"cuda:{int(n == name)}")
+            for n, s in sizes.items()
+        }
+        q, k, v, mask = tensors.values()
+        with pytest.raises(ValueError, match=f"{name} is on cuda:1, expected cuda:0, where q is; move it with .to"):
+            getattr(torch.ops.infsa, f"{op}_fwd_triton")(q, k, v, 1e-6, 1.0, None, mask, None)
 
 
 def test_no_kernel_transposes_the_result_of_a_product():
