@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from helpers import documents
+from helpers import anchors, documents
 
 import infsa_kernels
 from infsa_kernels import compat, graph, nn
@@ -98,7 +98,7 @@ def test_what_is_named_exists(page):
     text = page.read_text()
     makefile = (ROOT / "Makefile").read_text()
     missing = []
-    for code in documents.inline(text):
+    for code in documents.inline(text) + documents.blocks(text, ""):
         if OURS.fullmatch(code.text) and not resolves(code.text):
             missing.append(f"{code.line}: {code.text}")
         for path in FILE.findall(code.text):
@@ -183,3 +183,36 @@ def test_a_rho_of_another_default_is_found():
 def test_names_that_do_not_exist_are_found():
     assert resolves("torch.ops.infsa.linear_fwd") and resolves("infsa_kernels.nn.timm")
     assert not resolves("torch.ops.infsa.linear_forward") and not resolves("infsa_kernels.nn.Attention")
+
+
+def test_links_to_lines_lead_to_what_they_name():
+    found = 0
+    for page in documents.DOCS:
+        text = page.read_text()
+        found += len(anchors.ANCHOR.findall(text))
+        assert anchors.corrected(text) == text, "write them anew: PYTHONPATH=tests python -m helpers.anchors"
+        assert len(re.findall(r"#L\d+\)", text)) == len(anchors.ANCHOR.findall(text)), (
+            "a link to a line names its symbol"
+        )
+    assert found >= 10
+
+
+def test_a_link_to_a_line_follows_its_symbol_and_is_missed_with_it():
+    moved = anchors.corrected("[`linear_infsa`](../infsa_kernels/ops/pure.py#L1)")
+    path, line = re.search(r"\.\./(\S+)#L(\d+)", moved).groups()
+    assert (ROOT / path).read_text().splitlines()[int(line) - 1].startswith("def linear_infsa(")
+    with pytest.raises(LookupError, match="does not define linear_infinity; files that do: none"):
+        anchors.corrected("[`linear_infinity`](../infsa_kernels/ops/linear.py#L1)")
+
+
+def test_nothing_calls_upwards():
+    """As the tour's table of rooms says: by the imports, those inside functions too."""
+    below = {
+        "ops": ("nn", "graph", "onnx", "compat"),
+        "nn": ("graph", "onnx", "compat"),
+        "graph": ("nn", "onnx", "compat"),
+    }
+    for room, above in (below | dict.fromkeys(("eager", "triton"), below["ops"])).items():
+        named = re.compile(rf"^\s*from (?:\.\.|infsa_kernels\.)(?:{'|'.join(above)})\b", re.MULTILINE)
+        for source in (ROOT / "infsa_kernels" / room).rglob("*.py"):
+            assert not named.search(source.read_text()), source
