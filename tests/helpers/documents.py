@@ -50,7 +50,7 @@ def sentences(text: str) -> list[str]:
     """The prose: no headings, tables, pictures or blocks; a piece of code is a word."""
     text = re.sub(r"<!--.*?-->", "", outside_blocks(text), flags=re.DOTALL)
     text = re.sub(r"!\[.*?\]\(.*?\)", "", text)
-    text = re.sub(r"\[(.*?)\]\(.*?\)", r"\1", text, flags=re.DOTALL)
+    text = re.sub(r"\[([^\[\]]*)\]\(.*?\)", r"\1", text)
     text = re.sub(r"`[^`]+`", "code", text)
     kept = ["" if re.match(r"\s*(#|\||    )", line) else line for line in text.splitlines()]
     paragraphs = re.split(r"\n\s*\n|\n(?=\s*[*-] )", "\n".join(kept))
