@@ -101,7 +101,7 @@ def test_what_is_named_exists(page):
     for code in documents.inline(text) + documents.blocks(text, ""):
         if OURS.fullmatch(code.text) and not resolves(code.text):
             missing.append(f"{code.line}: {code.text}")
-        for path in FILE.findall(code.text):
+        for path in FILE.findall(re.sub(r"<\w+>", "*", code.text)):
             if not path.startswith("bench/out") and not list(ROOT.glob(path)):
                 missing.append(f"{code.line}: {path}")
     for line in text.splitlines():
@@ -220,3 +220,13 @@ def test_nothing_calls_upwards():
         named = re.compile(rf"^\s*from (?:\.\.|infsa_kernels\.)(?:{'|'.join(above)})\b", re.MULTILINE)
         for source in (ROOT / "infsa_kernels" / room).rglob("*.py"):
             assert not named.search(source.read_text()), source
+
+
+def test_the_count_of_other_mechanisms_is_that_of_the_benchmark():
+    from bench import peers
+
+    others = [name for name in peers.CORES if name not in peers.OWN and name not in peers.VARIANTS]
+    here = [name for name in others if not peers.CORES[name].unavailable(torch.device("cpu"))]
+    assert len(here) == 22
+    for page in (README, ROOT / "docs" / "benchmark.md"):
+        assert "Twenty-two other mechanisms" in page.read_text()
