@@ -28,21 +28,25 @@ def reshape_transform(grid: tuple[int, int]):
     return transform
 
 
-def attributions(model: nn.Module, images: Tensor, **options) -> Tensor:
+def attributions(model: nn.Module, images: Tensor | tuple[Tensor], **options) -> Tensor:
     """:func:`attention_maps` as captum's attributions: (B, C, height, width) as ``images``, equal for all channels.
 
-    ``options`` are those of :func:`attention_maps`, but heads=None.
+    ``images`` may be a tuple of one tensor, as captum gives it. ``options`` are those of :func:`attention_maps`, but heads=None.
 
     Example::
 
-        >>> captum.metrics.sensitivity_max(lambda x: attributions(model, x, kind="in"), images)
+        >>> captum.metrics.sensitivity_max(functools.partial(attributions, model, kind="in"), images)
     """
+    if isinstance(images, tuple):
+        (images,) = images
     maps = attention_maps(model, images, **options)
     return upsampled(maps, images.shape[2:])[:, None].expand(-1, images.shape[1], -1, -1)
 
 
 def quantus_explain(model: nn.Module, inputs: np.ndarray, targets: np.ndarray | None = None, device=None, **options):
-    """Quantus' ``explain_func``: :func:`attributions` of arrays, as an array. ``options`` go into ``explain_func_kwargs``.
+    """Quantus' ``explain_func``: maps of arrays (B, C, height, width), as an array (B, 1, height, width).
+
+    ``options`` are those of :func:`attention_maps`, but heads=None; they go into ``explain_func_kwargs``.
 
     ``targets`` is not used: attention is the same for every class.
 
@@ -51,4 +55,4 @@ def quantus_explain(model: nn.Module, inputs: np.ndarray, targets: np.ndarray | 
         >>> quantus.PixelFlipping()(model, x, y, explain_func=quantus_explain, explain_func_kwargs={"kind": "in"})
     """
     images = torch.as_tensor(inputs, device=device, dtype=next(model.parameters()).dtype)
-    return attributions(model, images, **options).cpu().numpy()
+    return attributions(model, images, **options)[:, :1].cpu().numpy()
