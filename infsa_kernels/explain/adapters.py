@@ -28,19 +28,19 @@ def reshape_transform(grid: tuple[int, int]):
     return transform
 
 
-def attributions(model: nn.Module, images: Tensor | tuple[Tensor], **options) -> Tensor:
+def attributions(model: nn.Module, images: Tensor | tuple[Tensor], **options) -> Tensor | tuple[Tensor]:
     """:func:`attention_maps` as captum's attributions: (B, C, height, width) as ``images``, equal for all channels.
 
-    ``images`` may be a tuple of one tensor, as captum gives it. ``options`` are those of :func:`attention_maps`, but heads=None.
+    A tuple of one tensor, as captum's metrics give it, gives a tuple. ``options`` are those of :func:`attention_maps`, but
+    heads=None.
 
     Example::
 
         >>> captum.metrics.sensitivity_max(functools.partial(attributions, model, kind="in"), images)
     """
     if isinstance(images, tuple):
-        (images,) = images
-    maps = attention_maps(model, images, **options)
-    return upsampled(maps, images.shape[2:])[:, None].expand(-1, images.shape[1], -1, -1)
+        return tuple(attributions(model, one, **options) for one in images)
+    return _resized_maps(model, images, **options).repeat(1, images.shape[1], 1, 1)
 
 
 def quantus_explain(model: nn.Module, inputs: np.ndarray, targets: np.ndarray | None = None, device=None, **options):
@@ -55,4 +55,9 @@ def quantus_explain(model: nn.Module, inputs: np.ndarray, targets: np.ndarray | 
         >>> quantus.PixelFlipping()(model, x, y, explain_func=quantus_explain, explain_func_kwargs={"kind": "in"})
     """
     images = torch.as_tensor(inputs, device=device, dtype=next(model.parameters()).dtype)
-    return attributions(model, images, **options)[:, :1].cpu().numpy()
+    return _resized_maps(model, images, **options).cpu().numpy()
+
+
+def _resized_maps(model: nn.Module, images: Tensor, **options) -> Tensor:
+    """(B, 1, height, width)."""
+    return upsampled(attention_maps(model, images, **options), images.shape[2:])[:, None]
