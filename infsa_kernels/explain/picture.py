@@ -48,7 +48,8 @@ def draw(
     )
     grid = figure.add_gridspec(len(rows), columns + 2, wspace=0.05, hspace=0.2, left=0.01, right=0.99, bottom=0.02,
                                top=1 - 0.75 / figure.get_figheight())  # fmt: skip
-    _show(figure.add_subplot(grid[: max(1, math.ceil(len(rows) / 2)), :2]), photograph, "the picture")
+    first = figure.add_subplot(grid[: max(1, math.ceil(len(rows) / 2)), :2], anchor="NW")
+    _show(first, photograph, "the picture")
     for row, (kind, (mean, singles)) in enumerate(zip(kinds, rows)):
         axes = figure.add_subplot(grid[row, 2])
         axes.imshow(mean, cmap=COLOURS, extent=(0, size[1], size[0], 0), interpolation="nearest")
