@@ -28,7 +28,12 @@ MAIN = (
     ("model", ("linear_infsa", "linear_infsa_per_token", "softmax"), 1024, ("fwd",)),
     ("operator", KERNELS[:5], 512, ("fwd",)),
     ("operator", KERNELS[:2], 2048, ("fwd",)),
-    ("layer", (*peers.PAPER, "mean", "fastformer", "linear_infsa_per_token"), 1024, ("train",)),
+    (
+        "layer",
+        ("linear_infsa", "linear_infsa_per_token", "pure_infsa", "softmax", "soft", "fastformer", "mean"),
+        1024,
+        ("train",),
+    ),
 )
 
 SIZES = {

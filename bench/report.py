@@ -6,7 +6,7 @@ from itertools import product
 from pathlib import Path
 
 from . import cases, goals, machine, peers, plots
-from .rows import PASSES, TITLES, best, durations, latest, load, over_linear, select, slope, usual
+from .rows import PASSES, TITLES, best, columns, durations, latest, load, over_linear, select, slope, usual
 
 # Part of the processor that others may take before the report warns.
 BUSY = 0.05
@@ -69,15 +69,6 @@ def _side_by_side(rows: list[dict], level: str, title: str, count: int) -> list[
         lines.append([f"  {peers.label(name)}", *pairs[0], *pairs[1]])
     rest = ", ".join(peers.label(n) for n in timed[count:])
     return ["", *columns(lines, 1), *([f"  slower: {rest}"] if rest else [])]
-
-
-def columns(lines: list[list[str]], left: int) -> list[str]:
-    """Cells as lines of text, all but the first columns to the right; the last cell of a shorter line may be longer."""
-    widths = [max(len(line[i]) for line in lines if len(line) == len(lines[0])) for i in range(len(lines[0]))]
-    return [
-        "  ".join(c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths))).rstrip()
-        for line in lines
-    ]
 
 
 def _limits(rows: list[dict]) -> list[str]:

@@ -96,3 +96,12 @@ def durations(median: float, low: float | None = None, high: float | None = None
 def unit(seconds: float) -> tuple[str, float]:
     """The unit in which a time is a number from 1 on, and how many of it a second has."""
     return next((u for u in (("s", 1), ("ms", 1e3)) if seconds * u[1] >= 0.9995), ("us", 1e6))
+
+
+def columns(lines: list[list[str]], left: int) -> list[str]:
+    """Cells as lines of text, all but the first columns to the right; the last cell of a shorter line may be longer."""
+    widths = [max(len(line[i]) for line in lines if len(line) == len(lines[0])) for i in range(len(lines[0]))]
+    return [
+        "  ".join(c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths))).rstrip()
+        for line in lines
+    ]

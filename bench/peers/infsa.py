@@ -19,10 +19,9 @@ RHO, EPS = 0.95, 1e-6
 # a sum over all tokens, Pure's scores that of one product.
 KINK_LINEAR, KINK_PURE = 1e-5, 1e-6
 
-# float64 operations that checking one case of Pure may take, beyond one head, and scores that it holds; heads of Linear that
-# are compared in sequences longer than LONG.
-FLOPS, BLOCK_SCORES = 1e10, 1 << 21
-LONG, HEADS_OF_LONG = 16384, 16
+# float64 operations that checking one case of Pure may take, beyond one head, and scores that it holds; of Linear, tokens in
+# all heads that are compared.
+FLOPS, BLOCK_SCORES, HEAD_TOKENS = 1e10, 1 << 21, 1 << 18
 
 
 class InfSA(Mechanism):
@@ -70,7 +69,7 @@ class LinearInfSA(InfSA):
         return torch.nn.functional.cosine_similarity(central_query, k, dim=-1).abs() <= KINK_LINEAR
 
     def head_groups(self, gradients):
-        chosen = drawn(self.num_heads, HEADS_OF_LONG if self.tokens > LONG else self.num_heads, self.tokens)
+        chosen = drawn(self.num_heads, max(8, HEAD_TOKENS // self.tokens), self.tokens)
         return [chosen[i : i + 8] for i in range(0, len(chosen), 8)]
 
     def rows_to_check(self, gradients, rows, gradients_up_to):
