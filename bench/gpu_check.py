@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from . import cases, goals, peers, tune
+from . import cases, goals, tune
 from .machine import ROOT
 from .rows import load, select
 from .run import describe, run
@@ -28,9 +28,6 @@ from .run import describe, run
 TESTS = ("gpu_kernels", "operators", "masks", "tables", "gradients", "numerics", "autograd_features", "transforms", "autocast",
          "bad_input", "library")  # fmt: skip
 TEST_SECONDS, SPEED_MINUTES = 600, 20
-
-# The cache that keeps a tied Q between Linear's two passes over it: an H200's, as far as it was seen to.
-KEPT_BYTES = 40 << 20
 
 
 def tests(args) -> None:
@@ -112,7 +109,7 @@ def report(out: Path) -> int:
         draw(rows, reached, out)
     except ImportError as error:
         print(f"no plots: {error}")
-    lines = beside_the_floor(rows) + [f"{what:<58} {value:>12.3g}" for what, value in ratios(rows).items()]
+    lines = [f"{what:<58} {value:>12.3g}" for what, value in ratios(rows).items()]
     # A mechanism that is not there is no fault; one that is wrong is.
     wrong = [f"WRONG: {r['name']} N={r['N']} {r['pass']}: {r['reason']}" for r in select(rows, status="wrong")]
     lines += [f"tests of {name:<20} {'passed' if f['passed'] else 'FAILED'}: {f['tests']}" for name, f in found.items()]
@@ -128,56 +125,6 @@ def draw(rows: list[dict], reached: list[dict], out: Path) -> None:
         plots.draw_all(rows, out)
     if shares := {g["goal"]: g["share"] for g in reached if g["share"]}:
         plots.share_bars(shares, "share of the target (1 = reached)").savefig(out / "goals.png", dpi=120)
-
-
-def beside_the_floor(rows: list[dict]) -> list[str]:
-    """Every time of ours with its distance to the least that the machine allows, and with what was predicted."""
-    found, ceilings = [], _ceilings(rows)
-    for row in select(rows, status="ok") if ceilings else ():
-        if "@" in row["name"]:
-            cls = peers.of(row["name"])
-            sizes = cls.OP, row["pass"], not cls.KEYS, row["batch"], row["H"], row["N"], row["d"], 2, ceilings
-            what, share = f"{row['name']} {row['pass']} N={row['N']} x{row['batch']}", floor(*sizes) / row["median_s"]
-            times = (
-                f"{row['median_s'] * 1e6:>12.1f} us, floor {share:>5.0%}, predicted {predict(*sizes) * 1e6:>12.1f} us"
-            )
-            found.append(f"{what:<48} {times}")
-    return found
-
-
-def floor(op: str, which: str, tied: bool, B: int, H: int, N: int, d: int, itemsize: int, ceilings: dict) -> float:
-    """Seconds that a pass takes at least on a machine of these ceilings (bytes/s "read" and "copy", FLOP/s "gemm")."""
-    moved = peers.infsa.traffic(op, which, tied, B * N * H * d * itemsize, B * H * d * itemsize)
-    memory = moved / ceilings["read" if which == "fwd" and op == "linear" else "copy"]
-    # Linear's few operations per number are no matrix product.
-    return max(memory, peers.infsa.flops(op, which, B, H, N, d) / ceilings["gemm"] if op == "pure" else 0.0)
-
-
-def predict(op: str, which: str, tied: bool, B: int, H: int, N: int, d: int, itemsize: int, ceilings: dict) -> float:
-    """Seconds that the Triton kernels should take: the floor, what they move beyond it, and their launches.
-
-    Beyond it: Linear reads a tied Q again, and backward hands on one float32 per token and head, written and read; Pure
-    rescales its output in place, and its untied backward pass computes two of five products twice.
-    """
-    tokens = B * N * H * d * itemsize
-    least = floor(op, which, tied, B, H, N, d, itemsize, ceilings)
-    if op == "pure":
-        again, launches = (1.0, 2) if which == "fwd" or tied else (7 / 5, 3)
-        return least * again + 2 * tokens / ceilings["copy"] + launches * ceilings["launch"]
-    again = max(0, tokens - KEPT_BYTES) if tied or which == "bwd" else 0
-    if which == "bwd":
-        again = tied * (again + 2 * B * N * H * 4)
-    launches = 1 if which == "fwd" and N <= 512 else 2
-    return least + again / ceilings["read" if which == "fwd" else "copy"] + launches * ceilings["launch"]
-
-
-def _ceilings(rows: list[dict]) -> dict | None:
-    """Bytes and operations a second, and the seconds of a launch: of the longest calls that moved or multiplied."""
-    longest = {r["name"]: r for r in sorted(select(rows, status="ok"), key=lambda r: r["N"] * r["batch"])}
-    if not {"read", "clone", "gemm", "launch"} <= longest.keys():
-        return None
-    return {"read": peers.machine.bytes_per_s(longest["read"]), "copy": peers.machine.bytes_per_s(longest["clone"]),
-            "gemm": longest["gemm"]["flops_per_s"], "launch": longest["launch"]["median_s"]}  # fmt: skip
 
 
 def ratios(rows: list[dict]) -> dict[str, float]:

@@ -11,8 +11,6 @@ from interpreter import needs_interpreter
 
 from bench import goals, gpu_check, machine, rows
 
-CEILINGS = {"launch": 2e-6, "read": 4e12, "copy": 4e12, "gemm": 8e14}
-
 
 def python(*arguments):
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
@@ -67,21 +65,6 @@ import bench.gpu_check, bench.tune, infsa_kernels.triton.linear, infsa_kernels.t
     assert run.returncode == 0, run.stderr
 
 
-def test_floors_by_hand():
-    # 65536 tokens of 64 heads of 16 in bfloat16 are 2^27 bytes.
-    sizes = 1, 64, 65536, 16, 2, CEILINGS
-    tokens = 2**27
-    assert gpu_check.floor("linear", "fwd", True, *sizes) == pytest.approx(2 * tokens / 4e12, rel=1e-4)
-    assert gpu_check.floor("linear", "bwd", False, *sizes) == pytest.approx(6 * tokens / 4e12, rel=1e-4)
-    sizes = 2, 16, 4096, 64, 2, CEILINGS
-    products = 4 * 2 * 4096**2 * 1024 / 8e14
-    assert gpu_check.floor("pure", "fwd", True, *sizes) == pytest.approx(products)
-    assert gpu_check.floor("pure", "bwd", True, *sizes) == pytest.approx(2.5 * products)
-    assert gpu_check.predict("pure", "bwd", False, *sizes) > 1.4 * 2.5 * products
-    # At 197 tokens nothing but the one launch counts.
-    assert gpu_check.predict("linear", "fwd", True, 1, 64, 197, 16, 2, CEILINGS) == pytest.approx(2e-6, rel=0.2)
-
-
 def gpu(name, seconds, pixels=4096, which="fwd", **fields):
     heads = {"H": 16, "d": 64} if name.startswith("pure") else {"H": 64, "d": 16}
     facts = {"environment": {"device_type": "cuda"}, "way": "graph", "device": "cuda", "dtype": "bf16", **heads}
@@ -112,8 +95,3 @@ def test_goals_from_synthetic_times():
         "linear_infsa@triton fwd, N=196 x32: time / empty launch": 4.0,
         "linear_infsa@cuda fwd, N=196 x32: time / empty launch": 2.0,
     }
-    floors = gpu_check.beside_the_floor(found)
-    assert [line.split(" x1")[0] for line in floors[:3]] == [
-        f"{name} fwd N=65536" for name in ("linear_infsa@triton", "linear_infsa@cuda", "linear_infsa_untied@cuda")
-    ]
-    assert all("predicted" in line for line in floors)
