@@ -49,7 +49,7 @@ test-all: $(VENV)/built ## the complete sweeps, which `make test` leaves out
 # Both use the torch and the extension of VENV.
 hosts := accelerate peft timm torchao torchvision transformers
 host_tests := $(addprefix tests/nn/test_,convert.py convert_families.py timm.py transformers.py vit.py vit_timm.py)
-host_tests += tests/compat tests/package/test_readme.py
+host_tests += tests/compat tests/package/test_docs.py
 either_host := $(subst $() ,|,$(hosts))
 test-newest: $(VENV)/built ## adapters beside the newest and the oldest releases of their libraries
 	tail -n 1 $(VENV)/constraints.txt > $(VENV)/torch.txt

@@ -7,7 +7,7 @@ from .ops.linear import linear_infsa, linear_infsa_scores
 from .ops.pooled_linear import pooled_linear_infsa
 from .ops.pure import pure_infsa, pure_infsa_scores
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "backend",

@@ -248,8 +248,9 @@ class PublicOp:
         library.define(
             schema.replace(f"{name}(", f"{name}.scalar_rho(", 1).replace("Tensor? rho=None", "float rho=1.0")
         )
-        packet = getattr(torch.ops.infsa, name)
+        self.composite, packet = composite, getattr(torch.ops.infsa, name)
         self._tensor_rho, self._scalar_rho = packet.default, packet.scalar_rho
+        self.overloads = packet, packet.default, packet.scalar_rho
         call = _naming_real_tensors(self.signature, composite)
         for overload in (packet.default, packet.scalar_rho):
             autocasts = {device: _autocast(overload, device, cast) for device in ("cpu", "cuda")}
@@ -258,7 +259,7 @@ class PublicOp:
             library.impl(overload, call, "CompositeImplicitAutograd")
             library.impl(overload, _batched(call, autocasts), "FuncTorchBatched")
         backend_at = self.signature.arguments.index("backend")
-        backends.takes_backend.update(dict.fromkeys((packet, packet.default, packet.scalar_rho), backend_at))
+        backends.takes_backend.update(dict.fromkeys(self.overloads, backend_at))
 
     def __call__(self, *arguments) -> Tensor:
         self.signature.types(arguments)
