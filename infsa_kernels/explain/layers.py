@@ -5,7 +5,7 @@ from modules would be to write each of them a second time, and would go wrong wi
 in a call of one of four functions, whose arguments are what is attended with:
 
     torch.ops.infsa.pure, torch.ops.infsa.linear     q, k
-    torch.ops.infsa.linear_layer                     the tokens and the projections, which are applied here
+    torch.ops.infsa.pooled_linear                     the tokens and the projections, which are applied here
     torch.nn.functional.scaled_dot_product_attention q, k
     torch.nn.functional.multi_head_attention_forward the same: nn.MultiheadAttention, one function to observers
 
@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ..eager.common import acc_dtype
 from ..graph import TokenGraph
-from ..ops import _check, linear, linear_layer, pure
 from .weights import Graph, LinearGraph, SoftmaxGraph
 
 
@@ -123,10 +123,10 @@ def _linear(q, k, eps, key_padding_mask, query_padding_mask, **_) -> LinearGraph
     return LinearGraph(q, k, key_padding_mask, query_padding_mask, eps)
 
 
-def _linear_layer(
+def _pooled_linear(
     x, num_heads, q_weight, q_bias, k_weight, k_bias, eps, norm_weight, norm_bias, norm_eps, padding_mask, **_
 ) -> LinearGraph:
-    x, norm_weight, norm_bias = (None if t is None else t.to(_check.acc_dtype(x)) for t in (x, norm_weight, norm_bias))
+    x, norm_weight, norm_bias = (None if t is None else t.to(acc_dtype(x)) for t in (x, norm_weight, norm_bias))
     x = x if norm_eps is None else F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, norm_eps)
     q = _heads(x, q_weight, q_bias, num_heads)
     k = q if k_weight is None else _heads(x, k_weight, k_bias, num_heads)
@@ -180,11 +180,10 @@ _GRAPH_OF = {
     F.scaled_dot_product_attention: (_softmax, _SDPA),
     F.multi_head_attention_forward: (_multihead, inspect.signature(F.multi_head_attention_forward)),
 }
-for make, ops in (
-    (_pure, (pure.operator.tensor_rho, pure.operator.scalar_rho)),
-    (_linear, (linear.operator.tensor_rho, linear.operator.scalar_rho)),
-    (_linear_layer, (linear_layer.tensor_rho, linear_layer.scalar_rho)),
+for make, packet in (
+    (_pure, torch.ops.infsa.pure),
+    (_linear, torch.ops.infsa.linear),
+    (_pooled_linear, torch.ops.infsa.pooled_linear),
 ):
-    packet = getattr(torch.ops.infsa, ops[0]._schema.name.removeprefix("infsa::"))
-    for op in (*ops, packet):
-        _GRAPH_OF[op] = make, _signature_of(ops[0])
+    for op in (packet, packet.default, packet.scalar_rho):
+        _GRAPH_OF[op] = make, _signature_of(packet.default)

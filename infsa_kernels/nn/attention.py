@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import _check
+from ..ops import check
 from ..ops.linear import linear_infsa_scores
-from ..ops.linear_layer import pooled_linear_infsa
+from ..ops.pooled_linear import pooled_linear_infsa
 from ..ops.pure import pure_infsa, pure_infsa_scores
 from ._arguments import integer, number
 from ._host import Leaf
@@ -103,7 +103,7 @@ class InfSAAttention(Leaf):
             raise ValueError(
                 f"InfSAAttention: rho_init is {rho_init}, expected a number between 0 and 1, both excluded"
             )
-        _check.number("InfSAAttention", "eps", eps)
+        check.number("InfSAAttention", "eps", eps)
         if not (math.isfinite(eps) and eps > 0):
             raise ValueError(f"InfSAAttention: eps is {eps}, expected a finite number above 0; the paper's is 1e-6")
         if tied and kdim != embed_dim:

@@ -5,7 +5,7 @@ from timm.layers import Attention
 from torch import Tensor, nn
 
 from ..ops.attention import infsa_attention
-from ..ops.linear_layer import pooled_linear_infsa
+from ..ops.pooled_linear import pooled_linear_infsa
 from ._host import Leaf, attach_rho, padding_of_scores_mask
 from ._plain import is_plain
 

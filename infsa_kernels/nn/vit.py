@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.utils.checkpoint import checkpoint
 
-from ..ops._public import overridable
+from ..ops.register import overridable
 from ._arguments import integer, number
 from ._host import Leaf
 from ._plain import is_plain

@@ -3,9 +3,9 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._public import overridable
 from .linear import linear_infsa, linear_infsa_scores
 from .pure import pure_infsa, pure_infsa_scores
+from .register import overridable
 
 _VARIANTS = {"pure_infsa": (pure_infsa, pure_infsa_scores), "linear_infsa": (linear_infsa, linear_infsa_scores)}
 

@@ -18,10 +18,9 @@ import triton
 import triton.language as tl
 
 from ..eager import linear as eager
-from ..eager._common import scale
-from ..ops._check import empty_gradients
+from ..eager.common import scale
 from . import configs
-from ._common import countable, launch, padded, relu, strides
+from .launch import countable, launch, padded, relu, strides
 
 
 @triton.jit
@@ -363,20 +362,18 @@ def forward(q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask):
 
 def backward(
     dout, q, k, v, context, central_query, energy_sum, score_sum, eps, rho, head_rho, key_padding_mask, query_padding_mask,
-    output_mask,
+    gradients,
 ):  # fmt: skip
     B, H, N, d = q.shape
     M, dv_size = v.shape[2:]
     if 0 in (*q.shape, *v.shape):
         return eager.backward(
             dout, q, k, v, context, central_query, energy_sum, score_sum, eps, rho, head_rho, key_padding_mask,
-            query_padding_mask, output_mask,
+            query_padding_mask, gradients,
         )  # fmt: skip
     countable("infsa::linear", q, v)
-    dq, dk, dv, dhead_rho = grads = empty_gradients(q, k, v, head_rho, output_mask)
-    want_q, want_k, want_v, want_rho = (g.dim() > 1 for g in grads)
-    if not any((want_q, want_k, want_v, want_rho)):
-        return grads
+    dq, dk, dv, dhead_rho = gradients
+    want_q = dq is not None
     tied = k is None
     k = q if tied else k
     context, central_query, energy_sum, score_sum = (
@@ -400,10 +397,11 @@ def backward(
     launch(
         linear_bwd_keys_kernel, groups * key_splits, q.device,
         dout, k, v, key_padding_mask, head_rho, context, central_query, score_sum,
-        dk if want_k else None, dv if want_v else None, dhead_rho if want_rho else None, dscores, dcentral_parts,
-        dout.stride(), k.stride(), v.stride(), strides(dk if want_k else None, 4), strides(dv if want_v else None, 4),
+        dk, dv, dhead_rho, dscores, dcentral_parts,
+        dout.stride(), k.stride(), v.stride(), strides(dk, 4), strides(dv, 4),
         strides(key_padding_mask, 2), strides(head_rho, 2), H, M, key_splits, key_split_tokens, scale(q), eps, rho,
-        dv=dv_size, DV=padded(dv_size), WANT_Q=want_q, WANT_K=want_k, WANT_V=want_v, WANT_RHO=want_rho, **sizes,
+        dv=dv_size, DV=padded(dv_size), WANT_Q=want_q, WANT_K=dk is not None, WANT_V=dv is not None,
+        WANT_RHO=dhead_rho is not None, **sizes,
     )  # fmt: skip
     if want_q:
         launch(
@@ -412,4 +410,3 @@ def backward(
             q.stride(), dq.stride(), strides(query_padding_mask, 2), strides(key_padding_mask, 2),
             H, N, splits, split_tokens, scale(q), eps, **sizes,
         )  # fmt: skip
-    return grads

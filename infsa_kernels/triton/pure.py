@@ -22,9 +22,9 @@ import triton
 import triton.language as tl
 
 from ..eager import pure as eager
-from ..eager._common import scale
+from ..eager.common import scale
 from . import configs
-from ._common import countable, launch, padded, relu, strides
+from .launch import countable, launch, padded, relu, strides
 from .pure_backward import backward
 from .tiles import (
     addressable,

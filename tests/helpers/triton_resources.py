@@ -17,6 +17,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from helpers.triton_sass import CODE, RESOURCES, measure
+from infsa_kernels.ops import linear as linear_op
+from infsa_kernels.ops import pure as pure_op
 from infsa_kernels.triton import configs, linear, pure, pure_backward
 
 TABLE = Path(__file__).parents[1] / "gpu" / "triton_resources.txt"
@@ -48,13 +50,14 @@ class Case:
         k = None if self.tied else token_major()
         rho = torch.empty(q.shape[:2], device="meta")
         mask = torch.empty(1, self.N, dtype=torch.bool, device="meta") if self.masked else None
-        forward, backward = {
-            "linear": (linear.forward, linear.backward),
-            "pure": (pure.forward, pure_backward.backward),
+        raw, forward, backward = {
+            "linear": (linear_op.raw, linear.forward, linear.backward),
+            "pure": (pure_op.raw, pure.forward, pure_backward.backward),
         }[self.op]
         out, *saved = forward(q, k, v, 1e-6, 1.0, rho, mask, mask)
         saved = [out, *saved] if self.op == "pure" else saved
-        backward(torch.empty_like(out), q, k, v, *saved, 1e-6, 1.0, rho, mask, mask, [True] * 4)
+        arguments = torch.empty_like(out), q, k, v, *saved, 1e-6, 1.0, rho, mask, mask
+        backward(*arguments, raw.gradients((*arguments, [True] * 4)))
 
 
 def cases() -> list[Case]:

@@ -44,7 +44,7 @@ def _on_every_backend(device, backend):
 def assert_exact(call):
     """Forward and every gradient of the plain path, to 1e-12 of the largest element, or of 0.1 where they cancel to less."""
     dout = output_gradient(call)
-    actual, wanted = (results(f, call, dout) for f in (pooled_linear_infsa, reference.linear_layer))
+    actual, wanted = (results(f, call, dout) for f in (pooled_linear_infsa, reference.pooled_linear))
     assert actual.keys() == wanted.keys()
     for name, truth in wanted.items():
         scale = max(0.1, float(truth.abs().max()))

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .common import acc_dtype
+
 # Elements of one block's largest intermediate.
 BLOCK_ELEMENTS = 1 << 22
 
@@ -40,9 +42,8 @@ class Block:
 
 def blocks(x: Tensor, width: int, norm_eps: float | None, padding_mask: Tensor | None) -> Iterator[tuple[slice, Block]]:
     """x in blocks of tokens whose intermediates are ``width`` numbers a token."""
-    acc = torch.float64 if x.dtype == torch.float64 else torch.float32
     step = max(1, BLOCK_ELEMENTS // max(1, x.shape[0] * width))
     for begin in range(0, x.shape[1], step):
         tokens = slice(begin, begin + step)
         mask = None if padding_mask is None else padding_mask[:, tokens]
-        yield tokens, Block(x[:, tokens], norm_eps, mask, acc)
+        yield tokens, Block(x[:, tokens], norm_eps, mask, acc_dtype(x))

@@ -5,7 +5,8 @@ torch.distributed.tensor takes longer to import than all of this package, so the
 """
 
 import sys
-from dataclasses import replace
+
+from .torch_private import sharding_depends_on_all_arguments
 
 _waiting: list = []
 
@@ -29,14 +30,11 @@ def register_waiting() -> None:
 
 
 def _register(rules) -> None:
-    from torch.distributed.tensor import DTensor
     from torch.distributed.tensor.experimental import register_sharding
 
-    infos = DTensor._op_dispatcher.sharding_propagator.op_to_schema_info
     for op, dimensions, exists in rules:
         register_sharding(op)(_rule(dimensions, exists))
-        # The cache of placements would else ignore which tensors are None and which gradients are wanted.
-        infos[op] = replace(infos[op], static_argnum=0)
+        sharding_depends_on_all_arguments(op)
 
 
 def _rule(dimensions, exists):

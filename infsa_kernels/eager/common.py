@@ -1,7 +1,12 @@
-"""What both eager operators need."""
+"""What the operators in torch operations share, and the dtype in which all backends sum."""
 
 import torch
 from torch import Tensor
+
+
+def acc_dtype(q: Tensor) -> torch.dtype:
+    """The dtype of sums and statistics: float32, or float64 for float64 input."""
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
 def scale(q: Tensor) -> float:
@@ -35,8 +40,3 @@ def split(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def effective_rho(rho: float, head_rho: Tensor | None, trailing: int) -> float | Tensor:
     return rho if head_rho is None else rho * head_rho[(..., *[None] * trailing)]
-
-
-def like(grad: Tensor, x: Tensor) -> Tensor:
-    """A gradient in the dtype and memory layout of the tensor it belongs to, as the op's schema promises."""
-    return torch.empty_like(x).copy_(grad)

@@ -1,46 +1,15 @@
-"""The one operator library `infsa`, the compiled extension behind it, and the choice of a backend.
-
-A backend is a set of raw operators of one schema: `infsa::linear_fwd` (compiled: CPU C++ or CUDA C++, by the tensors' device)
-and `infsa::linear_fwd_eager` (torch operations), and so on. The public operators ask :func:`choose_backend` which set to call.
-"""
+"""Backends: which of them can run a call and why the others cannot, the choice of one, and `with backend(...)`."""
 
 import functools
-import importlib
 import os
-import re
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch.overrides import TorchFunctionMode
 
-from . import _extension
-
-
-def _register() -> torch.library.Library:
-    try:
-        return torch.library.Library("infsa", "DEF")
-    except RuntimeError as error:
-        before = re.search(r"Previous registration of TORCH_LIBRARY was registered at (.+?):\d+;", str(error))
-        if not before:
-            raise
-        here, there = (Path(file).resolve().parent.parent for file in (__file__, before[1]))
-        if here == there:
-            told = (
-                f"infsa_kernels was imported from {here} before in this process, and its modules were dropped or reloaded "
-                "since (sys.modules, importlib.reload); torch takes the operators of torch.ops.infsa once: start Python anew"
-            )
-        else:
-            told = (
-                f"infsa_kernels was imported from {there} before in this process, and now there is a second copy at {here}; "
-                "torch takes the operators of torch.ops.infsa once: uninstall one copy or take its folder from sys.path, "
-                "and start Python anew"
-            )
-        raise RuntimeError(told) from None
-
-
-library = _register()
+from . import extension
+from .torch_private import get_in_backward, set_for_backward
 
 # Suffix of the raw operators of each backend.
 SUFFIXES = {"cpu": "", "cuda": "", "triton": "_triton", "eager": "_eager"}
@@ -50,19 +19,19 @@ SUFFIXES = {"cpu": "", "cuda": "", "triton": "_triton", "eager": "_eager"}
 PREFERENCE = {"cpu": ("cpu", "eager"), "cuda": ("eager",)}
 
 
-_extension_error = _extension.load()
+_extension_error = extension.load()
 # A source folder that hides an installed package has said so already.
-_warned_of_fallback = bool(_extension_error and _extension.shadowed_package())
+_warned_of_fallback = bool(_extension_error and extension.shadowed_package())
 
 
-# The raw operators behind each public one.
-RAW = {"linear": ("linear",), "pure": ("pure",), "linear_layer": ("central_query", "score_pool")}
+# The public operators, and which backends have kernels of each. register.py writes them down.
+OPERATORS: dict[str, frozenset[str]] = {}
 
 
 def why_not(op: str, backend: str, device: torch.device, dtype: torch.dtype, shape: Sequence[int]) -> str | None:
     """Why a backend cannot run `infsa::<op>` on q of this device, dtype and shape (B, H, N, d); None if it can."""
-    if op not in RAW:
-        raise ValueError(f"infsa_kernels has no operator {op!r}, expected one of {', '.join(map(repr, RAW))}")
+    if op not in OPERATORS:
+        raise ValueError(f"infsa_kernels has no operator {op!r}, expected one of {', '.join(map(repr, OPERATORS))}")
     if backend == "eager":
         return None
     if backend == "cpu":
@@ -74,12 +43,6 @@ def why_not(op: str, backend: str, device: torch.device, dtype: torch.dtype, sha
     if backend == "triton":
         return _why_not_triton(op, device, dtype, shape)
     raise ValueError(f"infsa_kernels has no backend {backend!r}, expected one of {', '.join(map(repr, SUFFIXES))}")
-
-
-@functools.cache
-def _has_kernels(op: str, suffix: str, key: str) -> bool:
-    has = torch._C._dispatch_has_kernel_for_dispatch_key
-    return all(has(f"infsa::{raw}_{way}{suffix}", key) for raw in RAW[op] for way in ("fwd", "bwd"))
 
 
 # A row lies in one warp, 8 elements a lane: csrc/cuda/linear_plan.h.
@@ -94,9 +57,9 @@ def _why_not_cuda(op: str, device: torch.device, dtype: torch.dtype, shape: Sequ
     if not (compiled := _compiled_architectures()):
         return (
             "the extension was built without CUDA kernels; build it again beside a CUDA build of torch, with "
-            f"`FORCE_CUDA=1 {_extension.build_command()}`"
+            f"`FORCE_CUDA=1 {extension.build_command()}`"
         )
-    if not _has_kernels(op, "", "CUDA"):
+    if "cuda" not in OPERATORS[op]:
         return f"infsa::{op} has no CUDA C++ kernels"
     if not torch.cuda.is_available():
         return "torch sees no GPU (torch.cuda.is_available() is False)"
@@ -167,7 +130,7 @@ def _why_not_triton(op: str, device: torch.device, dtype: torch.dtype, shape: Se
         return (
             "float64 has no Triton kernel: it is there to check gradients, for which the eager backend is exact enough"
         )
-    if not _has_kernels(op, SUFFIXES["triton"], "CUDA"):
+    if "triton" not in OPERATORS[op]:
         return f"infsa::{op} has no Triton kernels"
     if shape[3] > LARGEST_TRITON_HEAD_DIM:
         return f"head_dim {shape[3]} is above {LARGEST_TRITON_HEAD_DIM}"
@@ -179,7 +142,7 @@ def choose_backend(
 ) -> str:  # fmt: skip
     """The backend that runs `infsa::<op>` on q of this device, dtype and shape (B, H, N, d).
 
-    ``op`` is "linear", "pure" or "linear_layer". ``forced`` names a backend, as ``with infsa_kernels.backend(...)`` does: it is
+    ``op`` is "linear", "pure" or "pooled_linear". ``forced`` names a backend, as ``with infsa_kernels.backend(...)`` does: it is
     that one or a RuntimeError that says why not.
     """
     if forced:
@@ -193,13 +156,6 @@ def choose_backend(
     if name != names[0]:
         _warn_of_fallback(name, names[0], why_not(op, names[0], device, dtype, shape))
     return name
-
-
-def triton_kernels(op: str, q: torch.Tensor):
-    """The module of an op's Triton kernels, imported on first use: RuntimeError where they cannot run this q."""
-    name = op.removeprefix("infsa::")
-    choose_backend(name, q.device, q.dtype, q.shape, "triton")
-    return importlib.import_module(f"infsa_kernels.triton.{name}")
 
 
 def explain_backend(
@@ -238,27 +194,26 @@ class backend(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if len(args) <= _takes_backend.get(func, -1) and not kwargs.get("backend"):
+        if len(args) <= takes_backend.get(func, -1) and not kwargs.get("backend"):
             kwargs = {**kwargs, "backend": self.name}
         elif func in _RUN_BACKWARD and not torch.compiler.is_compiling() and not backend_of_backward():
             # They run with this mode off, and with them whatever is recomputed for them, as by torch.utils.checkpoint.
-            torch._C._stash_obj_in_tls(_BACKEND_OF_BACKWARD, self.name)
+            set_for_backward(_BACKEND_OF_BACKWARD, self.name)
             try:
                 return func(*args, **kwargs)
             finally:
-                torch._C._stash_obj_in_tls(_BACKEND_OF_BACKWARD, "")
+                set_for_backward(_BACKEND_OF_BACKWARD, "")
         return func(*args, **kwargs)
 
 
-# The public operators (packets and overloads), and how many positional arguments come before their `backend`.
-_takes_backend: dict = {}
+# The public operators (packets and overloads), and how many arguments come before their `backend`.
+takes_backend: dict = {}
 
 _RUN_BACKWARD = {torch.Tensor.backward, torch.autograd.backward, torch.autograd.grad}
 
-# Kept where autograd carries it over to the threads that it runs backward on.
 _BACKEND_OF_BACKWARD = "infsa_kernels.backend_of_backward"
 
 
 def backend_of_backward() -> str:
     """The backend that was asked for around the backward pass in which we are; "" if none, or in no backward pass."""
-    return torch._C._get_obj_in_tls(_BACKEND_OF_BACKWARD) if torch._C._is_key_in_tls(_BACKEND_OF_BACKWARD) else ""
+    return get_in_backward(_BACKEND_OF_BACKWARD)

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import infsa_kernels
 from infsa_kernels import pooled_linear_infsa
-from infsa_kernels.ops._library import SUFFIXES
+from infsa_kernels.ops.backends import SUFFIXES
 
 B, N, D, H, HEAD, V_HEAD, OUT = 2, 5, 6, 2, 3, 4, 7
 
@@ -143,7 +143,7 @@ def test_raw(op, direction):
 
 def said_alike(op, direction, exception, words, arguments):
     messages = set()
-    for backend in backends_of("cpu", "linear_layer"):
+    for backend in backends_of("cpu", "pooled_linear"):
         function = getattr(torch.ops.infsa, f"{op}_{direction}{SUFFIXES[backend]}")
         messages.add(refused(exception, words, function, *arguments.values()))
     if "is on" not in words:

@@ -63,7 +63,7 @@ def test_opcheck_public(form):
     call = small(**form)
     overload = "default" if isinstance(call["rho"], torch.Tensor) else "scalar_rho"
     args = [call.pop(name) for name in MATRICES]
-    torch.library.opcheck(getattr(torch.ops.infsa.linear_layer, overload), (*args, call.pop("num_heads")), call)
+    torch.library.opcheck(getattr(torch.ops.infsa.pooled_linear, overload), (*args, call.pop("num_heads")), call)
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
@@ -119,7 +119,7 @@ def test_transforms_nest():
         return pooled_linear_infsa(**{**call, "q_weight": weight}).square().sum()
 
     def reference_loss(weight):
-        return reference.linear_layer(**{**call, "q_weight": weight}).square().sum()
+        return reference.pooled_linear(**{**call, "q_weight": weight}).square().sum()
 
     weight = call["q_weight"]
     assert_close(torch.func.grad(loss)(weight), torch.func.grad(reference_loss)(weight))
@@ -193,7 +193,7 @@ def test_backend_is_honoured(backend):
 
     with Recorder():
         pooled_linear_infsa(**layer()).sum().backward()
-    suffix = infsa_kernels.ops._library.SUFFIXES[backend]
+    suffix = infsa_kernels.ops.backends.SUFFIXES[backend]
     assert {name for name in called if name.startswith("infsa::")} == {
         f"infsa::{name}_{direction}{suffix}" for name in RAW for direction in ("fwd", "bwd")
     }
@@ -242,7 +242,7 @@ def test_every_instruction_set(isa):
     probe = [sys.executable, "-c", "import infsa_kernels"]
     if subprocess.run(probe, env=environment, capture_output=True).returncode:
         pytest.skip(f"this CPU has no {isa}")
-    tests = os.path.join(os.path.dirname(__file__), "test_linear_layer.py")
+    tests = os.path.join(os.path.dirname(__file__), "test_pooled_linear.py")
     run = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "cpu-cpu", tests]
     done = subprocess.run(run, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
