@@ -4,6 +4,7 @@ Rounding is IEEE's wherever PTX asks for it. `div.full`, `sqrt.approx` and the o
 which a GPU need not do.
 """
 
+import functools
 import re
 from collections.abc import Callable
 
@@ -149,6 +150,7 @@ def _pair(to_half: Callable) -> Callable:
     return pack
 
 
+@functools.cache
 def operation(opcode: str) -> tuple[list[str], str, Callable] | None:
     """Types of the operands, type of the result and function of an instruction; None if it is none of these."""
     for pattern, (count, compute) in SAME.items():

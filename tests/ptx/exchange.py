@@ -1,5 +1,6 @@
 """What moves between registers, memory and the lanes of a warp: loads, stores, copies, shuffles, products, atomics."""
 
+import functools
 import re
 from collections.abc import Callable
 
@@ -15,10 +16,14 @@ LANE = np.arange(WARP)
 
 def step(m, i: Instruction) -> Callable[[np.ndarray], None] | None:
     """What an instruction does in the lanes of a mask; None if it is none of these."""
-    for pattern, make in MADE.items():
-        if found := re.fullmatch(pattern, i.opcode):
-            return make(m, i, found)
-    return None
+    make, found = _maker(i.opcode)
+    return make and make(m, i, found)
+
+
+@functools.cache
+def _maker(opcode: str) -> tuple[Callable | None, re.Match | None]:
+    matches = ((make, re.fullmatch(pattern, opcode)) for pattern, make in MADE.items())
+    return next((match for match in matches if match[1]), (None, None))
 
 
 def _move(m, i, found):
