@@ -37,8 +37,8 @@ def flushed(x: np.ndarray) -> np.ndarray:
 
 
 def _fma(x, y, z):
-    # The product of two float32 is exact in float64.
-    return (np.multiply(x, y, dtype=np.float64) + z).astype(np.float32)
+    # The product of two float32 is exact in float64; the kernels multiply nothing longer.
+    return (np.multiply(x, y, dtype=np.float64) + z).astype(x.dtype)
 
 
 def _quotient(x, y):
@@ -67,6 +67,14 @@ def _bits(x, position, length):
     assert ((position.astype(np.int64) + length <= 32) & (length > 0)).all()
     left, right = (32 - length - position).astype(x.dtype), (32 - length).astype(x.dtype)
     return (x << left) >> right
+
+
+def _permuted(x, y, chosen):
+    """prmt: byte j of the result is the one of y and x (eight, x lowest) that the j-th four bits of `chosen` name."""
+    assert (chosen & np.uint32(0x8888) == 0).all(), "prmt that copies signs"
+    both = x.astype(np.uint64) | y.astype(np.uint64) << np.uint64(32)
+    byte = [(both >> np.uint64(8 * (int(chosen) >> 4 * j & 7))) & np.uint64(255) for j in range(4)]
+    return (byte[0] | byte[1] << np.uint64(8) | byte[2] << np.uint64(16) | byte[3] << np.uint64(24)).astype(np.uint32)
 
 
 def _high(x, y):
@@ -106,7 +114,7 @@ SAME: dict[str, tuple[int, Callable]] = {
     rf"mul\.lo\.{INTEGER}": (2, np.multiply),
     r"mul\.hi\.(?P<t>s32|u32)": (2, _high),
     rf"mad\.lo\.{INTEGER}": (3, lambda x, y, z: x * y + z),
-    r"fma\.rn\.(?P<t>f32)": (3, _fma),
+    rf"fma\.rn\.{FLOAT}": (3, _fma),
     rf"div\.{INTEGER}": (2, _quotient),
     rf"rem\.{INTEGER}": (2, _remainder),
     r"div\.(?:full|rn)\.(?P<t>f32)": (2, np.divide),
@@ -123,6 +131,7 @@ SAME: dict[str, tuple[int, Callable]] = {
     r"and\.(?P<t>pred|b16|b32|b64)": (2, np.bitwise_and),
     r"or\.(?P<t>pred|b16|b32|b64)": (2, np.bitwise_or),
     r"xor\.(?P<t>pred|b16|b32|b64)": (2, np.bitwise_xor),
+    r"prmt\.(?P<t>b32)": (3, _permuted),
     r"not\.(?P<t>pred|b16|b32|b64)": (1, np.invert),
 }
 
@@ -132,9 +141,9 @@ def _cvt(result: str, source: str, rounding: str | None) -> Callable | None:
     if rounding is None and result[0] in "su" and source[0] in "su":
         # By the sign of the source, and cut.
         return lambda x: x.astype(TYPES[result])
-    if rounding is None and (result, source) == ("f32", "bf16"):
-        return from_bf16
-    if rounding is None and (result, source) in (("f32", "f16"), ("f64", "f32")):
+    if rounding is None and source == "bf16" and result in ("f32", "f64"):
+        return lambda x: from_bf16(x).astype(TYPES[result])
+    if rounding is None and (result, source) in (("f32", "f16"), ("f64", "f16"), ("f64", "f32")):
         return lambda x: x.astype(TYPES[result])
     if rounding == ".rn" and (result, source) == ("bf16", "f32"):
         return to_bf16

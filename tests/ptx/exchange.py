@@ -7,10 +7,9 @@ from collections.abc import Callable
 import numpy as np
 
 from .arithmetic import TYPES, from_bf16
-from .memory import IN_FLIGHT, UINT, UNWRITTEN, WRITTEN, Fault, Global
+from .memory import IN_FLIGHT, UINT, WARP, WRITTEN, Fault, Global
 from .parse import Instruction, parts
 
-WARP = 32
 LANE = np.arange(WARP)
 
 
@@ -57,13 +56,22 @@ def _move(m, i, found):
 
 def _parameter(m, i, found):
     kind = found["t"]
-    write = m.writer(i.operands[0], kind)
-    value = np.frombuffer(m.parameters[i.operands[1].strip("[]")], TYPES[kind])[0]
-    return lambda mask: write(value, mask)
+    value = np.frombuffer(m.parameters[i.operands[1].strip("[]")], TYPES[kind])[:1]
+    register = m.registers[i.operands[0]]
+
+    def load(mask):
+        register[mask] = _extended(value, kind, register)
+
+    return load
+
+
+def _extended(value: np.ndarray, kind: str, register: np.ndarray) -> np.ndarray:
+    """As a register wider than the value holds it: by its sign, or with zeros."""
+    return value.view(TYPES[kind]).astype(register.dtype)
 
 
 def _load(m, i, found):
-    """Of one to four elements; in a wider register a small one is extended by its sign or with zeros."""
+    """Of one to four elements."""
     kind, targets = found["t"], parts(i.operands[0])
     width, count = TYPES[kind].itemsize, int(found["count"] or 1)
     assert len(targets) == count
@@ -74,14 +82,14 @@ def _load(m, i, found):
         lanes = np.flatnonzero(mask)
         offsets = at(lanes)
         if found["space"] == "shared":
-            m.shared.reads(offsets, width * count, lanes + 1, i)
+            m.shared.reads(offsets, width * count, lanes, i)
             values = m.shared.load(offsets, width, count, i)
         else:
             m.history.note(offsets, width * count, lanes, i, writes=False)
             values = m.memory.load(offsets, width, count, i)
         for register, value in zip(registers, values):
             if register is not None:
-                register[lanes] = value.view(TYPES[kind]).astype(register.dtype) if kind[0] == "s" else value
+                register[lanes] = _extended(value, kind, register)
 
     return load
 
@@ -90,15 +98,16 @@ def _store(m, i, found):
     kind, sources = found["t"], parts(i.operands[1])
     width, count = TYPES[kind].itemsize, int(found["count"] or 1)
     assert len(sources) == count
-    values = [m.read(source, f"b{8 * width}") for source in sources]
+    # Of a wider register the low bits.
+    values = [m.registers[source] if source in m.registers else m.read(source, kind) for source in sources]
     at = _place(m, i, i.operands[0], found["space"], width * count)
 
     def store(mask):
         lanes = np.flatnonzero(mask)
         offsets = at(lanes)
-        stored = [value[lanes] if value.shape else np.full(len(lanes), value) for value in values]
+        stored = [(value[lanes] if value.shape else np.full(len(lanes), value)).astype(UINT[width]) for value in values]
         if found["space"] == "shared":
-            m.shared.writes(offsets, width * count, lanes + 1, i)
+            m.shared.writes(offsets, width * count, lanes, i)
             m.shared.store(offsets, width, stored, i)
         else:
             m.history.note(offsets, width * count, lanes, i, writes=True)
@@ -139,7 +148,7 @@ class Copies:
             m.history.note(offsets, length, reading, i, writes=False)
             data[size[lanes] > 0] = np.stack(m.memory.load(offsets, 4, length // 4, i), 1)
             at = to(lanes)
-            m.shared.writes(at, length, lanes + 1, i)
+            m.shared.writes(at, length, lanes, i)
             m.shared.store(at, 4, list(data.T), i)
             self._mark(at, length, IN_FLIGHT)
             self.pending.append((lanes, self.groups[lanes].copy(), at, length, i))
@@ -163,7 +172,7 @@ class Copies:
                 done = mask[lanes] & (everything | (group < self.groups[lanes] - left))
                 self._mark(at[done], length, WRITTEN)
                 # The thread sees them, others do after a barrier.
-                self.m.shared.writes(at[done], length, lanes[done] + 1, copy)
+                self.m.shared.writes(at[done], length, lanes[done], copy)
                 if not done.all():
                     self.pending.append((lanes[~done], group[~done], at[~done], length, copy))
 
@@ -188,6 +197,12 @@ def _shuffle(m, i, found):
     return shuffle
 
 
+def _warp_barrier(m, i, found):
+    if i.operands not in (("-1",), ("0xffffffff",)):
+        raise NotImplementedError(f"{i}: only barriers of whole warps")
+    return lambda mask: m.shared.warp_barrier(m.whole_warps(mask, i))
+
+
 def _load_matrices(m, i, found):
     """ldmatrix: lanes 8 j to 8 j + 7 name the rows of 16 bytes of matrix j; lane l gets elements 2 l and 2 l + 1 of each."""
     count, transposed = int(found["count"]), found["trans"]
@@ -199,11 +214,9 @@ def _load_matrices(m, i, found):
         warps = m.whole_warps(mask, i)
         naming = (warps[:, None] * WARP + np.arange(8 * count)).reshape(-1)
         offsets = at(naming)
-        m.shared.reads(offsets, 16, naming + 1, i)
-        rows = np.stack(m.shared.load(offsets, 2, 8, i), 1) if offsets.size and not (offsets % 16).any() else None
-        if rows is None:
-            raise Fault(f"{i}: a row is misaligned")
-        matrices = rows.reshape(len(warps), count, 8, 8).astype(np.uint32)
+        m.shared.reads(offsets, 16, naming, i)
+        matrices = np.stack(m.shared.load(offsets, 2, 8, i), 1)
+        matrices = matrices.reshape(len(warps), count, 8, 8).astype(np.uint32)
         if transposed:
             matrices = matrices.swapaxes(2, 3)
         pairs = matrices.reshape(len(warps), count, WARP, 2)
@@ -290,13 +303,14 @@ SPACE = r"(?P<space>global|shared)(?:::cta)?"
 VECTOR = r"(?:\.v(?P<count>2|4))?"
 MADE = {
     r"mov\.(?P<t>pred|[bsu](?:16|32|64)|f32|f64)": _move,
-    r"ld\.param\.(?P<t>[bsu](?:32|64)|f32)": _parameter,
-    rf"ld\.{SPACE}(?:\.c[ag])?{VECTOR}\.(?P<t>[bsu](?:8|16|32|64)|f32)": _load,
-    rf"st\.{SPACE}{VECTOR}\.(?P<t>[bsu](?:8|16|32|64)|f32)": _store,
+    r"ld\.param\.(?P<t>[bsu](?:32|64))": _parameter,
+    rf"ld\.{SPACE}(?:\.c[ag])?{VECTOR}\.(?P<t>[bsu](?:8|16|32|64))": _load,
+    rf"st\.{SPACE}{VECTOR}\.(?P<t>[bsu](?:8|16|32|64))": _store,
     r"cp\.async\.(?P<cache>c[ag])\.shared\.global": _copies("start"),
     r"cp\.async\.commit_group": _copies("commit"),
     r"cp\.async\.(?:wait_group|wait_all)": _copies("wait"),
     r"shfl\.sync\.(?P<how>bfly|idx)\.b32": _shuffle,
+    r"bar\.warp\.sync": _warp_barrier,
     r"ldmatrix\.sync\.aligned\.m8n8\.x(?P<count>1|2|4)(?P<trans>\.trans)?\.shared\.b16": _load_matrices,
     r"mma\.sync\.aligned\.m16n8k(?P<k>8|16)\.row\.col\.f32\.(?P<kind>f16|bf16|tf32)\.(?P=kind)\.f32": _multiply,
     r"atom\.global\.(?P<scope>cta|gpu|sys)\.(?P<order>relaxed|acquire|release|acq_rel)\.add\.u32": _atomic_add,

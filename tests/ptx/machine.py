@@ -6,11 +6,9 @@ import numpy as np
 
 from . import arithmetic, exchange
 from .arithmetic import TYPES
-from .memory import UINT, Fault, Global, Shared
+from .memory import UINT, WARP, Fault, Global, Shared
 from .parse import Instruction, Kernel
 from .races import History
-
-WARP = 32
 
 # Which programs run for a while, of those (bool) that can. Only atomics make the order matter, or else there is a race: so no
 # other instruction is interrupted.
@@ -55,7 +53,7 @@ class Machine:
         self.registers = {
             name: np.zeros(len(lanes), bool if bits == 1 else UINT[bits // 8]) for name, bits in kernel.registers.items()
         }
-        self.shared, self.history = Shared(programs, shared), History(programs, threads)
+        self.shared, self.history = Shared(programs, threads, shared), History(programs, threads)
         self.copies = exchange.Copies(self)
         self.pc = np.zeros(len(lanes), np.int64)
         self.alive = np.ones(len(lanes), bool)
@@ -76,7 +74,7 @@ class Machine:
         if dtype == bool:
             return np.bool_(int(operand))
         bits = 8 * dtype.itemsize
-        return UINT[dtype.itemsize](int(operand, 0) & ((1 << bits) - 1)).view(dtype)
+        return UINT[dtype.itemsize](int(operand.rstrip("U"), 0) & ((1 << bits) - 1)).view(dtype)
 
     def writer(self, operand: str, kind: str) -> Callable[[np.ndarray, np.ndarray], None]:
         """Of values of a type to a register, in the lanes of a mask."""
@@ -107,7 +105,9 @@ class Machine:
             raise Fault(f"{i}: only some lanes of a warp are here")
         return np.flatnonzero(warps.any(1))
 
-    def run(self, order: Order = together) -> None:
+    def run(self, order: Order = together, first_wins: bool = False) -> None:
+        """``first_wins``: where several lanes store to one place of shared memory at once, and not the last."""
+        self.shared.lanes = slice(None, None, -1) if first_wins else slice(None)
         with np.errstate(all="ignore"):
             while self.alive.any():
                 ready = (self.alive & ~self.waiting).reshape(-1, self.threads).any(1)

@@ -16,6 +16,8 @@ UINT = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 WRITTEN, UNWRITTEN, OUTSIDE, IN_FLIGHT = range(4)
 FILL = {torch.float32: 0x7FC00000, torch.bfloat16: 0x7FC0, torch.float16: 0x7E00, torch.int32: 0x7FFFFFFF}
 
+WARP = 32
+
 # Threads are told apart in units of 2 bytes, the smallest that anything is stored in.
 GRANULE = 2
 
@@ -30,6 +32,8 @@ class Memory:
     def __init__(self, size: int):
         self.data = np.zeros(size, np.uint8)
         self.state = np.full(size, OUTSIDE, np.uint8)
+        # Of several lanes that store to one place at once the last one wins, or the first.
+        self.lanes = slice(None)
 
     def elements(self, bytes_: np.ndarray, width: int) -> np.ndarray:
         return bytes_.view(UINT[width])
@@ -62,7 +66,7 @@ class Memory:
         self.check(at, width, len(values), i, reads=False)
         elements, states = self.elements(self.data, width), self.elements(self.state, width)
         for j, value in enumerate(values):
-            elements[at // width + j] = value
+            elements[(at // width + j)[self.lanes]] = value[self.lanes]
             states[at // width + j] = 0  # WRITTEN, all of its bytes
 
 
@@ -108,19 +112,20 @@ class Global(Memory):
 class Shared(Memory):
     """Shared memory of every program, and which thread touched what since the program's last barrier.
 
-    Two threads that touch a place between two barriers, one of them writing, race, unless one instruction has both write the
-    same. Threads of a warp are not excepted: since Volta nothing orders them.
+    Two threads that touch a place between two barriers, one of them writing, race. Threads of one warp do too, if no barrier of
+    the warp is between: since Volta nothing else orders them. Only where one instruction has several write to a place, which
+    Triton does with what they all hold, PTX lets any of them win.
     """
 
     # The least alignment that PTX promises, so that nothing can rely on more.
     BASE = 0x410
 
-    def __init__(self, programs: int, size: int):
+    def __init__(self, programs: int, threads: int, size: int):
         self.size = size
         self.pitch = -(-size // 64) * 64 + 64
         super().__init__(programs * self.pitch)
         self.state.reshape(programs, self.pitch)[:, :size] = UNWRITTEN
-        self.writer, self.reader = (np.zeros((programs, self.pitch // GRANULE), np.int32) for _ in range(2))
+        self.writers, self.readers = (_Threads(programs, threads, self.pitch // GRANULE) for _ in range(2))
 
     def offsets(self, addresses: np.ndarray, program: np.ndarray, length: int, i: Instruction) -> np.ndarray:
         at = addresses.astype(np.int64) - self.BASE
@@ -129,36 +134,62 @@ class Shared(Memory):
         return program * self.pitch + at
 
     def barrier(self, programs: np.ndarray) -> None:
-        self.writer[programs] = self.reader[programs] = 0
+        self.writers.forget(programs)
+        self.readers.forget(programs)
 
-    # Threads count from 1.
-    NOBODY, SEVERAL = 0, -1
+    def warp_barrier(self, warps: np.ndarray) -> None:
+        self.writers.order(warps)
+        self.readers.order(warps)
 
     def reads(self, at: np.ndarray, length: int, thread: np.ndarray, i: Instruction) -> None:
-        granules, me = self._granules(at, length), thread[:, None]
-        self._alone(self.writer, granules, me, i, "reads what another thread writes")
-        before = self.reader.reshape(-1)[granules]
-        self.reader.reshape(-1)[granules] = np.where((before == self.NOBODY) | (before == me), me, self.SEVERAL)
-        # Where several read in this very instruction, the last one to be noted is not the only one.
-        others = self.reader.reshape(-1)[granules] != me
-        self.reader.reshape(-1)[granules[others]] = self.SEVERAL
+        places = self._places(at, length)
+        self._alone(self.writers, places, thread, i, "reads what another thread writes")
+        self.readers.add(places, thread)
 
     def writes(self, at: np.ndarray, length: int, thread: np.ndarray, i: Instruction) -> None:
-        granules, me = self._granules(at, length), thread[:, None]
-        self._alone(self.writer, granules, me, i, "writes what another thread writes")
-        self._alone(self.reader, granules, me, i, "writes what another thread reads")
-        self.writer.reshape(-1)[granules] = me
+        places = self._places(at, length)
+        self._alone(self.writers, places, thread, i, "writes what another thread writes")
+        self._alone(self.readers, places, thread, i, "writes what another thread reads")
+        self.writers.add(places, thread)
 
-    def _granules(self, at: np.ndarray, length: int) -> np.ndarray:
+    def _places(self, at: np.ndarray, length: int) -> np.ndarray:
         return at[:, None] // GRANULE + np.arange(length // GRANULE)
 
-    def _alone(self, plane: np.ndarray, granules: np.ndarray, me: np.ndarray, i: Instruction, what: str) -> None:
-        found = plane.reshape(-1)[granules]
-        if ((found != self.NOBODY) & (found != me)).any():
+    def _alone(self, others: "_Threads", places: np.ndarray, thread: np.ndarray, i: Instruction, what: str) -> None:
+        if others.conflict(places, thread):
             raise Fault(f"{i}: {what}, with no barrier between")
 
-    def store(self, at: np.ndarray, width: int, values: list[np.ndarray], i: Instruction) -> None:
-        super().store(at, width, values, i)
-        elements = self.elements(self.data, width)
-        if any((elements[at // width + j] != value).any() for j, value in enumerate(values)):
-            raise Fault(f"{i}: two threads write different values to one place")
+
+class _Threads:
+    """Who has touched each place since the last barrier: the thread, and the warp, or that there were several of them."""
+
+    NOBODY, SEVERAL, ORDERED = -1, -2, -3  # ORDERED: some threads of a warp, before its own last barrier
+
+    def __init__(self, programs: int, threads: int, places: int):
+        self.warps = programs * threads // WARP
+        self.thread, self.warp = (np.full((programs, places), self.NOBODY, np.int32) for _ in range(2))
+        self.flat_thread, self.flat_warp = self.thread.reshape(-1), self.warp.reshape(-1)
+
+    def forget(self, programs: np.ndarray) -> None:
+        self.thread[programs] = self.warp[programs] = self.NOBODY
+
+    def order(self, warps: np.ndarray) -> None:
+        self.flat_thread[np.isin(self.flat_warp, warps)] = self.ORDERED
+
+    def conflict(self, places: np.ndarray, thread: np.ndarray) -> bool:
+        before, me = self.flat_thread[places], thread[:, None]
+        other = (before != self.NOBODY) & (before != me)
+        return bool(other.any() and (other & ~self._ordered(before, places, me)).any())
+
+    def add(self, places: np.ndarray, thread: np.ndarray) -> None:
+        before, me = self.flat_thread[places], thread[:, None]
+        alone = (before == self.NOBODY) | (before == me) | self._ordered(before, places, me)
+        of_warp = self.flat_warp[places]
+        within = (of_warp == self.NOBODY) | (of_warp == me // WARP)
+        for flat, one, mine in ((self.flat_thread, alone, me), (self.flat_warp, within, me // WARP)):
+            flat[places] = np.where(one, mine, self.SEVERAL)
+            # Where several come in this very instruction, the last to be noted is not the only one.
+            flat[places[(flat[places] != mine) & (flat[places] != self.SEVERAL)]] = self.SEVERAL
+
+    def _ordered(self, before, places, me) -> np.ndarray:
+        return (before == self.ORDERED) & (self.flat_warp[places] == me // WARP)
