@@ -91,6 +91,13 @@ def load_head(p, b, heads, H, stride_b, stride_h, stride_d, d: tl.constexpr, D: 
 
 
 @triton.jit
+def dot_of_heads(x, y):
+    """x . y of each head, [G, 1]. In float64 the products are exact: an FMA of one with the sum that another thread sends would
+    else leave every thread with other last bits of the same number."""
+    return tl.sum(x.to(tl.float64) * y.to(tl.float64), 1, keep_dims=True).to(tl.float32)
+
+
+@triton.jit
 def effective_rho(rho, head_rho, head_rho_strides, b, heads, H):
     """rho of each head, [G, 1] or one number."""
     if head_rho is not None:
@@ -230,7 +237,7 @@ def linear_bwd_keys_kernel(
     stride_b, stride_h, stride_d = dout_strides
     dz = load_head(dout, b, heads, H, stride_b, stride_h, stride_d, dv, DV)
     z = load_head(context, b, heads, H, H * dv, dv, 1, dv, DV)
-    dz_z = tl.sum(dz * z, 1, keep_dims=True)  # [G, 1]
+    dz_z = dot_of_heads(dz, z)
     if WANT_RHO and split == 0:
         store_part(dhead_rho, rho * dz_z, b, heads, H, 0, 1, 1, 1)
 
@@ -288,7 +295,7 @@ def linear_bwd_queries_kernel(
     b, heads, split, group = where_am_i(splits, H, G)
     dcentral = sum_of_splits(dcentral_parts, b, heads, H, key_splits, d, D, G, BT)
     central = load_head(central_query, b, heads, H, H * d, d, 1, d, D)
-    central_dcentral = tl.sum(central * dcentral, 1, keep_dims=True)
+    central_dcentral = dot_of_heads(central, dcentral)
     per_energy = scale / (load_head(energy_sum, b, heads, H, H, 1, 0, 1, 1) + eps)
     start = split * split_tokens
     stop = tl.minimum(start + split_tokens, N)
