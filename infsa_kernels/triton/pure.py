@@ -24,7 +24,7 @@ import triton.language as tl
 from ..eager import pure as eager
 from ..eager._common import scale
 from . import configs
-from ._common import countable, launch, padded, relu, strides
+from ._common import COUNTS, countable, launch, padded, relu, strides
 from .pure_backward import backward
 from .tiles import (
     addressable,
@@ -68,7 +68,7 @@ def fwd_tiles(
     return acc, squares
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def pure_fwd_kernel(
     q, k, v, query_mask, key_mask,  # (B, H, N, d), (B, H, M, d), (B, H, M, dv), (B, N), (B, M)
     out, square_parts, row_scales,  # (B, H, N, dv) unnormalised, (B, H, blocks), (B, H, N)
@@ -108,7 +108,7 @@ def pure_fwd_kernel(
     store_rows(out, out_strides, acc, b, h, row, N, dv, DV, BLOCK_M)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def pure_rescale_kernel(
     out, square_parts, row_scales, query_mask, head_rho, norm,  # as above; (B, N), (B, H), (B, H)
     out_strides, query_mask_strides, head_rho_strides, H, N, blocks, square_blocks, scale, eps, rho,
@@ -158,7 +158,7 @@ def forward(q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask):
         query_padding_mask, key_padding_mask, out, square_parts, row_scales,
         q.stride(), k.stride(), v.stride(), out.stride(), strides(query_padding_mask, 2), strides(key_padding_mask, 2),
         H, N, M, blocks, d=d, D=padded(d, 16), TAIL=key_padding_mask is not None or M % config.block_n != 0,
-        DESCRIPTORS=described, **sizes, **config.options(),
+        DESCRIPTORS=described, **sizes, **config.options(q),
     )  # fmt: skip
     rescale_blocks = triton.cdiv(N, rows)
     launch(
