@@ -15,6 +15,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
+from triton.runtime.jit import compute_cache_key
 
 from helpers.triton_sass import CODE, RESOURCES, measure
 from infsa_kernels.triton import configs, linear, pure, pure_backward
@@ -48,13 +49,16 @@ class Case:
         k = None if self.tied else token_major()
         rho = torch.empty(q.shape[:2], device="meta")
         mask = torch.empty(1, self.N, dtype=torch.bool, device="meta") if self.masked else None
-        forward, backward = {
-            "linear": (linear.forward, linear.backward),
-            "pure": (pure.forward, pure_backward.backward),
-        }[self.op]
-        out, *saved = forward(q, k, v, 1e-6, 1.0, rho, mask, mask)
-        saved = [out, *saved] if self.op == "pure" else saved
-        backward(torch.empty_like(out), q, k, v, *saved, 1e-6, 1.0, rho, mask, mask, [True] * 4)
+        _forward_and_backward(self.op, q, k, v, rho, mask)
+
+
+def _forward_and_backward(op, q, k, v, rho, mask) -> None:
+    forward, backward = {"linear": (linear.forward, linear.backward), "pure": (pure.forward, pure_backward.backward)}[
+        op
+    ]
+    out, *saved = forward(q, k, v, 1e-6, 1.0, rho, mask, mask)
+    saved = [out, *saved] if op == "pure" else saved
+    backward(torch.empty_like(out), q, k, v, *saved, 1e-6, 1.0, rho, mask, mask, [True] * 4)
 
 
 def cases() -> list[Case]:
@@ -70,15 +74,30 @@ def cases() -> list[Case]:
     return found
 
 
+@dataclass(frozen=True)
+class Call:
+    """A tied call in bfloat16, forward and backward, of which only the compilations count."""
+
+    op: str
+    B: int
+    N: int
+    H: int
+    d: int
+
+    def run(self) -> None:
+        q, v = (
+            torch.empty(self.B, self.N, self.H, self.d, dtype=torch.bfloat16, device="meta").transpose(1, 2)
+            for _ in "qv"
+        )
+        _forward_and_backward(self.op, q, None, v, None, None)
+
+
 def rows(arch: str, once: bool = False) -> list[dict[str, str]]:
     """One row per kernel and case; what compiles alike is not repeated.
 
     ``once``: one row per kernel, tile, head dimension and width of the dtype, and only the kernels with a budget for their
     code disassembled.
     """
-    modules = linear, pure, pure_backward
-    kernels = {f for m in modules for f in vars(m).values() if hasattr(f, "device_caches")}
-    arch_of, launch, precision = configs.arch_of, linear.launch, torch.get_float32_matmul_precision()
     table, seen, case = {}, set(), None
 
     def record(kernel, programs, device, *args, **options):
@@ -93,6 +112,38 @@ def rows(arch: str, once: bool = False) -> list[dict[str, str]]:
             disassemble = not once or row["kernel"].startswith(("linear", "pure_fwd"))
             table[compiled.hash] = row | measure(arch, compiled, disassemble)
 
+    precision = torch.get_float32_matmul_precision()
+    try:
+        with _launching(arch, record):
+            for case in cases():
+                torch.set_float32_matmul_precision("high" if case.dtype == "tf32" else "highest")
+                case.run()
+    finally:
+        torch.set_float32_matmul_precision(precision)
+    return list(table.values())
+
+
+def compilations(calls: list[Call], arch: str = "sm_90") -> set:
+    """What Triton would compile for all of these calls together; nothing is compiled."""
+    found = set()
+
+    def record(kernel, programs, device, *args, **options):
+        _, by_specialisation, _, _, binder = kernel.device_caches[0]
+        _, specialisation, chosen = binder(*args, **options, enable_fp_fusion=True)
+        found.add((kernel.fn.__name__, compute_cache_key(by_specialisation, specialisation, chosen)))
+
+    with _launching(arch, record):
+        for call in calls:
+            call.run()
+    return found
+
+
+@contextlib.contextmanager
+def _launching(arch: str, record):
+    """Launches are ``record``'s, for an architecture that need not be here."""
+    modules = linear, pure, pure_backward
+    kernels = {f for m in modules for f in vars(m).values() if hasattr(f, "device_caches")}
+    arch_of, launch = configs.arch_of, linear.launch
     driver.set_active(_Driver(arch))
     configs.arch_of = lambda device: arch
     try:
@@ -100,12 +151,8 @@ def rows(arch: str, once: bool = False) -> list[dict[str, str]]:
             m.launch = record
         for kernel in kernels:
             kernel.device_caches.clear()
-        for case in cases():
-            torch.set_float32_matmul_precision("high" if case.dtype == "tf32" else "highest")
-            case.run()
-        return list(table.values())
+        yield
     finally:
-        torch.set_float32_matmul_precision(precision)
         configs.arch_of = arch_of
         for m in modules:
             m.launch = launch
