@@ -1,7 +1,7 @@
 """Fused kernels for Infinite Self-Attention (arXiv:2603.00175): `torch.ops.infsa.linear` and `torch.ops.infsa.pure`."""
 
 from . import onnx as onnx
-from .ops.attention import infsa_attention
+from .nn.functional import infsa_attention
 from .ops.backends import backend, choose_backend, explain_backend
 from .ops.linear import linear_infsa, linear_infsa_scores
 from .ops.pooled_linear import pooled_linear_infsa

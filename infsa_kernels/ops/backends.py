@@ -14,9 +14,10 @@ from .torch_private import get_in_backward, set_for_backward
 # Suffix of the raw operators of each backend.
 SUFFIXES = {"cpu": "", "cuda": "", "triton": "_triton", "eager": "_eager"}
 
-# Backends tried in order, by device type. A later one than the first is a fall-back, and is warned of once.
-# On GPUs it is torch operations until a kernel has been verified on one: Triton and CUDA C++ are there for the asking.
-PREFERENCE = {"cpu": ("cpu", "eager"), "cuda": ("eager",)}
+# Backends tried in order, by device type. One that comes after another with kernels of the operator is a fall-back, and is
+# warned of once. Triton's kernels are checked before their first use on a machine (triton/first_use.py). CUDA C++ is there for
+# the asking until somebody has measured where it is faster.
+PREFERENCE = {"cpu": ("cpu", "eager"), "cuda": ("triton", "eager")}
 
 
 _extension_error = extension.load()
@@ -132,6 +133,8 @@ def _why_not_triton(op: str, device: torch.device, dtype: torch.dtype, shape: Se
         )
     if "triton" not in OPERATORS[op]:
         return f"infsa::{op} has no Triton kernels"
+    if torch.version.hip and op == "linear":
+        return "AMD: its partial sums meet in one launch, in an order of memory that is proven for NVIDIA only"
     if shape[3] > LARGEST_TRITON_HEAD_DIM:
         return f"head_dim {shape[3]} is above {LARGEST_TRITON_HEAD_DIM}"
     return _why_no_triton()
@@ -149,12 +152,16 @@ def choose_backend(
         if reason := why_not(op, forced, device, dtype, shape):
             raise RuntimeError(f"infsa_kernels: backend {forced!r} cannot run this call: {reason}")
         return forced
-    names = PREFERENCE.get(device.type, ("eager",))
-    for name in names:
-        if why_not(op, name, device, dtype, shape) is None:
+    refused = None
+    for name in PREFERENCE.get(device.type, ("eager",)):
+        if name not in OPERATORS.get(op, SUFFIXES) or (name == "triton" and os.environ.get("INFSA_TRITON") == "0"):
+            continue
+        reason = why_not(op, name, device, dtype, shape)
+        if reason is None:
             break
-    if name != names[0]:
-        _warn_of_fallback(name, names[0], why_not(op, names[0], device, dtype, shape))
+        refused = refused or (name, reason)
+    if refused:
+        _warn_of_fallback(name, *refused)
     return name
 
 

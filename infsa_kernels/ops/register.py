@@ -141,7 +141,7 @@ class RawOps:
     def _forward_in(self, backend):
         def forward(*arguments):
             self.forward.check(arguments)
-            return self._module(backend, self.forward.first_of(arguments)).forward(*arguments)
+            return self._module(backend, self.forward, arguments).forward(*arguments)
 
         return forward
 
@@ -150,16 +150,20 @@ class RawOps:
             self.backward.check(arguments)
             gradients = self.gradients(arguments)
             if any(gradient is not None for gradient in gradients):
-                self._module(backend, self.backward.first_of(arguments)).backward(*arguments[:-1], gradients)
+                *taken, _ = arguments
+                self._module(backend, self.backward, taken).backward(*taken, gradients)
             return self._results(gradients, arguments)
 
         return backward
 
-    def _module(self, backend, first):
-        kernels = self.kernels[backend]
+    def _module(self, backend, signature, arguments):
+        kernels, first = self.kernels[backend], signature.first_of(arguments)
         if isinstance(kernels, ModuleType):
             return kernels
         backends.choose_backend(self.name, first.device, first.dtype, first.shape, backend)
+        direction = "forward" if signature is self.forward else "backward"
+        if backend == "triton" and _first_use().failure(self.name, direction, arguments):
+            return self.kernels["eager"]
         return importlib.import_module(kernels)
 
     def _vmap(self, op, signature):
@@ -216,6 +220,11 @@ class RawOps:
             )
             for letter in "BH"
         ], existing
+
+
+@functools.cache
+def _first_use() -> ModuleType:
+    return importlib.import_module("infsa_kernels.triton.first_use")
 
 
 def _flop_formula(flops, signature):

@@ -9,6 +9,12 @@ from torch import Tensor
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 
+# Arguments by whose divisibility Triton is not to tell kernels apart: they enter no address that is vectorised, so the machine
+# code is the same, and each of them would double the number of compilations.
+COUNTS = [
+    "H", "N", "M", "heads", "splits", "split_tokens", "query_splits", "key_splits", "blocks", "square_blocks", "part_blocks",
+]  # fmt: skip
+
 
 @triton.jit
 def relu(x):

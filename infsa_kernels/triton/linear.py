@@ -20,7 +20,7 @@ import triton.language as tl
 from ..eager import linear as eager
 from ..eager.common import scale
 from . import configs
-from .launch import countable, launch, padded, relu, strides
+from .launch import COUNTS, countable, launch, padded, relu, strides
 
 
 @triton.jit
@@ -91,6 +91,13 @@ def load_head(p, b, heads, H, stride_b, stride_h, stride_d, d: tl.constexpr, D: 
 
 
 @triton.jit
+def dot_of_heads(x, y):
+    """x . y of each head, [G, 1]. In float64 the products are exact: an FMA of one with the sum that another thread sends would
+    else leave every thread with other last bits of the same number."""
+    return tl.sum(x.to(tl.float64) * y.to(tl.float64), 1, keep_dims=True).to(tl.float32)
+
+
+@triton.jit
 def effective_rho(rho, head_rho, head_rho_strides, b, heads, H):
     """rho of each head, [G, 1] or one number."""
     if head_rho is not None:
@@ -128,7 +135,7 @@ def sum_queries(
     return tl.sum(central, 0), tl.sum(energy, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def linear_fwd_queries_kernel(
     q, query_mask,  # (B, H, N, d), (B, N)
     central_parts, energy_parts, tickets,  # (B, H, splits, d), (B, H, splits), (B, head groups)
@@ -156,7 +163,7 @@ def store_result(
     store_part(score_sum, score, b, heads, H, 0, 1, 1, 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def linear_fwd_keys_kernel(
     q, k, v, query_mask, key_mask, head_rho,  # (B, H, N, d), (B, H, M, d), (B, H, M, dv), (B, N), (B, M), (B, H)
     out, context, central_query, energy_sum, score_sum,  # (B, H, dv), (B, H, dv), (B, H, d), (B, H), (B, H)
@@ -216,7 +223,7 @@ def linear_fwd_keys_kernel(
             store_result(pooled, score, rho, b, heads, H, scale, eps, out, context, score_sum, dv, DV)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def linear_bwd_keys_kernel(
     dout, k, v, key_mask, head_rho,  # (B, H, dv), (B, H, M, d), (B, H, M, dv), (B, M), (B, H)
     context, central_query, score_sum,  # (B, H, dv), (B, H, d), (B, H)
@@ -230,7 +237,7 @@ def linear_bwd_keys_kernel(
     stride_b, stride_h, stride_d = dout_strides
     dz = load_head(dout, b, heads, H, stride_b, stride_h, stride_d, dv, DV)
     z = load_head(context, b, heads, H, H * dv, dv, 1, dv, DV)
-    dz_z = tl.sum(dz * z, 1, keep_dims=True)  # [G, 1]
+    dz_z = dot_of_heads(dz, z)
     if WANT_RHO and split == 0:
         store_part(dhead_rho, rho * dz_z, b, heads, H, 0, 1, 1, 1)
 
@@ -278,7 +285,7 @@ def linear_bwd_keys_kernel(
         store_part(dcentral_parts, tl.sum(dcentral, 0) * scale, b, heads, H, split, splits, d, D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def linear_bwd_queries_kernel(
     q, query_mask, key_mask, dq,  # (B, H, N, d), (B, N), (B, M), like q
     central_query, energy_sum, dscores, dcentral_parts, key_splits,  # (B, H, d), (B, H), (B, H, M), (B, H, splits, d)
@@ -288,7 +295,7 @@ def linear_bwd_queries_kernel(
     b, heads, split, group = where_am_i(splits, H, G)
     dcentral = sum_of_splits(dcentral_parts, b, heads, H, key_splits, d, D, G, BT)
     central = load_head(central_query, b, heads, H, H * d, d, 1, d, D)
-    central_dcentral = tl.sum(central * dcentral, 1, keep_dims=True)
+    central_dcentral = dot_of_heads(central, dcentral)
     per_energy = scale / (load_head(energy_sum, b, heads, H, H, 1, 0, 1, 1) + eps)
     start = split * split_tokens
     stop = tl.minimum(start + split_tokens, N)

@@ -7,7 +7,7 @@ import triton.language as tl
 from ..eager import pure as eager
 from ..eager.common import scale
 from . import configs
-from .launch import countable, launch, padded, relu, strides
+from .launch import COUNTS, countable, launch, padded, relu, strides
 from .tiles import (
     addressable,
     describable,
@@ -25,7 +25,7 @@ from .tiles import (
 FEW_KEYS = tl.constexpr(16)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def pure_bwd_prepare_kernel(
     dout, out, q, k, v, query_mask, key_mask, norm,  # (B, H, N, dv), like dout, (B, H, N, d), ..., (B, N), (B, M), (B, H)
     head_rho, parts,  # (B, H), (3, B, H, blocks)
@@ -112,7 +112,7 @@ def bwd_query_tiles(
     return dq, drho
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def pure_bwd_queries_kernel(
     dout, q, k, v, query_mask, key_mask, head_rho, norm, parts,  # as in the forward pass; (3, B, H, part_blocks)
     dq, drho_parts,  # like q, (B, H, blocks)
@@ -180,7 +180,7 @@ def bwd_key_tiles(
     return dk, dv_acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def pure_bwd_keys_kernel(
     dout, q, k, v, query_mask, key_mask, head_rho, norm, parts,  # as above
     dk, dv_out,  # like k, like v
@@ -262,7 +262,7 @@ def bwd_tied_tiles(
     return dq, dv_acc, drho
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def pure_bwd_tied_kernel(
     dout, q, v, q_tiles, dout_tiles, v_tiles,  # (B, H, N, .), and the same again as the loop reads them
     query_mask, key_mask, head_rho, norm, parts, dq, dv_out, drho_parts,
@@ -336,7 +336,7 @@ def backward(dout, q, k, v, out, norm, eps, rho, head_rho, key_padding_mask, que
     launch(
         pure_bwd_prepare_kernel, B * H * blocks, q.device, dout, out, q, *seen, parts,
         dout.stride(), out.stride(), q.stride(), *(strides(t, 4) for t in seen[:2]), *(strides(t, 2) for t in seen[2:4]),
-        strides(seen[5], 2), H, N, v.shape[2], blocks, *per_head[2:], ROWS=rows, PRECISION=configs.precision(), FEW=few,
+        strides(seen[5], 2), H, N, v.shape[2], blocks, *per_head[2:], ROWS=rows, PRECISION=configs.precision(q), FEW=few,
         num_warps=4, **sizes,
     )  # fmt: skip
     if k is not None:
@@ -369,7 +369,7 @@ def _tied(dout, q, v, masks, head_rho, norm, parts, gradients, per_head, sizes):
         dout.stride(), q.stride(), v.stride(), strides(dq, 4), strides(dv, 4),
         *(strides(t, 2) for t in (*masks, head_rho)), H, N, blocks, part_blocks, heads, *numbers,
         TAIL=masks != (None, None) or N % config.block_n != 0, DESCRIPTORS=described,
-        WANT_Q=dq is not None, WANT_V=dv is not None, WANT_RHO=dhead_rho is not None, **sizes, **config.options(),
+        WANT_Q=dq is not None, WANT_V=dv is not None, WANT_RHO=dhead_rho is not None, **sizes, **config.options(q),
     )  # fmt: skip
     return drho_parts
 
@@ -392,7 +392,7 @@ def _untied(dout, q, k, v, masks, head_rho, norm, parts, gradients, per_head, si
             dout.stride(), q.stride(), k.stride(), v.stride(), strides(dq, 4),
             *(strides(t, 2) for t in (*masks, head_rho)), H, N, M, blocks, part_blocks, heads, *numbers,
             TAIL=masks[1] is not None or M % config.block_n != 0, DESCRIPTORS=described,
-            WANT_Q=dq is not None, WANT_RHO=dhead_rho is not None, **sizes, **config.options(),
+            WANT_Q=dq is not None, WANT_RHO=dhead_rho is not None, **sizes, **config.options(q),
         )  # fmt: skip
     if dk is not None or dv is not None:
         config = configs.pure(q, v, "bwd_keys", described)
@@ -405,6 +405,6 @@ def _untied(dout, q, k, v, masks, head_rho, norm, parts, gradients, per_head, si
             strides(dk, 4), strides(dv, 4),
             *(strides(t, 2) for t in (*masks, head_rho)), H, N, M, blocks, part_blocks, heads, *numbers,
             TAIL=masks[0] is not None or N % config.block_m != 0, DESCRIPTORS=described,
-            WANT_K=dk is not None, WANT_V=dv is not None, **sizes, **config.options(),
+            WANT_K=dk is not None, WANT_V=dv is not None, **sizes, **config.options(q),
         )  # fmt: skip
     return drho_parts

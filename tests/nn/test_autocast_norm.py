@@ -28,15 +28,16 @@ def outlier(x):
 
 def distance(actual, truth):
     """The error in proportion to the truth, as one number: single elements of two roundings differ by chance."""
-    return ((actual.double() - truth).norm() / truth.norm()).item()
+    # The truth can be 0: gradients where no score is positive.
+    return ((actual.double() - truth).norm() / truth.norm().clamp(min=1e-300)).item()
 
 
-def assert_no_worse(draw):
+def assert_no_worse(draw, draws=25):
     """Of ``draw() -> {name: (actual, plain, truth)}``: the median error of several. One score that changes its sign in
-    rounding moves a gradient more than all else."""
-    found = [{n: (distance(t[0], t[2]), distance(t[1], t[2])) for n, t in draw().items()} for _ in range(9)]
+    rounding moves a gradient more than all else: of 9 draws in some, one time in a hundred in enough to move the median."""
+    found = [{n: (distance(t[0], t[2]), distance(t[1], t[2])) for n, t in draw().items()} for _ in range(draws)]
     for name in found[0]:
-        ours, theirs = (sorted(errors[name][i] for errors in found)[4] for i in range(2))
+        ours, theirs = (sorted(errors[name][i] for errors in found)[draws // 2] for i in range(2))
         assert ours <= FACTOR * theirs, name
 
 

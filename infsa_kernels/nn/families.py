@@ -13,9 +13,10 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from ._host import LEAVE_OUT, NO_CAUSAL, attach_rho, class_path
-from ._plain import has_forward, is_plain_parameter
 from .attention import InfSAAttention
+from .checks import LEAVE_OUT, NO_CAUSAL, class_path
+from .plain import has_forward, is_plain_parameter
+from .rho import attach_rho
 
 
 @dataclass(frozen=True)
