@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch.overrides import TorchFunctionMode
 
+from ..torch_private import get_in_backward, set_for_backward
 from . import extension
-from .torch_private import get_in_backward, set_for_backward
 
 # Suffix of the raw operators of each backend.
 SUFFIXES = {"cpu": "", "cuda": "", "triton": "_triton", "eager": "_eager"}

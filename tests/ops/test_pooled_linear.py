@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from helpers.calls import DTYPES
-from helpers.layer_calls import B, D, N, check, layer, leaves, output_gradient, results
+from helpers.pooled_linear_calls import B, D, N, check, layer, leaves, output_gradient, results
 from torch.testing import assert_close
 
 from infsa_kernels import pooled_linear_infsa, reference
