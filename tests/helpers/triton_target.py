@@ -31,7 +31,9 @@ def launching(arch: str, launch: Callable):
         with (
             mock.patch.object(configs, "arch_of", lambda device: arch),
             mock.patch.object(
-                JITFunction, "run", lambda kernel, *args, grid, warmup, **options: launch(kernel, grid[0], args, options)
+                JITFunction,
+                "run",
+                lambda kernel, *args, grid, warmup, **options: launch(kernel, grid[0], args, options),
             ),
         ):
             yield

@@ -289,7 +289,9 @@ def _atomic_add(m, i, found):
             added = before[one] + (value[one] if value.shape else value)
             m.memory.store(offsets, 4, [added.astype(np.uint32)], i)
             m.history.note(offsets, 4, one, i, writes=True, atomic=True)
-            m.history.synchronise(int(offsets[0]), int(lane), order in ("acquire", "acq_rel"), order in ("release", "acq_rel"))
+            m.history.synchronise(
+                int(offsets[0]), int(lane), order in ("acquire", "acq_rel"), order in ("release", "acq_rel")
+            )
         write(before, mask)
 
     return add

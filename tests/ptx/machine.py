@@ -40,7 +40,9 @@ def shuffled(seed: int) -> Order:
 class Machine:
     """One launch."""
 
-    def __init__(self, kernel: Kernel, parameters: Iterable[bytes], programs: int, threads: int, shared: int, memory: Global):
+    def __init__(
+        self, kernel: Kernel, parameters: Iterable[bytes], programs: int, threads: int, shared: int, memory: Global
+    ):
         self.kernel, self.threads, self.memory = kernel, threads, memory
         self.parameters = dict(zip(kernel.parameters, parameters, strict=True))
         lanes = np.arange(programs * threads)
@@ -51,7 +53,8 @@ class Machine:
             "global_smem": np.uint32(Shared.BASE),
         }
         self.registers = {
-            name: np.zeros(len(lanes), bool if bits == 1 else UINT[bits // 8]) for name, bits in kernel.registers.items()
+            name: np.zeros(len(lanes), bool if bits == 1 else UINT[bits // 8])
+            for name, bits in kernel.registers.items()
         }
         self.shared, self.history = Shared(programs, threads, shared), History(programs, threads)
         self.copies = exchange.Copies(self)

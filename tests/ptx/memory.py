@@ -41,7 +41,9 @@ class Memory:
     def check(self, at: np.ndarray, width: int, count: int, i: Instruction, reads: bool) -> None:
         """Of accesses to `count` elements of `width` bytes each."""
         if (at % (width * count)).any():
-            raise Fault(f"{i}: misaligned, offset {at[at % (width * count) != 0][0]} of an access of {width * count} bytes")
+            raise Fault(
+                f"{i}: misaligned, offset {at[at % (width * count) != 0][0]} of an access of {width * count} bytes"
+            )
         if ((at < 0) | (at + width * count > len(self.data))).any():
             raise Fault(f"{i}: far outside of any memory")
         for j in range(count):
@@ -54,7 +56,11 @@ class Memory:
                 raise Fault(f"{i}: {self.describe(int(at[worst]), int(states[worst]))}")
 
     def describe(self, offset: int, state: int) -> str:
-        what = {UNWRITTEN: "was never written", OUTSIDE: "is out of bounds", IN_FLIGHT: "has an asynchronous copy on its way"}
+        what = {
+            UNWRITTEN: "was never written",
+            OUTSIDE: "is out of bounds",
+            IN_FLIGHT: "has an asynchronous copy on its way",
+        }
         return f"{type(self).__name__.lower()} memory at {offset} {what[state]}"
 
     def load(self, at: np.ndarray, width: int, count: int, i: Instruction) -> list[np.ndarray]:
