@@ -11,7 +11,7 @@ import torch
 from helpers.triton_target import compiled, launching
 
 import infsa_kernels
-from infsa_kernels.ops import _library
+from infsa_kernels.ops import backends
 
 from .machine import WARP, Machine, Order, together
 from .memory import Global
@@ -80,7 +80,7 @@ def executing(order: Order = together, first_wins: bool = False, see: Callable[[
 
     with (
         launching("sm_80", launch),
-        mock.patch.object(_library, "_why_not_triton", return_value=None),
+        mock.patch.object(backends, "_why_not_triton", return_value=None),
         infsa_kernels.backend("triton"),
     ):
         yield

@@ -70,7 +70,10 @@ class Machine:
         dtype = TYPES[kind]
         if operand in self.registers or operand in self.special:
             value = self.registers.get(operand, self.special.get(operand))
-            assert value.dtype.itemsize == dtype.itemsize and (value.dtype.kind == "b") == (kind == "pred"), (operand, kind)
+            assert value.dtype.itemsize == dtype.itemsize and (value.dtype.kind == "b") == (kind == "pred"), (
+                operand,
+                kind,
+            )
             return value.view(dtype)
         if operand[:2] == "0f":
             return np.uint32(int(operand[2:], 16)).view(dtype)

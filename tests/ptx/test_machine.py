@@ -124,9 +124,9 @@ def test_a_product_of_matrices_through_shared_memory():
     st.shared.v4.b32 [%r8], {%r4, %r5, %r6, %r7};
     bar.sync 0;
     ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r11, %r12, %r13, %r14}, [%r8];
-    ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%r15, %r16}, [%r9];
-    mov.b32 %r20, 0f3F800000;
-    mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%r21,%r22,%r23,%r24},{%r11,%r12,%r13,%r14},{%r15,%r16},{%r20,%r20,%r20,%r20};
+    ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%r5, %r6}, [%r9];
+    mov.b32 %r4, 0f3F800000;
+    mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%r21,%r22,%r23,%r24},{%r11,%r12,%r13,%r14},{%r5,%r6},{%r4,%r4,%r4,%r4};
     st.global.v4.b32 [%d5], {%r21, %r22, %r23, %r24};
     """
     place = """
