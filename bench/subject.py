@@ -27,7 +27,7 @@ HEADS = {4: 64, 24: 16}
 
 
 class Subject:
-    """A mechanism in a case: a dictionary of level, dtype, layout, batch, dim, depth, pixels, phase and way."""
+    """A mechanism in a case: a dictionary of level, dtype, layout, batch, dim, depth, pixels, phase, way and, if it likes, heads."""
 
     def __init__(self, case: dict, name: str, device: torch.device):
         self.case, self.name, self.device, self.dtype = case, name, device, DTYPES[case["dtype"]]
@@ -41,7 +41,7 @@ class Subject:
             if device.type == "cpu":
                 watch(self.module, self.parts)
         else:
-            self.module = peers.build(name, dim, grid, heads(name, case["depth"], dim) if case["depth"] else None)
+            self.module = peers.build(name, dim, grid, case.get("heads"))
         if level == "layer":
             self.module.add_module("sublayer_norm", nn.LayerNorm(dim))
         self.module = self.module.to(device, self.dtype).eval()
@@ -52,7 +52,7 @@ class Subject:
                 self.inputs = [t.contiguous() for t in self.inputs]
 
     def at(self, **changes) -> "Subject":
-        """The same otherwise; the layer of a model has its heads."""
+        """The same otherwise."""
         return Subject(self.case | changes, self.name, self.device)
 
     @property
@@ -141,14 +141,13 @@ class PeerBlock(Block):
         return self.attn(self.norm1(x))
 
 
-def heads(name: str, depth: int, dim: int) -> int:
-    """Those of a model's attention."""
+def heads_of_model(name: str, depth: int, dim: int) -> int:
     return max(1, (HEADS[depth] if name.startswith("linear_infsa") else 16) * dim // D)
 
 
 def model(name: str, depth: int, pixels: int, dim: int = D) -> InfViT:
     """4 or 24 layers of a mechanism for pictures of a size; its head starts at random, so that outputs can be compared."""
-    H = heads(name, depth, dim)
+    H = heads_of_model(name, depth, dim)
     if name in ("linear_infsa", "pure_infsa"):
         net = InfViT(pixels, depth=depth, embed_dim=dim, num_heads=H, variant=name, tied=True, pool="mean")
     else:
