@@ -48,8 +48,8 @@ test-all: $(VENV)/built ## the complete sweeps, which `make test` leaves out
 # Adapters and models beside the newest releases of the libraries they fit, and beside the oldest that pyproject.toml allows.
 # Both use the torch and the extension of VENV.
 hosts := accelerate peft timm torchao torchvision transformers
-host_tests := $(wildcard tests/test_convert*.py tests/test_timm.py tests/test_transformers.py tests/test_vit*.py) tests/test_readme.py
-host_tests += $(wildcard tests/compat)
+host_tests := $(addprefix tests/nn/test_,convert.py convert_families.py timm.py transformers.py vit.py vit_timm.py)
+host_tests += tests/compat tests/package/test_docs.py
 either_host := $(subst $() ,|,$(hosts))
 test-newest: $(VENV)/built ## adapters beside the newest and the oldest releases of their libraries
 	tail -n 1 $(VENV)/constraints.txt > $(VENV)/torch.txt
@@ -82,15 +82,15 @@ fuzz: $(VENV)/built ## random calls against float64, for MINUTES from SEED
 
 # The GPU extension, built, imported and taken apart on a machine that has nvcc and needs no GPU.
 test-gpu-build: $(GPU_VENV)/built ## the GPU extension, built and taken apart where there is nvcc
-	cd $(GPU_VENV) && bin/python -m pytest -c ../pyproject.toml ../tests/test_gpu_build.py ../tests/test_build.py
+	cd $(GPU_VENV) && bin/python -m pytest -c ../pyproject.toml ../tests/gpu/test_gpu_build.py ../tests/package/test_build.py
 
 lint: $(VENV)/built ## what style asks for
 	$(bin)/ruff check . && $(bin)/ruff format --check .
-	$(bin)/clang-format --dry-run --Werror $(csrc) $(wildcard tests/simt/*)
+	$(bin)/clang-format --dry-run --Werror $(csrc) $(wildcard tests/gpu/simt/*)
 
 format: $(VENV)/built ## applies it
 	$(bin)/ruff check --fix . && $(bin)/ruff format .
-	$(bin)/clang-format -i $(csrc) $(wildcard tests/simt/*)
+	$(bin)/clang-format -i $(csrc) $(wildcard tests/gpu/simt/*)
 
 # The CPU kernels under AddressSanitizer and UBSan, in a build of their own, driven by the tests that reach every kernel path.
 sanitize := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
@@ -100,7 +100,7 @@ sanitize: $(VENV)/built ## the CPU kernels under AddressSanitizer and UBSan
 	for isa in avx512 avx2 portable; do \
 	  INFSA_CPU_ISA=$$isa PYTHONPATH=build/sanitize/lib ASAN_OPTIONS=detect_leaks=0 \
 	  LD_PRELOAD="$$($${CC:-cc} -print-file-name=libasan.so) $$($${CC:-cc} -print-file-name=libubsan.so)" \
-	  $(bin)/pytest tests/test_operators.py tests/test_fuzz.py tests/test_linear_layer.py -k "cpu-cpu or random_calls" -x || exit 1; \
+	  $(bin)/pytest tests/ops/test_operators.py tests/ops/test_fuzz.py tests/ops/test_pooled_linear.py -k "cpu-cpu or random_calls" -x || exit 1; \
 	done
 
 # On a machine with a GPU, in its own Python (torch with CUDA, triton, numpy, pytest, matplotlib, ninja) and without a network.

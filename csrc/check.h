@@ -1,7 +1,7 @@
 // Argument checks of the raw operators, shared by the CPU and CUDA sources.
 //
 // The same checks, with the same words, stand in infsa_kernels/ops/_check.py for the backends written in Python and for
-// fake tensors; tests/test_bad_input.py holds the two together.
+// fake tensors; tests/ops/test_bad_input.py holds the two together.
 #pragma once
 
 #include <ATen/core/Tensor.h>

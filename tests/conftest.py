@@ -16,18 +16,12 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
 
 import pytest
 import torch
-import torchvision_shim
+from helpers import torchvision_shim
+from helpers.backends import DEVICES, backends_of
 
 import infsa_kernels
 
 torchvision_shim.install()
-
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-
-
-def backends_of(device: str, op: str = "linear") -> list[str]:
-    reasons = infsa_kernels.explain_backend(op, torch.device(device), torch.float32, (1, 1, 16, 16))
-    return [name for name, reason in reasons.items() if reason is None]
 
 
 def pytest_generate_tests(metafunc):

@@ -1,7 +1,7 @@
 """Random calls: sizes, strides, values, masks, dtypes, forms of a call. The tests run fixed ones, `make fuzz` new ones.
 
-`python tests/fuzz.py --minutes 20 --seed 7` holds what it draws to the rule of tolerance.py against float64, prints for every
-failure the command that repeats that one call, and ends with a count and exit code 1 if anything failed.
+`python tests/fuzz.py --minutes 20 --seed 7` holds what it draws to the rule of infsa_kernels/testing.py, prints for
+every failure the command that repeats that one call, and ends with a count and exit code 1 if anything failed.
 """
 
 import argparse
@@ -13,14 +13,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from random import Random
 
-import layer_calls
 import torch
-from calls import DTYPES, OPS, Call, Expected, accumulation, expected, output_gradient, raw_op
-from conftest import backends_of
-from tolerance import FORWARD, GRADIENT, assert_within
+from helpers import layer_calls
+from helpers.backends import backends_of
+from helpers.calls import DTYPES, OPS, Call, Expected, accumulation, expected, output_gradient, raw_op
 from torch.utils.checkpoint import checkpoint
 
 import infsa_kernels
+from infsa_kernels.testing import FORWARD, GRADIENT, assert_within
 
 
 def size(draw: Random) -> int:
@@ -347,7 +347,7 @@ def layer_case(draw: Random) -> tuple[str, Callable]:
     call["x"] = layout(draw, 3)(call["x"].detach()).requires_grad_()
     dout = layer_calls.output_gradient(call)
     form = draw.choice(["plain", "compiled", "checkpointed"])
-    backend = draw.choice(backends_of("cpu", "linear_layer"))
+    backend = draw.choice(backends_of("cpu", "pooled_linear"))
 
     def function(**kwargs):
         if form == "compiled":
@@ -362,15 +362,15 @@ def layer_case(draw: Random) -> tuple[str, Callable]:
         with infsa_kernels.backend(backend):
             hold(layer_calls.results(function, call, dout), wanted)
 
-    return f"linear_layer {form} {backend} {str(dtype)[6:]}", run
+    return f"pooled_linear {form} {backend} {str(dtype)[6:]}", run
 
 
 def one(seed: str, index: int) -> tuple[str, str | None]:
     """Draws a call and makes it: its name, and what was wrong."""
     draw = Random(f"{seed}/{index}")
     torch.manual_seed(draw.getrandbits(32))
-    op = draw.choice([*OPS, *OPS, "linear_layer"])
-    name, run = layer_case(draw) if op == "linear_layer" else operator_case(draw, op)
+    op = draw.choice([*OPS, *OPS, "pooled_linear"])
+    name, run = layer_case(draw) if op == "pooled_linear" else operator_case(draw, op)
     try:
         run()
     except Exception as error:  # any error is a finding

@@ -58,7 +58,7 @@ def advice(parts: set[str], failed: list[str], command: str) -> str:
     lines += [f"  {name}" for name in failed[:SHOWN]]
     if len(failed) > SHOWN:
         lines.append(f"  and {len(failed) - SHOWN} more")
-    one = failed[0].split("[")[0] if failed else "tests/test_tables.py"
+    one = failed[0].split("[")[0] if failed else "tests/ops/test_tables.py"
     lines += [
         "What next:",
         f'  {command} TEST_ARGS="{shlex.quote(one)} -x -vv"    one of them, in full',

@@ -1,4 +1,4 @@
-"""What torch.onnx.export makes of the operators, layers and models, run by onnxruntime, holds to the rule of tolerance.py."""
+"""What torch.onnx.export makes of the operators, layers and models, run by onnxruntime, is right by infsa_kernels/testing.py."""
 
 import copy
 import importlib
@@ -13,14 +13,14 @@ import pytest
 import torch
 import torchvision
 import transformers
-from calls import DTYPES, OPS, Call, expected, plain
-from tolerance import FORWARD, assert_within, error_of_eager
+from helpers.calls import DTYPES, OPS, Call, expected, plain
 from torch import Tensor, nn
 
 import infsa_kernels
 from infsa_kernels.nn import InfSAAttention, InfViT, convert
 from infsa_kernels.nn.transformers import register
 from infsa_kernels.onnx import translation_table
+from infsa_kernels.testing import FORWARD, assert_within, error_of_eager
 
 ANY = torch.export.Dim.DYNAMIC
 ROWS, TOKENS = {0: ANY, 2: ANY}, {0: ANY, 1: ANY}  # (B, H, N, d) and (B, N, ...)

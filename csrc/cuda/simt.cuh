@@ -1,4 +1,4 @@
-// The few primitives of a GPU that the kernels use. tests/simt has the same ones for the host.
+// The few primitives of a GPU that the kernels use. tests/gpu/simt has the same ones for the host.
 #pragma once
 
 #include <cooperative_groups.h>

@@ -5,7 +5,7 @@ import inspect
 import pytest
 import torch
 import transformers
-from host_models import GROUPED, IMAGES, RHO, TEXT, VARIANTS, bidirectional, reference_instead_of_softmax
+from helpers.host_models import GROUPED, IMAGES, RHO, TEXT, VARIANTS, bidirectional, reference_instead_of_softmax
 from torch.testing import assert_close
 
 from infsa_kernels import reference

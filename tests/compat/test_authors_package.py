@@ -13,7 +13,7 @@ import timm
 import torch
 import torchvision
 import transformers
-from host_models import IMAGES, TEXT, VARIANTS
+from helpers.host_models import IMAGES, TEXT, VARIANTS
 from torch import nn
 from torch.testing import assert_close
 

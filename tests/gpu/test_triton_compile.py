@@ -1,0 +1,124 @@
+"""What the Triton kernels compile to on every architecture, without a GPU: against the committed table and against budgets.
+
+`PYTHONPATH=tests python -m helpers.triton_resources` writes the table with the Triton at hand. Figures are compared with
+a Triton of the table's version only; that no register spills, every matrix product uses the architecture's matrix instruction and
+each budget holds is required of any version.
+"""
+
+import pytest
+
+triton = pytest.importorskip("triton")
+if triton.knobs.runtime.interpret:
+    pytest.skip("the interpreter does not compile", allow_module_level=True)
+
+import torch  # noqa: E402
+from helpers.triton_resources import ARCHITECTURES, Call, compilations, read, rows  # noqa: E402
+
+from infsa_kernels.triton import configs  # noqa: E402
+
+# Every variant of every configuration takes five minutes on one core: `make test-all`. Otherwise each of one NVIDIA GPU's and of
+# AMD's compiles once.
+COMPILED = [(arch, True) for arch in ("sm_90", "gfx942")]
+COMPILED += [pytest.param((arch, False), marks=pytest.mark.sweep) for arch in ARCHITECTURES]
+
+VERSION, COMMITTED = read()
+KNOWN = {(row["arch"], row["kernel"], row["case"]): row for row in COMMITTED}
+
+
+@pytest.fixture(scope="module", params=COMPILED, ids=str)
+def compiled(request):
+    arch, once = request.param
+    return rows(arch, once)
+
+
+def test_what_compiles_is_what_the_table_says(compiled):
+    if triton.__version__ != VERSION:
+        pytest.skip(f"the table is of Triton {VERSION} and this is {triton.__version__}: only the budgets are compared")
+    for row in compiled:
+        known = KNOWN[row["arch"], row["kernel"], row["case"]]
+        assert row == {name: known[name] for name in row}, (
+            "run `PYTHONPATH=tests python -m helpers.triton_resources` and read the difference"
+        )
+
+
+def test_budgets(compiled):
+    assert compiled
+    for row in compiled:
+        check_budgets(row)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_budgets_of_the_table(arch):
+    for row in (row for row in COMMITTED if row["arch"] == arch):
+        assert "?" not in row.values()
+        check_budgets(row)
+
+
+def test_the_table_has_every_configuration():
+    listed = {(row["arch"], row["kernel"], row["tile"]) for row in COMMITTED}
+    for (arch, reads), kernels in configs.PURE.items():
+        for kernel, tiles in kernels.items():
+            for tile in tiles.values():
+                described = "+tma" if reads == "descriptors" else ""
+                shape = f"{tile.block_m}x{tile.block_n}/w{tile.num_warps}{described}"
+                if triton.__version__ == VERSION or (arch, reads, kernel) != ("sm_90", "descriptors", "fwd"):
+                    assert (arch, f"pure_{kernel}", shape) in listed
+
+
+def check_budgets(row: dict[str, str]) -> None:
+    name = f"{row['arch']} {row['kernel']} {row['case']} {row['tile']}"
+    assert int(row["spill"]) == 0, f"{name} spills registers"
+    assert int(row["per_SM"]) >= 1, f"{name} does not fit on a multiprocessor"
+    known = KNOWN.get((row["arch"], row["kernel"], row["case"]), row)
+    assert row["matrix"] == known["matrix"], f"{name} has lost its matrix instruction: {row['matrix']}"
+    products = row["kernel"].startswith("pure") and not row["kernel"].endswith(("rescale", "prepare"))
+    # IEEE float32 has matrix instructions on AMD's GPUs only.
+    if products and not row["case"].startswith("fp32"):
+        assert row["matrix"] != "-", f"{name} multiplies without a matrix instruction"
+    if row["arch"] == "sm_90" and products and row["case"].startswith(("bf16/d64", "fp16/d64")):
+        assert row["matrix"] == "HGMMA", name
+    if row["arch"] == "sm_90" and row["kernel"] == "pure_fwd" and row["case"].startswith(("bf16/d64", "fp16/d64")):
+        assert int(row["per_SM"]) >= 2, f"{name}: one program's products are to hide the other's arithmetic"
+        if "w8" in row["tile"]:
+            assert int(row["regs"]) <= 128, name
+        if "tma" in row["tile"]:
+            groups, instructions = map(int, row["async"].split("/"))
+            assert groups < instructions, f"{name}: ptxas makes every product wait"
+    if row["kernel"].startswith("linear") and row["arch"].startswith("sm_"):
+        handed_over = row["kernel"].startswith("linear_bwd") and "/tied" in row["case"]
+        # Tied, the backward pass hands one number per token and head from launch to launch, through shared memory.
+        assert int(row["barriers"]) <= (2 if handed_over else 0), f"{name}: a barrier in the loop"
+        widths = {load.split(":")[0] for load in row["loads"].split(",")}
+        narrow = ({"8", "16", "32"} if "masked" in row["case"] else set()) | ({"32"} if handed_over else set())
+        assert "128" in widths and widths <= {"128"} | narrow, f"{name}: loads of {row['loads']} in the loop"
+
+
+LENGTHS = sorted({rows * columns + 1 for rows in range(14, 65, 3) for columns in range(14, 65, 7)})[::3]
+
+
+@pytest.mark.parametrize(("op", "heads", "d", "most"), [("linear", 64, 16, 7), ("pure", 16, 64, 6)])
+def test_lengths_share_their_kernels(op, heads, d, most):
+    """As many pictures of as many sizes, and 4 kernels forward and backward: each is compiled in seconds, once."""
+    assert len(LENGTHS) >= 40
+    assert len(compilations([Call(op, 8, N, heads, d) for N in LENGTHS])) <= most
+
+
+@pytest.mark.parametrize(("op", "most"), [("linear", 14), ("pure", 7)])
+def test_batches_and_heads_share_their_kernels(op, most):
+    lengths = 16, 50, 196, 197, 256, 577, 785, 1024, 1025, 4096, 4097, 9217, 16384, 65536
+    calls = [Call(op, B, N, H, 64) for B in (1, 2, 3, 8, 16) for N in lengths for H in (1, 3, 6, 12, 16)]
+    assert len(compilations(calls)) <= most
+
+
+@pytest.mark.parametrize("setting", ["tf32", "ieee"])
+def test_products_of_float32_follow_either_setting(setting, monkeypatch):
+    q = torch.empty(1, 1, 1, 64, device="meta")
+    torch.set_float32_matmul_precision("high" if setting == "tf32" else "highest")
+    assert configs.precision(q) == setting
+    torch.set_float32_matmul_precision("highest")
+    try:
+        torch.backends.cuda.matmul.fp32_precision = setting
+        assert configs.precision(q) == setting and configs.precision(q.bfloat16()) == "ieee"
+        configs.pure(q, q, "fwd", False).options(q)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = "ieee"

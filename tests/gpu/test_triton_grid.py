@@ -1,0 +1,193 @@
+"""What is decided before a Triton kernel starts: grids, sizes that are refused, the device. On meta tensors, so at any size."""
+
+import ast
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.calls import OPS
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+pytest.importorskip("triton")
+
+from infsa_kernels.eager import pure as eager
+from infsa_kernels.ops import linear as linear_op
+from infsa_kernels.ops import pure as pure_op
+from infsa_kernels.triton import configs, launch, linear, pure, pure_backward
+
+RAW = {"linear": linear_op.raw, "pure": pure_op.raw}
+by_op = pytest.mark.parametrize("op", OPS)
+by_tie = pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+LIMIT = (1 << 31) - 1
+
+
+class Recorder:
+    """Stands for every kernel: notes its grids."""
+
+    def __init__(self):
+        self.grids, self.inside = [], None
+
+    def __getitem__(self, grid):
+        return lambda *args, **options: self.grids.append((*grid, self.inside))
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    recorder = Recorder()
+    for module in (linear, pure, pure_backward):
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            monkeypatch.setattr(module, name, recorder)
+    return recorder
+
+
+def run(op, B, H, N, d=16, tied=False, layout="bhnd", M=None):
+    """Forward and backward of a call of this size, none of whose tokens takes memory."""
+
+    def tensor(length):
+        if layout == "nbhd":
+            return torch.empty(length, B, H, d, dtype=torch.float16, device="meta").permute(1, 2, 0, 3)
+        return torch.empty(B, H, 1, d, dtype=torch.float16, device="meta").expand(B, H, length, d)
+
+    q, k, v = tensor(N), None if tied else tensor(M or N), tensor(N if tied else M or N)
+    forward, backward = {"linear": (linear.forward, linear.backward), "pure": (pure.forward, pure.backward)}[op]
+    out, *saved = forward(q, k, v, 1e-6, 1.0, None, None, None)
+    saved = [out, *saved] if op == "pure" else saved
+    arguments = torch.empty_like(out), q, k, v, *saved, 1e-6, 1.0, None, None, None
+    backward(*arguments, RAW[op].gradients((*arguments, [True] * 4)))
+
+
+@by_op
+@by_tie
+@pytest.mark.parametrize(("B", "H"), [(70000, 1), (1, 70000), (350, 200)])
+@pytest.mark.parametrize("layout", ["bhnd", "nbhd"])
+def test_many_heads_fit_into_one_dimension_of_the_grid(op, tied, B, H, layout, kernels):
+    run(op, B, H, 600, tied=tied, layout=layout)
+    assert len(kernels.grids) >= 3
+    heads_each = 4 if op == "linear" else 1  # 128 bytes of 16 float16
+    for programs, _ in kernels.grids:
+        assert 70000 // heads_each <= programs <= LIMIT
+
+
+@by_op
+def test_long_sequences_keep_every_token_countable(op, kernels):
+    run(op, 1, 1, 1 << 30)
+    assert all(programs <= LIMIT for programs, _ in kernels.grids)
+    config = configs.Linear(heads=1, tokens=32, num_warps=4, programs=792)
+    for groups in (1, 3, 100, 791):
+        splits, split_tokens = config.splits(1 << 30, groups)
+        assert (splits - 1) * split_tokens < 1 << 30 <= splits * split_tokens
+        assert splits * split_tokens + config.tokens <= LIMIT  # the farthest token a program ever names
+
+
+@by_op
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        ({"N": (1 << 31) + 1}, "N is 2147483649"),
+        ({"N": 5, "M": (1 << 30) + 1}, "M is 1073741825"),
+        ({"B": 1 << 16, "H": 1 << 15}, r"B \* H is 2147483648"),
+        ({"H": 1 << 27}, r"H \* d is 2147483648"),
+    ],
+)
+def test_sizes_past_32_bits_are_refused_before_a_launch(op, sizes, words, kernels):
+    with pytest.raises(ValueError, match=f"infsa::{op}: {words}, the Triton kernels take up to 1073741824; split"):
+        run(op, **{"B": 1, "H": 1, "N": 5} | sizes)
+    assert kernels.grids == []
+
+
+def test_too_many_programs_are_refused_before_a_launch(kernels):
+    # 2^26 heads of 64 blocks of 128 rows or of 32 of 256.
+    with pytest.raises(
+        ValueError, match="programs of a Triton kernel, the GPU starts up to 2147483647 at a time; split"
+    ):
+        run("pure", 1 << 26, 1, 8192)
+    assert kernels.grids == []
+
+
+def test_the_output_is_laid_out_as_q_also_where_q_is_copied(kernels):
+    q = torch.empty(8, 1 << 20, 2, 16, dtype=torch.float16, device="meta").permute(1, 2, 0, 3)
+    out, _ = pure.forward(q, None, q, 1e-6, 1.0, None, None, None)
+    assert out.stride() == eager.output_like(q, q).stride()
+
+
+def test_steps_between_tokens_of_pure_that_tiles_cannot_take(kernels):
+    with pytest.raises(
+        ValueError, match=r"16777216 elements from token to token, .* fewer than 8388608; pass q.contig"
+    ):
+        run("pure", 1, 1 << 20, 5, layout="nbhd")
+    assert kernels.grids == []
+
+
+@pytest.mark.parametrize(("hip", "largest"), [(None, LIMIT), ("7.0", ((1 << 32) - 1) // 512)])
+def test_the_largest_grid(hip, largest, monkeypatch, kernels):
+    monkeypatch.setattr(torch.version, "hip", hip)
+    kernel = Recorder()
+    launch.launch(kernel, largest, torch.device("cpu"), num_warps=8)
+    with pytest.raises(ValueError, match=f"needs {largest + 1} programs"):
+        launch.launch(kernel, largest + 1, torch.device("cpu"), num_warps=8)
+    assert kernel.grids == [(largest, None)]
+
+
+@pytest.mark.parametrize(("at", "guarded"), [("cuda:1", 1), ("cuda:0", None), ("cpu", None)])
+def test_kernels_start_on_the_device_of_their_tensors(at, guarded, monkeypatch):
+    kernel = Recorder()
+
+    class Guard:
+        def __init__(self, device):
+            self.index = device.index
+
+        def __enter__(self):
+            kernel.inside = self.index
+
+        def __exit__(self, *exception):
+            kernel.inside = None
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", Guard)
+    launch.launch(kernel, 1, torch.device(at), num_warps=4)
+    assert kernel.grids == [(1, guarded)] and kernel.inside is None
+
+
+def test_every_launch_goes_through_the_checks():
+    for file in Path(launch.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
+                assert file.name == "launch.py", f"{file.name}:{node.lineno} starts a kernel past launch()"
+
+
+@by_op
+@pytest.mark.parametrize("name", ["k", "v", "key_padding_mask"])
+def test_tensors_on_different_gpus_are_refused(op, name):
+    with FakeTensorMode():
+        sizes = {"q": (1, 2, 5, 4), "k": (1, 2, 6, 4), "v": (1, 2, 6, 4), "key_padding_mask": (1, 6)}
+        tensors = {
+            n: torch.empty(s, dtype=torch.bool if n.endswith("mask") else None, device=f"cuda:{int(n == name)}")
+            for n, s in sizes.items()
+        }
+        q, k, v, mask = tensors.values()
+        with pytest.raises(ValueError, match=f"{name} is on cuda:1, expected cuda:0, where q is; move it with .to"):
+            getattr(torch.ops.infsa, f"{op}_fwd_triton")(q, k, v, 1e-6, 1.0, None, mask, None)
+
+
+def test_no_kernel_transposes_the_result_of_a_product():
+    """Triton 3.4 to 3.7.0 silently miscompile it on Hopper: only what came from memory is transposed."""
+    transposed = 0
+    for file in Path(launch.__file__).parent.glob("*.py"):
+        for function in ast.walk(ast.parse(file.read_text())):
+            if not isinstance(function, ast.FunctionDef):
+                continue
+            nodes = list(ast.walk(function))
+            loaded, made = set(), set()
+            for node in nodes:
+                if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+                    call = node.value.func if isinstance(node.value, ast.Call) else None
+                    of_memory = isinstance(call, ast.Name) and call.id == "load_rows"
+                    (loaded if of_memory else made).add(node.targets[0].id)
+            for node in nodes:
+                assert not (isinstance(node, ast.Attribute) and node.attr in ("T", "permute")), file.name
+                if isinstance(node, ast.Attribute) and node.attr == "trans":
+                    call = next(n for n in nodes if isinstance(n, ast.Call) and n.func is node)
+                    (argument,) = call.args
+                    assert argument.id in loaded - made, f"{file.name}:{node.lineno} transposes {argument.id}"
+                    transposed += 1
+    assert transposed >= 7

@@ -1,0 +1,174 @@
+"""What every shipped Triton configuration compiles to, with no GPU.
+
+`PYTHONPATH=tests python -m helpers.triton_resources` writes the table.
+
+The launchers run on meta tensors with Triton's driver replaced by one that names an architecture, and each launch compiles, by
+Triton's own specialisation of the arguments, instead of starting.
+"""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+from triton.runtime.jit import compute_cache_key
+
+from helpers.triton_sass import CODE, RESOURCES, measure
+from helpers.triton_target import compiled, launching
+from infsa_kernels.ops import linear as linear_op
+from infsa_kernels.ops import pure as pure_op
+from infsa_kernels.triton import linear, pure, pure_backward
+
+TABLE = Path(__file__).parents[1] / "gpu" / "triton_resources.txt"
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
+COLUMNS = ["arch", "kernel", "case", "tile", *RESOURCES, *CODE]
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of an operator, forward and backward, as the launchers see it; tf32 is float32 at "high" precision."""
+
+    op: str
+    dtype: str
+    d: int
+    N: int
+    tied: bool = False
+    masked: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.dtype}/d{self.d}/N{self.N}" + ("/tied" if self.tied else "") + ("/masked" if self.masked else "")
+
+    def run(self) -> None:
+        def token_major():
+            t = torch.empty(1, self.N, 1024 // self.d, self.d, dtype=DTYPES[self.dtype], device="meta")
+            return t.transpose(1, 2)
+
+        q, v = token_major(), token_major()
+        k = None if self.tied else token_major()
+        rho = torch.empty(q.shape[:2], device="meta")
+        mask = torch.empty(1, self.N, dtype=torch.bool, device="meta") if self.masked else None
+        _forward_and_backward(self.op, q, k, v, rho, mask)
+
+
+def _forward_and_backward(op, q, k, v, rho, mask) -> None:
+    raw, forward, backward = {
+        "linear": (linear_op.raw, linear.forward, linear.backward),
+        "pure": (pure_op.raw, pure.forward, pure_backward.backward),
+    }[op]
+    out, *saved = forward(q, k, v, 1e-6, 1.0, rho, mask, mask)
+    saved = [out, *saved] if op == "pure" else saved
+    arguments = torch.empty_like(out), q, k, v, *saved, 1e-6, 1.0, rho, mask, mask
+    backward(*arguments, raw.gradients((*arguments, [True] * 4)))
+
+
+def cases() -> list[Case]:
+    """Every configuration, in the variant of it that needs the most registers before the others."""
+    found = [Case("linear", "bf16", 16, N, tied) for N in (197, 4096) for tied in (False, True)]
+    found += [Case("linear", dtype, 64, 4096, masked=True) for dtype in ("fp16", "fp32")]
+    for d in (64, 128, 256):
+        for tied in (False, True):
+            found += [Case("pure", "fp16", d, 4000, tied, masked) for masked in (False, True)]
+            found += [Case("pure", "bf16", d, 4096, tied)]
+        found += [Case("pure", dtype, d, 4000) for dtype in ("fp32", "tf32")]
+        found += [Case("pure", dtype, d, 32) for dtype in ("fp16", "fp32")]  # few scores: another preparation
+    return found
+
+
+@dataclass(frozen=True)
+class Call:
+    """A tied call in bfloat16, forward and backward, of which only the compilations count."""
+
+    op: str
+    B: int
+    N: int
+    H: int
+    d: int
+
+    def run(self) -> None:
+        q, v = (
+            torch.empty(self.B, self.N, self.H, self.d, dtype=torch.bfloat16, device="meta").transpose(1, 2)
+            for _ in "qv"
+        )
+        _forward_and_backward(self.op, q, None, v, None, None)
+
+
+def rows(arch: str, once: bool = False) -> list[dict[str, str]]:
+    """One row per kernel and case; what compiles alike is not repeated.
+
+    ``once``: one row per kernel, tile, head dimension and width of the dtype, and only the kernels with a budget for their
+    code disassembled.
+    """
+    table, seen, case = {}, set(), None
+
+    def record(kernel, programs, args, options):
+        row = {"arch": arch, "kernel": kernel.fn.__name__.removesuffix("_kernel"), "case": str(case)}
+        row["tile"] = _tile(options)
+        key = row["kernel"], row["tile"], case.d, DTYPES[case.dtype].itemsize == 4 and case.dtype
+        if once and key in seen:
+            return
+        seen.add(key)
+        made = compiled(kernel, programs, args, options)
+        if made.hash not in table:
+            disassemble = not once or row["kernel"].startswith(("linear", "pure_fwd"))
+            table[made.hash] = row | measure(arch, made, disassemble)
+
+    precision = torch.get_float32_matmul_precision()
+    try:
+        with launching(arch, record):
+            for case in cases():
+                torch.set_float32_matmul_precision("high" if case.dtype == "tf32" else "highest")
+                case.run()
+    finally:
+        torch.set_float32_matmul_precision(precision)
+    return list(table.values())
+
+
+def compilations(calls: list[Call], arch: str = "sm_90") -> set:
+    """What Triton would compile for all of these calls together; nothing is compiled."""
+    found = set()
+
+    def record(kernel, programs, args, options):
+        _, by_specialisation, _, _, binder = kernel.device_caches[0]
+        _, specialisation, chosen = binder(*args, **options)
+        found.add((kernel.fn.__name__, compute_cache_key(by_specialisation, specialisation, chosen)))
+
+    with launching(arch, record):
+        for call in calls:
+            call.run()
+    return found
+
+
+def _tile(options: dict) -> str:
+    names = [n for n in ("G", "BT", "BLOCK_M", "BLOCK_N", "ROWS") if n in options]
+    described = "+tma" if options.get("DESCRIPTORS") else ""
+    return "x".join(str(options[n]) for n in names) + f"/w{options['num_warps']}" + described
+
+
+def text(found: list[dict[str, str]]) -> str:
+    widths = [max(len(c), *(len(row.get(c, "?")) for row in found)) for c in COLUMNS]
+    lines = [
+        "  ".join(value.ljust(w) for value, w in zip(row, widths)).rstrip()
+        for row in (COLUMNS, *([r.get(c, "?") for c in COLUMNS] for r in found))
+    ]
+    return f"# Triton {triton.__version__}; the columns are explained in triton_sass.py\n" + "\n".join(lines) + "\n"
+
+
+def read() -> tuple[str, list[dict[str, str]]]:
+    """The Triton version and the rows of the committed table."""
+    head, _, *lines = TABLE.read_text().splitlines()
+    return head.split()[2].rstrip(";"), [dict(zip(COLUMNS, line.split())) for line in lines]
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--arch", action="append", choices=ARCHITECTURES, help="print this one's rows, write nothing")
+    parser.add_argument("--once", action="store_true", help="with --arch: each kernel and tile once")
+    args = parser.parse_args()
+    fresh = [row for arch in args.arch or ARCHITECTURES for row in rows(arch, args.once)]
+    if args.arch:
+        print(text(fresh), end="")
+    else:
+        TABLE.parent.mkdir(exist_ok=True)
+        TABLE.write_text(text(fresh))

@@ -1,0 +1,159 @@
+"""DTensor: two processes compute together what one computes alone, however the inputs are sharded."""
+
+import itertools
+import os
+
+import pytest
+import torch
+import torch.multiprocessing
+from helpers.calls import OPS, raw_op
+from helpers.framework_calls import DV, D
+from torch.testing import assert_close
+
+import infsa_kernels
+
+# Both batch and heads divide by the number of processes.
+B, H, N = 2, 4, 6
+WORLD = 2
+MASKS = ((), ("key_padding_mask",), ("query_padding_mask",), ("key_padding_mask", "query_padding_mask"))
+
+
+def inputs():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(B, H, N, d, dtype=torch.float64) for d in (D, D, DV))
+    masks = {"key_padding_mask": torch.rand(B, N) < 0.3, "query_padding_mask": torch.rand(B, N) < 0.3}
+    return {"q": q, "k": k, "v": v, "rho": torch.rand(H, dtype=torch.float64)}, masks
+
+
+def forward_and_backward(op, tensors, masks, tied, wanted):
+    leaves = {name: t.requires_grad_(name in wanted) for name, t in tensors.items()}
+    q, k, v, rho = leaves.values()
+    out = getattr(torch.ops.infsa, op)(q, q if tied else k, v, 1e-6, rho, **masks)
+    out.square().sum().backward()
+    return out, {name: t.grad for name, t in leaves.items() if t.grad is not None}
+
+
+def placements_are_equivalent(mesh):
+    """Every placement of the inputs and of rho, tied or not, with all masks and with some gradients only."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    batch, heads, sequence, features = map(Shard, range(4))
+    everywhere = [batch, heads, sequence, features, Replicate()]
+    cases = [(where, Replicate(), (), ("q", "k", "v", "rho")) for where in everywhere]
+    cases += [(batch, Shard(0), masks, ("q", "k", "v", "rho")) for masks in MASKS]
+    cases += [(heads, Shard(0), masks, wanted) for masks, wanted in zip(MASKS, ("qk", "v", "qv", ("rho",)))]
+    for op, tied, (where, rho_where, mask_names, wanted) in itertools.product(OPS, (False, True), cases):
+        tensors, masks = inputs()
+        masks = {name: masks[name] for name in mask_names}
+        sharded = {
+            name: distribute_tensor(t.clone(), mesh, [rho_where if name == "rho" else where])
+            for name, t in tensors.items()
+        }
+        mask_where = batch if where == batch else Replicate()
+        sharded_masks = {name: distribute_tensor(m, mesh, [mask_where]) for name, m in masks.items()}
+        out, grads = forward_and_backward(op, sharded, sharded_masks, tied, wanted)
+        expected, expected_grads = forward_and_backward(op, tensors, masks, tied, wanted)
+
+        assert_close(out.full_tensor(), expected)
+        assert grads.keys() == expected_grads.keys()
+        for name, grad in grads.items():
+            assert_close(grad.full_tensor(), expected_grads[name])
+
+
+def sharded_work_stays_where_it_is(mesh):
+    """Batch and heads need no communication; a sharded sequence does not come back unsharded and unseen."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    tensors, _ = inputs()
+    del tensors["rho"]
+    for op, where in itertools.product(OPS, (Shard(0), Shard(1))):
+        q, k, v = (distribute_tensor(t, mesh, [where]).requires_grad_() for t in tensors.values())
+        with CommDebugMode() as communication:
+            out = getattr(torch.ops.infsa, op)(q, k, v)
+            grads = torch.autograd.grad(out, [q, k, v], torch.ones_like(out))
+        assert communication.get_total_counts() == 0
+        assert out.placements == (where,)
+        assert all(grad.placements == (where,) for grad in grads)
+    for op in OPS:
+        q, k, v = (distribute_tensor(t, mesh, [Shard(2)]) for t in tensors.values())
+        with CommDebugMode() as communication:
+            out = getattr(torch.ops.infsa, op)(q, k, v)
+        assert communication.get_total_counts() > 0
+        assert out.placements in ((Shard(0),), (Shard(1),), (Replicate(),))
+
+
+def raw_operators_are_sharded(mesh):
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    tensors, _ = inputs()
+    q, k, v = (tensors[name] for name in "qkv")
+    sharded = [distribute_tensor(t, mesh, [Shard(1)]) for t in (q, k, v)]
+    for op in OPS:
+        forward = raw_op(f"{op}_fwd", "eager")
+        expected = forward(q, k, v, 1e-6, 0.9, None, None, None)
+        for actual, truth in zip(forward(*sharded, 1e-6, 0.9, None, None, None), expected):
+            assert actual.placements == (Shard(1),)
+            assert_close(actual.full_tensor(), truth)
+        with torch.no_grad(), infsa_kernels.backend("eager"):
+            actual = getattr(torch.ops.infsa, op)(*sharded, 1e-6, 0.9)
+        assert_close(actual.full_tensor(), expected[0])
+
+
+def two_mesh_dimensions_and_uneven_shards(mesh):
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
+
+    tensors, _ = inputs()
+    tensors = {name: torch.cat([t, t[:1]]) for name, t in tensors.items() if name != "rho"}
+    grid = init_device_mesh("cpu", (1, WORLD))
+    for op, where in itertools.product(
+        OPS, ((mesh, [Shard(0)]), (grid, [Shard(0), Shard(1)]), (grid, [Shard(1), Replicate()]))
+    ):
+        actual = getattr(torch.ops.infsa, op)(*(distribute_tensor(t, *where) for t in tensors.values()))
+        assert_close(actual.full_tensor(), getattr(torch.ops.infsa, op)(*tensors.values()))
+
+
+def pooled_layer_is_sharded(mesh):
+    """A batch in shards with weights on every process; and heads of the queries in shards, as tensor parallelism has them."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    torch.manual_seed(0)
+    sizes = {"x": (B, N, D), "q_weight": (H * 3, D), "v_weight": (H * 2, D), "out_weight": (5, H * 2)}
+    tensors = {name: torch.randn(size, dtype=torch.float64) for name, size in sizes.items()}
+    placements = [{"x": Shard(0)}, {"q_weight": Shard(0)}, {"x": Shard(1)}]
+
+    def step(tensors):
+        leaves = {name: t.requires_grad_() for name, t in tensors.items()}
+        out = infsa_kernels.pooled_linear_infsa(**leaves, num_heads=H, norm_eps=1e-5)
+        out.square().sum().backward()
+        return [out, *(t.grad for t in leaves.values())]
+
+    expected = step({name: t.clone() for name, t in tensors.items()})
+    for where in placements:
+        placed = {n: distribute_tensor(t.clone(), mesh, [where.get(n, Replicate())]) for n, t in tensors.items()}
+        for actual, truth in zip(step(placed), expected):
+            assert_close(actual.full_tensor(), truth)
+
+
+def work(rank, store, checks):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=WORLD)
+    for check in checks:
+        check(torch.distributed.device_mesh.init_device_mesh("cpu", (WORLD,)))
+    torch.distributed.destroy_process_group()
+    # Now and then, with or without operators of ours, gloo's threads outlive the process and abort it at its very end.
+    os._exit(0)
+
+
+@pytest.mark.parametrize(
+    "checks",
+    [
+        [placements_are_equivalent, sharded_work_stays_where_it_is, two_mesh_dimensions_and_uneven_shards],
+        [pooled_layer_is_sharded],
+        [raw_operators_are_sharded],  # in processes that have called no public operator before
+    ],
+    ids=["public", "layer", "raw"],
+)
+def test_two_processes(checks, tmp_path, monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    torch.multiprocessing.spawn(work, (tmp_path / "store", checks), nprocs=WORLD)
