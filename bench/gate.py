@@ -22,7 +22,7 @@ import infsa_kernels
 from infsa_kernels.testing import FORWARD, GRADIENT, error_of_eager, rounding
 
 from . import peers
-from .subject import Subject
+from .subject import Subject, heads_of_model
 
 # Where layers and models are compared whole; pictures above LARGE are compared at its size.
 LAYER, MODEL, LARGE = 224, 112, 2048
@@ -32,7 +32,7 @@ GRADIENTS_UP_TO = 1024
 DRAWS, ZERO = 3, 1e-12
 
 # What a truth of our operators depends on: the last one is kept. What a verdict depends on, beside the level's own.
-SHARED = ("pixels", "dtype", "layout", "batch", "dim", "phase", "device")
+SHARED = ("pixels", "dtype", "layout", "batch", "dim", "heads", "phase", "device")
 CASE = ("level", "dtype", "layout", "batch", "dim", "pixels", "way")
 _known: dict[tuple | bool, tuple] = {}
 _verdicts: dict[tuple, "Verdict"] = {}
@@ -73,6 +73,11 @@ def examine(subject: Subject, function) -> Verdict:
     return _verdicts[key]
 
 
+def forget() -> None:
+    """What was examined: the code has changed since."""
+    _verdicts.clear()
+
+
 def _operator(subject: Subject):
     return _core(subject, subject.inputs, subject.case["phase"] == "train")
 
@@ -100,7 +105,7 @@ def _model(subject: Subject):
             return {"out": exact(inputs[0].double())}, {"out": small.module(inputs[0])}, None
 
     expected = _expected(evaluate, [small.inputs[0][-1:]], DRAWS)
-    layer = subject.at(level="layer")
+    layer = subject.at(level="layer", heads=heads_of_model(subject.name, subject.case["depth"], subject.case["dim"]))
 
     def compare(function) -> Verdict:
         with torch.no_grad():
