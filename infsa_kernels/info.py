@@ -5,8 +5,8 @@ import platform
 import torch
 
 from . import __version__
-from .ops._extension import PACKAGE
-from .ops._library import RAW, SUFFIXES, explain_backend
+from .ops.backends import OPERATORS, SUFFIXES, explain_backend
+from .ops.extension import PACKAGE
 
 
 def describe() -> str:
@@ -43,11 +43,11 @@ def _extension() -> str:
 
 def _backends(device: torch.device) -> list[str]:
     """A line for every backend and reason, with the operators that it concerns."""
-    reasons = {op: explain_backend(op, device, torch.float32, (1, 1, 1, 64)) for op in RAW}
+    reasons = {op: explain_backend(op, device, torch.float32, (1, 1, 1, 64)) for op in OPERATORS}
     lines = []
     for name in SUFFIXES:
-        for reason in dict.fromkeys(reasons[op][name] for op in RAW):
-            ops = ", ".join(op for op in RAW if reasons[op][name] == reason)
+        for reason in dict.fromkeys(reasons[op][name] for op in OPERATORS):
+            ops = ", ".join(op for op in OPERATORS if reasons[op][name] == reason)
             lines.append(f"  {name:<7} {ops}: {'runs' if reason is None else 'does not run: ' + reason}")
     return lines
 

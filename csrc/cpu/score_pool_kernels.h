@@ -1,4 +1,4 @@
-// infsa::score_pool on the CPU, a block of tokens at a time. Equations and gradients: docs/linear_layer.md.
+// infsa::score_pool on the CPU, a block of tokens at a time. Equations and gradients: docs/pooled_linear.md.
 //
 // Included by isa_<set>.cpp only.
 #pragma once

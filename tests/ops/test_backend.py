@@ -9,8 +9,8 @@ from helpers.framework_calls import RawCalls, make_call
 from torch.utils.checkpoint import checkpoint
 
 import infsa_kernels
-from infsa_kernels.ops import _library
-from infsa_kernels.ops._library import SUFFIXES
+from infsa_kernels.ops import backends
+from infsa_kernels.ops.backends import SUFFIXES
 
 CPU = torch.device("cpu")
 SHAPE = (2, 3, 5, 8)
@@ -132,8 +132,8 @@ def test_explanation_names_every_backend_and_reason():
 
 
 def test_fallback_warns_once(call, monkeypatch, recwarn):
-    monkeypatch.setattr(_library, "_extension_error", "there is none today")
-    monkeypatch.setattr(_library, "_warned_of_fallback", False)
+    monkeypatch.setattr(backends, "_extension_error", "there is none today")
+    monkeypatch.setattr(backends, "_warned_of_fallback", False)
     for _ in range(3):
         assert backends_of(call.run) == ["eager"]
     (warning,) = [w for w in recwarn if "infsa_kernels" in str(w.message)]
