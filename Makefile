@@ -100,7 +100,7 @@ sanitize: $(VENV)/built ## the CPU kernels under AddressSanitizer and UBSan
 	for isa in avx512 avx2 portable; do \
 	  INFSA_CPU_ISA=$$isa PYTHONPATH=build/sanitize/lib ASAN_OPTIONS=detect_leaks=0 \
 	  LD_PRELOAD="$$($${CC:-cc} -print-file-name=libasan.so) $$($${CC:-cc} -print-file-name=libubsan.so)" \
-	  $(bin)/pytest tests/ops/test_operators.py tests/ops/test_fuzz.py tests/ops/test_linear_layer.py -k "cpu-cpu or random_calls" -x || exit 1; \
+	  $(bin)/pytest tests/ops/test_operators.py tests/ops/test_fuzz.py tests/ops/test_pooled_linear.py -k "cpu-cpu or random_calls" -x || exit 1; \
 	done
 
 # On a machine with a GPU, in its own Python (torch with CUDA, triton, numpy, pytest, matplotlib, ninja) and without a network.

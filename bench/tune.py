@@ -5,10 +5,12 @@ by how much it won. `--dry-run` tries one candidate of each on the CPU, in Trito
 """
 
 import argparse
+import contextlib
 import json
 import sys
 from itertools import product
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -34,79 +36,59 @@ QUICK_LINEAR = [(16, 4, 396), (16, 4, 1584), (8, 4, 792), (32, 4, 396), (16, 8, 
 TOLERANCE, SECONDS = 2e-2, 0.4
 
 
-def pure(device, kernel: str, H: int, d: int, N: int, B: int, tiles: list[tuple]) -> dict:
-    """Seconds of one of Pure's kernels' passes by tile; None where a tile does not compile or its result is off."""
+def pure(kernel: str, tile: tuple):
+    """configs.py with another tile for one of Pure's kernels, as a context."""
     from infsa_kernels.triton import configs
 
-    shipped = configs.PURE
-
-    def choose(tile):
-        chosen = dict.fromkeys((64, 128, 256), configs.Pure(*tile))
-        configs.PURE = {key: kernels | {kernel: chosen} for key, kernels in shipped.items()}
-
-    def undo():
-        configs.PURE = shipped
-
-    call = _pass("pure", kernel != "fwd", kernel == "bwd_tied", device, H, d, N, B)
-    return _race(call, tiles, choose, undo, device)
+    chosen = {kernel: dict.fromkeys((64, 128, 256), configs.Pure(*tile))}
+    return mock.patch.object(configs, "PURE", {key: kernels | chosen for key, kernels in configs.PURE.items()})
 
 
-def linear(device, H: int, d: int, N: int, B: int, candidates: list[tuple]) -> dict:
-    """Seconds of Linear's forward and backward pass together by (elements per thread, warps, programs)."""
+def linear(elements: int, warps: int, programs: int):
+    """configs.py with other launches of Linear, as a context."""
     from infsa_kernels.triton import configs
 
     shipped = configs.linear
 
-    def choose(candidate):
-        elements, warps, programs = candidate
+    def config(q, v, tokens):
+        heads = shipped(q, v, tokens).heads
+        size = max(1, elements * 32 * warps // (heads * max(q.shape[3], v.shape[3])))
+        return configs.Linear(heads, 1 << (size.bit_length() - 1), warps, programs)
 
-        def config(q, v, tokens):
-            c = shipped(q, v, tokens)
-            size = max(1, elements * 32 * warps // (c.heads * max(q.shape[3], v.shape[3])))
-            return configs.Linear(c.heads, 1 << (size.bit_length() - 1), warps, programs)
-
-        configs.linear = config
-
-    def undo():
-        configs.linear = shipped
-
-    return _race(_pass("linear", True, False, device, H, d, N, B), candidates, choose, undo, device)
+    return mock.patch.object(configs, "linear", config)
 
 
-def _pass(op: str, backward: bool, tied: bool, device, H, d, N, B):
+def race(
+    run, candidates: dict[str, contextlib.AbstractContextManager], device: torch.device
+) -> dict[str, float | None]:
+    """Seconds of a pass as shipped and by candidate; None for one whose result is off. One that does not compile is left out."""
+    with infsa_kernels.backend("triton"):
+        expected, seconds = run(), {"shipped": _seconds(run, device)}
+        for name, candidate in candidates.items():
+            try:
+                with candidate:
+                    right = all(_close(a, b) for a, b in zip(run(), expected))
+                    seconds[name] = _seconds(run, device) if right else None
+            except Exception as error:  # it does not fit: the next one
+                print(f"  {name}: {str(error)[:100]}", flush=True)
+    return seconds
+
+
+def _pass(op: str, backward: bool, tied: bool, device: torch.device, H: int, d: int, N: int, B: int):
     """A forward pass, or one and its gradients, as a function without arguments."""
     operator = getattr(torch.ops.infsa, op)
     q, k, v = (torch.randn(B, N, H, d, device=device).to(torch.bfloat16).transpose(1, 2) for _ in "qkv")
-    k = q if tied else k
-    if not backward:
-        return lambda: [operator(q, k, v, 1e-6, 0.95)]
-    leaves = [t.detach().requires_grad_() for t in ([q, v] if tied else [q, k, v])]
+    leaves = [t.detach().requires_grad_(backward) for t in ([q, v] if tied else [q, k, v])]
     dout = torch.randn_like(v[:, :, 0] if op == "linear" else v)
 
     def run():
         out = operator(leaves[0], leaves[0] if tied else leaves[1], leaves[-1], 1e-6, 0.95)
-        return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
+        return [out.detach(), *(torch.autograd.grad(out, leaves, dout) if backward else ())]
 
     return run
 
 
-def _race(run, candidates, choose, undo, device) -> dict:
-    with infsa_kernels.backend("triton"):
-        expected = run()
-        seconds = {"shipped": _seconds(run, device)}
-        for candidate in candidates:
-            choose(candidate)
-            try:
-                right = all(_close(a, b) for a, b in zip(run(), expected))
-                seconds["x".join(map(str, candidate))] = _seconds(run, device) if right else None
-            except Exception as error:  # it does not fit: the next one
-                print(f"  {candidate}: {str(error)[:100]}", flush=True)
-            finally:
-                undo()
-    return seconds
-
-
-def _seconds(run, device) -> float:
+def _seconds(run, device: torch.device) -> float:
     """The median of replays from a CUDA graph; on a CPU, which only tries the script, one call."""
     if device.type == "cpu":
         return timer.observe(lambda lap: run(), device, warm_up=False)[0].seconds
@@ -125,18 +107,23 @@ def _close(actual, expected) -> bool:
     return bool((actual.float() - expected.float()).abs().max() <= TOLERANCE * expected.float().abs().max())
 
 
-def run(device, dry: bool, quick: bool) -> dict:
+def run(device: torch.device, dry: bool, quick: bool) -> dict:
     """Every kernel at every size: name -> candidate -> seconds."""
     found, few, heads = {}, slice(1 if dry else None), 2 if dry else None
-    linear_sizes = ((33, 1),) if dry else ((4096, 8),) if quick else ((197, 32), (4096, 8), (65536, 1))
-    for N, B in linear_sizes:
-        candidates = (QUICK_LINEAR if quick else LINEAR)[few]
-        found[f"linear d=16 N={N}"] = linear(device, heads or 64, 16, N, B, candidates)
+
+    def named(candidates, context):
+        return {"x".join(map(str, c)): context(c) for c in candidates[few]}
+
+    for N, B in ((33, 1),) if dry else ((4096, 8),) if quick else ((197, 32), (4096, 8), (65536, 1)):
+        candidates = named(QUICK_LINEAR if quick else LINEAR, lambda c: linear(*c))
+        found[f"linear d=16 N={N}"] = race(
+            _pass("linear", True, False, device, heads or 64, 16, N, B), candidates, device
+        )
     N, B = (33, 1) if dry else (4096, 4)
-    for kernel, tiles in QUICK_PURE.items():
-        for d in (64,) if quick else (64, 128, 256):
-            candidates = (tiles if quick else PURE)[few]
-            found[f"pure {kernel} d={d} N={N}"] = pure(device, kernel, heads or 1024 // d, d, N, B, candidates)
+    for kernel, d in product(QUICK_PURE, (64,) if quick else (64, 128, 256)):
+        candidates = named(QUICK_PURE[kernel] if quick else PURE, lambda c: pure(kernel, c))
+        call = _pass("pure", kernel != "fwd", kernel == "bwd_tied", device, heads or 1024 // d, d, N, B)
+        found[f"pure {kernel} d={d} N={N}"] = race(call, candidates, device)
     return found
 
 

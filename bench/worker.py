@@ -53,45 +53,41 @@ class Worker:
         from .engine import OVER, blank, passes
 
         names, anchors, rows = list(turn["names"]), list(turn["anchors"]), []
-        while names:
-            at, fault = None, None
-            if time.monotonic() >= end:
-                return rows + [blank(turn, name, which) | OVER for name in names for which in passes(turn)]
+        while names and time.monotonic() < end:
+            at = None
             try:
                 if self._process is None:
                     self._start()
                 asked = {**turn, "names": names, "anchors": anchors, "seconds": min(end - time.monotonic(), 1e9)}
                 self._process.stdin.write(json.dumps(asked) + "\n")
                 self._process.stdin.flush()
-                while "rows" not in (
-                    said := self._answer(min(limit * (1 if at else len(names)), end - time.monotonic()))
-                ):
-                    at = said["at"]
+                said = {}
+                while "rows" not in said:
+                    seconds = limit if at else limit * len(names)
+                    said = self._answer(min(seconds, end - time.monotonic()))
+                    at = said.get("at")
                     tell(at)
                 return rows + said["rows"]
             except queue.Empty:
                 fault = {"status": "time limit", "reason": f"no result in {limit:.0f} s"}
-                if time.monotonic() >= end:
-                    self._end()
-                    continue
             except (EOFError, BrokenPipeError):
                 code = self._process.wait()
                 fault = {"status": "unsupported", "reason": f"its process ended with code {code}"}
                 if code == -signal.SIGKILL:
                     fault = {"status": "out of memory", "reason": "killed by the system"}
             self._end()
+            if time.monotonic() >= end:
+                break
             if at in anchors and at not in names:
                 anchors.remove(at)
-                continue
-            if at is None and len(names) > 1:  # while calls took turns: nobody knows whose fault it was
-                alone = [
-                    self.measure({**turn, "names": [name], "anchors": anchors}, limit, tell, end) for name in names
-                ]
+            elif at is None and len(names) > 1:  # while calls took turns: nobody knows whose fault it was
+                alone = [self.measure({**turn, "names": [n], "anchors": anchors}, limit, tell, end) for n in names]
                 return rows + [row for found in alone for row in found]
-            at = at or names[0]
-            rows += [blank(turn, at, which) | fault for which in passes(turn)]
-            names.remove(at)
-        return rows
+            else:
+                at = at or names[0]
+                rows += [blank(turn, at, which) | fault for which in passes(turn)]
+                names.remove(at)
+        return rows + [blank(turn, name, which) | OVER for name in names for which in passes(turn)]
 
     def _start(self):
         environment = {**os.environ, "PYTHONPATH": str(self._root), "TORCHINDUCTOR_COMPILE_THREADS": "1"}

@@ -1,5 +1,5 @@
 // The CPU backend of infsa::central_query_fwd and infsa::central_query_bwd: checks, memory and the division into tasks.
-// The equations are in docs/linear_layer.md, the arithmetic in layer_kernels.h.
+// The equations are in docs/pooled_linear.md, the arithmetic in layer_kernels.h.
 //
 //   y_i = W_h x^_i + b_h,  u_i = s y_i,  E = sum_i ||u_i||,  qbar = sum_i ||u_i|| u_i / (E + eps)       s = 1 / sqrt(d)
 //

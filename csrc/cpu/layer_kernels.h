@@ -1,5 +1,5 @@
 // The pooled layer's two operators on the CPU, a block of tokens at a time: loaded, normalised, multiplied by packed
-// matrices, and reduced while the results are still in cache. Equations and gradients: docs/linear_layer.md.
+// matrices, and reduced while the results are still in cache. Equations and gradients: docs/pooled_linear.md.
 //
 // Included by isa_<set>.cpp only.
 #pragma once

@@ -1,5 +1,5 @@
 // The CPU backend of infsa::score_pool_fwd and infsa::score_pool_bwd: checks, memory and the division into tasks. The
-// equations are in docs/linear_layer.md, the arithmetic in layer_kernels.h.
+// equations are in docs/pooled_linear.md, the arithmetic in layer_kernels.h.
 //
 //   r_j = ReLU(x^_j . key_h + key_bias_h),  R = sum_j r_j,  pooled = sum_j r_j x^_j / (R + eps),  mass = R / (R + eps)
 //

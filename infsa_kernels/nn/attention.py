@@ -6,16 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import _check
-from ..ops.linear import linear_infsa_scores
-from ..ops.linear_layer import pooled_linear_infsa
-from ..ops.pure import pure_infsa, pure_infsa_scores
-from ._arguments import integer, number
-from ._host import Leaf
-from ._masks import as_bool, refuse_attention_masks
-from ._plain import is_exactly, is_plain
-
-VARIANTS = ("linear_infsa", "pure_infsa")
+from ..ops.pooled_linear import pooled_linear_infsa
+from .checks import fraction, integer, number
+from .functional import VARIANTS, attend
+from .fx import Leaf
+from .masks import multihead_padding, refuse_attention_masks
+from .plain import is_exactly, is_plain
+from .rho import attach_rho, logit, rho_of
 
 
 class InfSAAttention(Leaf):
@@ -88,8 +85,9 @@ class InfSAAttention(Leaf):
         vdim = embed_dim if vdim is None else vdim
         for name, size in (("embed_dim", embed_dim), ("num_heads", num_heads), ("kdim", kdim), ("vdim", vdim)):
             integer("InfSAAttention", name, size)
-        for name, value in (("dropout", dropout), ("rho_init", rho_init), ("eps", eps)):
-            number("InfSAAttention", name, value)
+        number("InfSAAttention", "dropout", dropout)
+        number("InfSAAttention", "eps", eps)
+        fraction("InfSAAttention", "rho_init", rho_init)
         if embed_dim % num_heads:
             raise ValueError(
                 f"InfSAAttention: embed_dim is {embed_dim}, expected a multiple of num_heads = {num_heads}; "
@@ -99,11 +97,6 @@ class InfSAAttention(Leaf):
             raise ValueError(f"InfSAAttention: variant is {variant!r}, expected 'linear_infsa' or 'pure_infsa'")
         if not 0 <= dropout <= 1:
             raise ValueError(f"InfSAAttention: dropout is {dropout}, expected a probability between 0 and 1")
-        if not 0 < rho_init < 1:
-            raise ValueError(
-                f"InfSAAttention: rho_init is {rho_init}, expected a number between 0 and 1, both excluded"
-            )
-        _check.number("InfSAAttention", "eps", eps)
         if not (math.isfinite(eps) and eps > 0):
             raise ValueError(f"InfSAAttention: eps is {eps}, expected a finite number above 0; the paper's is 1e-6")
         if tied and kdim != embed_dim:
@@ -127,12 +120,7 @@ class InfSAAttention(Leaf):
         for name in ("bias_k", "bias_v"):
             token = nn.Parameter(torch.empty(1, 1, embed_dim, **factory)) if add_bias_kv else None
             self.register_parameter(name, token)
-        # (1,) and not (), which FSDP2 cannot shard.
-        rho_logit = torch.empty(num_heads if rho_per_head else 1, **factory)
-        if rho_trainable:
-            self.rho_logit = nn.Parameter(rho_logit)
-        else:
-            self.register_buffer("rho_logit", rho_logit)
+        attach_rho(self, rho_init, rho_trainable, num_heads if rho_per_head else 1, **factory)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -149,12 +137,12 @@ class InfSAAttention(Leaf):
         if self.bias_k is not None:
             nn.init.xavier_normal_(self.bias_k)
             nn.init.xavier_normal_(self.bias_v)
-        self.rho_logit.fill_(math.log(self.rho_init / (1 - self.rho_init)))
+        self.rho_logit.fill_(logit(self.rho_init))
 
     @property
     def rho(self) -> Tensor:
         """The output scale, (1,) or (H,), with its gradient."""
-        return torch.sigmoid(self.rho_logit)
+        return rho_of(self)
 
     def forward(
         self,
@@ -210,11 +198,11 @@ class InfSAAttention(Leaf):
         key = query if key_is_query else self._batch_first(key)
         value = key if value_is_key else self._batch_first(value)
         self._check_sizes(query, key, value)
-        key_padding_mask = as_bool("key_padding_mask", key_padding_mask, key, batched)
+        key_padding_mask = multihead_padding("key_padding_mask", key_padding_mask, key, batched)
         if query_padding_mask is None and key_is_query:
             query_padding_mask = key_padding_mask
         else:
-            query_padding_mask = as_bool("query_padding_mask", query_padding_mask, query, batched)
+            query_padding_mask = multihead_padding("query_padding_mask", query_padding_mask, query, batched)
 
         masks = key_padding_mask, query_padding_mask
         out, weights = self._attend(query, key, value, *masks, need_weights, norm)
@@ -245,7 +233,7 @@ class InfSAAttention(Leaf):
                 "for every token; call the module"
             )
         self._check_sizes(x, x, x)
-        padding_mask = as_bool("padding_mask", padding_mask, x, batched=True)
+        padding_mask = multihead_padding("padding_mask", padding_mask, x, batched=True)
         return self._attend(x, x, x, padding_mask, padding_mask, False, norm)[0].squeeze(1)
 
     def _pool(self, x: Tensor, norm: nn.Module | None, padding_mask: Tensor | None) -> Tensor | None:
@@ -306,22 +294,10 @@ class InfSAAttention(Leaf):
             )
             key_padding_mask = None if key_padding_mask is None else F.pad(key_padding_mask, (0, 1))
 
-        arguments = self.rho, self.eps, key_padding_mask, query_padding_mask
-        weights = None
-        if need_weights or (self.training and self.dropout > 0):
-            if self.variant == "linear_infsa":
-                weights = linear_infsa_scores(q, k, *arguments).mT
-            else:
-                weights = pure_infsa_scores(q, k, *arguments)
-            weights = F.dropout(weights, self.dropout, self.training)
-            if key_padding_mask is not None:
-                v = v.masked_fill(key_padding_mask[:, None, :, None], 0)
-            context = weights @ v
-        elif self.variant == "linear_infsa":
-            rho, eps, *masks = arguments
-            context = torch.ops.infsa.linear(q, k, v, eps, rho, *masks).unsqueeze(2)
-        else:
-            context = pure_infsa(q, k, v, *arguments)
+        context, weights = attend(
+            q, k, v, self.variant, self.rho, self.eps, key_padding_mask, query_padding_mask,
+            dropout_p=self.dropout if self.training else 0.0, need_scores=need_weights,
+        )  # fmt: skip
         out = self._per_token(self.out_proj, context.transpose(1, 2).flatten(2))
         return out, weights if need_weights else None
 

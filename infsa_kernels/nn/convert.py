@@ -7,10 +7,9 @@ from dataclasses import dataclass, field, replace
 
 from torch import nn
 
-from ._arguments import number
-from ._families import Options, Plan, dispatches, is_known, note_on, plan_of
-from ._host import LEAVE_OUT, class_path
-from .attention import VARIANTS
+from .checks import LEAVE_OUT, class_path, fraction
+from .families import Options, Plan, dispatches, is_known, note_on, plan_of
+from .functional import VARIANTS
 
 
 @dataclass(frozen=True)
@@ -160,9 +159,7 @@ def replace_attention(
 def _checked_options(variant, rho_init, rho_trainable, copy_weights) -> Options:
     if variant not in VARIANTS:
         raise ValueError(f"convert: variant is {variant!r}, expected 'linear_infsa' or 'pure_infsa'")
-    number("convert", "rho_init", rho_init)
-    if not 0 < rho_init < 1:
-        raise ValueError(f"convert: rho_init is {rho_init}, expected a number between 0 and 1, both excluded")
+    fraction("convert", "rho_init", rho_init)
     return Options(variant, rho_init, rho_trainable, copy_weights)
 
 

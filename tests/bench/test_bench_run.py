@@ -212,7 +212,7 @@ def test_a_new_measurement_ends_with_one_screen(monkeypatch, tmp_path, capsys):
     assert str(tmp_path / "report.html") in said.out
     assert len(said.out.splitlines()) <= 50
     assert max(map(len, said.out.splitlines())) <= 170
-    assert re.search(r"1/\d+  0:00 gone, \d:\d\d left  operator 1024² fwd", said.err)
+    assert re.search(r"0:00 of at most 3 minutes gone, .* left  1/\d+ operator 1024² x1 fwd eager", said.err)
 
 
 def test_a_tiny_run_from_end_to_end(tmp_path):
