@@ -137,7 +137,9 @@ def main(seed: int):
         for a, w in zip(actual or (), wanted or ()):
             assert (a.shape, a.dtype, a.device) == (w.shape, w.dtype, w.device)
             if not changed:
-                torch.testing.assert_close(a.double(), w.double(), rtol=0.05, atol=0.05 * float(w.abs().max() if w.numel() else 0))
+                torch.testing.assert_close(
+                    a.double(), w.double(), rtol=0.05, atol=0.05 * float(w.abs().max() if w.numel() else 0)
+                )
         print("refused" if actual is None else "answered", flush=True)
 
 
