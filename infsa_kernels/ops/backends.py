@@ -152,14 +152,16 @@ def choose_backend(
         if reason := why_not(op, forced, device, dtype, shape):
             raise RuntimeError(f"infsa_kernels: backend {forced!r} cannot run this call: {reason}")
         return forced
-    names = [name for name in PREFERENCE.get(device.type, ("eager",)) if name in OPERATORS.get(op, SUFFIXES)]
-    if names[0] == "triton" and os.environ.get("INFSA_TRITON") == "0":
-        names.pop(0)
-    for name in names:
-        if why_not(op, name, device, dtype, shape) is None:
+    refused = None
+    for name in PREFERENCE.get(device.type, ("eager",)):
+        if name not in OPERATORS.get(op, SUFFIXES) or (name == "triton" and os.environ.get("INFSA_TRITON") == "0"):
+            continue
+        reason = why_not(op, name, device, dtype, shape)
+        if reason is None:
             break
-    if name != names[0]:
-        _warn_of_fallback(name, names[0], why_not(op, names[0], device, dtype, shape))
+        refused = refused or (name, reason)
+    if refused:
+        _warn_of_fallback(name, *refused)
     return name
 
 
