@@ -146,7 +146,8 @@ def test_what_is_wrong_only_at_the_size_that_is_measured_gets_no_time(monkeypatc
 
 def test_a_layer_is_examined_once_for_both_its_passes(monkeypatch):
     whole = []
-    monkeypatch.setattr(gate, "_whole", lambda subject, real=gate._whole: whole.append(subject.tokens) or real(subject))
+    real = gate._whole
+    monkeypatch.setattr(gate, "_whole", lambda subject, *args: whole.append(subject.tokens) or real(subject, *args))
     measure("softmax", "linear_infsa", level="layer")
     assert sorted(whole) == [49, 196, 196]
     assert all("gradients at 224 pixels" in row["checked"] for row in measure("softmax", level="layer", phase="train"))
