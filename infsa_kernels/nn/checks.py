@@ -6,6 +6,10 @@ import torch
 from torch import Tensor
 
 NO_CAUSAL = "InfSA divides by sums over all queries, and a causal form of it does not exist yet"
+NO_DROPOUT = (
+    "in multi-hop InfSA all hops go through the same scores, which are never held, so none can be dropped; drop the output "
+    "(nn.Dropout) instead"
+)
 LEAVE_OUT = "; convert(exclude_patterns=...) leaves a module of this name as it was"
 
 

@@ -29,7 +29,7 @@ def launching(arch: str, launch: Callable):
     driver.set_active(_Driver(arch))
     try:
         with (
-            mock.patch.object(configs, "arch_of", lambda device: arch),
+            mock.patch.object(configs, "arch_of", return_value=arch),
             mock.patch.object(
                 JITFunction,
                 "run",

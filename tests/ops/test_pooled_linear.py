@@ -134,7 +134,8 @@ def layouts():
 @pytest.mark.parametrize("layout", list(layouts()))
 @pytest.mark.parametrize("masked", [False, True])
 def test_layouts(layout, masked):
-    call = layer(masked=masked, tied=False)
+    # The gradient of equal tokens all but cancels where eps is small: plain code in another order of sums has other digits.
+    call = {**layer(masked=masked, tied=False), "eps": 1.0}
     call["x"] = layouts()[layout](call["x"].detach()).requires_grad_()
     for name in ("q_weight", "k_weight", "v_weight", "out_weight"):
         call[name] = call[name].detach().mT.contiguous().mT.requires_grad_()

@@ -170,8 +170,8 @@ def operation(opcode: str) -> tuple[list[str], str, Callable] | None:
     if found := re.fullmatch(r"(mul|mad)\.wide\.(s16|u16|s32|u32)", opcode):
         narrow, wide = found[2], widened(found[2])
 
-        def product(x, y, z=TYPES[wide].type(0)):
-            return np.multiply(x, y, dtype=TYPES[wide]) + z
+        def product(x, y, *z):
+            return np.add(np.multiply(x, y, dtype=TYPES[wide]), *(z or (TYPES[wide].type(0),)))
 
         return [narrow, narrow] + [wide] * (found[1] == "mad"), wide, product
     if found := re.fullmatch(r"(shl|shr)\.([sub](?:16|32|64))", opcode):

@@ -80,7 +80,7 @@ def executing(order: Order = together, first_wins: bool = False, see: Callable[[
 
     with (
         launching("sm_80", launch),
-        mock.patch.object(backends, "_why_not_triton", lambda *call: None),
+        mock.patch.object(backends, "_why_not_triton", return_value=None),
         infsa_kernels.backend("triton"),
     ):
         yield

@@ -70,11 +70,14 @@ class Machine:
         dtype = TYPES[kind]
         if operand in self.registers or operand in self.special:
             value = self.registers.get(operand, self.special.get(operand))
-            assert value.dtype.itemsize == dtype.itemsize and (value.dtype == bool) == (dtype == bool), (operand, kind)
+            assert value.dtype.itemsize == dtype.itemsize and (value.dtype.kind == "b") == (kind == "pred"), (
+                operand,
+                kind,
+            )
             return value.view(dtype)
         if operand[:2] == "0f":
             return np.uint32(int(operand[2:], 16)).view(dtype)
-        if dtype == bool:
+        if kind == "pred":
             return np.bool_(int(operand))
         bits = 8 * dtype.itemsize
         return UINT[dtype.itemsize](int(operand.rstrip("U"), 0) & ((1 << bits) - 1)).view(dtype)

@@ -13,11 +13,13 @@ class Instruction:
     operands: tuple[str, ...]
     guard: str | None  # the predicate register before it, if any
     negated: bool
-    where: str  # line of the PTX, and of the source where the compiler says so
+    line: int  # of the PTX
+    source: str | None  # "linear.py:64", where the compiler says so
 
     def __str__(self) -> str:
         guard = f"@{'!' if self.negated else ''}{self.guard} " if self.guard else ""
-        return f"`{guard}{self.opcode} {', '.join(self.operands)}` ({self.where})"
+        where = f"line {self.line}" + (f", {self.source}" if self.source else "")
+        return f"`{guard}{self.opcode} {', '.join(self.operands)}` ({where})"
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,7 @@ def parse(ptx: str) -> Kernel:
         if line.startswith(".reg"):
             _declare(line, registers)
         elif line and not re.match(r"\.(loc|reqntid|maxntid|pragma)\b", line) and line not in "{":
-            where = f"line {number}" + (f", {source}" if source else "")
-            code.append(_instruction(line, where))
+            code.append(_instruction(line, number, source))
     return Kernel(head[1], parameters, registers, tuple(code), labels)
 
 
@@ -61,11 +62,12 @@ def _declare(line: str, registers: dict[str, int]) -> None:
     registers.update((f"{prefix}{i}", BITS[kind]) for i in range(int(count)))
 
 
-def _instruction(line: str, where: str) -> Instruction:
-    assert line.endswith(";"), f"cannot read {line!r}, {where}"
-    guard, opcode, operands = re.fullmatch(r"(?:@(!?%\w+)\s+)?([a-z][\w.:]*)\s*(.*);", line).groups()
+def _instruction(text: str, line: int, source: str | None) -> Instruction:
+    found = re.fullmatch(r"(?:@(!?%\w+)\s+)?([a-z][\w.:]*)\s*(.*);", text)
+    assert found, f"cannot read {text!r} in line {line}"
+    guard, opcode, operands = found.groups()
     negated = bool(guard) and guard[0] == "!"
-    return Instruction(opcode, tuple(listed(operands)), guard and guard.lstrip("!"), negated, where)
+    return Instruction(opcode, tuple(listed(operands)), guard and guard.lstrip("!"), negated, line, source)
 
 
 def listed(text: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Every Triton kernel as compiled for sm_80, instruction by instruction: right, in bounds, with nothing unwritten read and no race.
+"""Every Triton kernel as compiled for sm_80, executed: right, in bounds, nothing read that was never written, no race.
 
 What finds the last three is the machine itself, whose own tests are in test_machine.py; that every barrier and every wait is
 needed, or why not, in test_mutants.py.
