@@ -10,7 +10,16 @@ These functions materialise whatever the equations name (Pure: the N x M matrix)
 import torch
 from torch import Tensor
 
-__all__ = ["central_query", "linear", "linear_layer", "linear_scores", "multi_hop", "pure", "pure_scores", "score_pool"]
+__all__ = [
+    "central_query",
+    "linear",
+    "linear_scores",
+    "multi_hop",
+    "pooled_linear",
+    "pure",
+    "pure_scores",
+    "score_pool",
+]
 
 
 def linear_scores(
@@ -121,7 +130,7 @@ def _per_head(rho: float | Tensor, scores: Tensor, trailing: int) -> float | Ten
     return rho.to(scores.dtype)[(..., *[None] * trailing)] if isinstance(rho, Tensor) else rho
 
 
-def linear_layer(
+def pooled_linear(
     x: Tensor,
     num_heads: int,
     q_weight: Tensor,

@@ -11,8 +11,9 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from ..ops import _check
-from ..ops.pure import operator, pure_infsa_scores
+from ..eager.common import acc_dtype
+from ..ops import qkv
+from ..ops.pure import pure, pure_infsa_scores, raw
 
 
 class TokenGraph:
@@ -47,12 +48,12 @@ class TokenGraph:
         eps: float = 1e-6,
     ):
         k = q if k is None else k
-        operator.check_scores(q, k, 1.0, eps, key_padding_mask, query_padding_mask)
+        qkv.demand_of_scores(pure, raw, q, k, 1.0, eps, key_padding_mask, query_padding_mask)
         if q.dim() != 4:
             raise ValueError(
                 f"TokenGraph: q has shape {list(q.shape)}, expected (B, H, N, d); view it with 4 dimensions"
             )
-        acc = _check.acc_dtype(q)
+        acc = acc_dtype(q)
         self.q = q.to(acc)
         self.k = self.q if k is q else k.to(acc)
         self.key_padding_mask, self.query_padding_mask, self.eps = key_padding_mask, query_padding_mask, eps
@@ -103,9 +104,8 @@ class TokenGraph:
         """F, (B, H): the Frobenius norm of the ReLU scores. A statistic, without a gradient."""
         with torch.no_grad():
             values = self.q.new_ones(1, 1, 1, 1).expand(*self.k.shape[:3], 1)
-            return operator.statistics(
-                self.q, self.k, values, self.eps, self.key_padding_mask, self.query_padding_mask
-            )[0]
+            masks = self.key_padding_mask, self.query_padding_mask
+            return qkv.statistics(raw, self.q, self.k, values, self.eps, *masks)[0]
 
     def dense(self) -> Tensor:
         """A itself, (B, H, N, M): for looking at small graphs."""

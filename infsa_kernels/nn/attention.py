@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.linear_layer import pooled_linear_infsa
+from ..ops.pooled_linear import pooled_linear_infsa
 from .checks import fraction, integer, number
 from .functional import attend, check_variant, refuse_dropout
 from .fx import Leaf

@@ -5,9 +5,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..graph.walks import multi_hop_infsa
-from ..ops._public import overridable
 from ..ops.linear import linear_infsa, linear_infsa_scores
 from ..ops.pure import pure_infsa, pure_infsa_scores
+from ..ops.register import overridable
 from .checks import NO_DROPOUT, integer
 from .masks import without
 

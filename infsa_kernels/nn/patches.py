@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops._public import overridable
+from ..ops.register import overridable
 from .fx import Leaf
 
 

@@ -5,7 +5,7 @@ from timm.layers import Attention
 from timm.models import is_model, register_model
 from torch import Tensor, nn
 
-from ..ops.linear_layer import pooled_linear_infsa
+from ..ops.pooled_linear import pooled_linear_infsa
 from .checks import NO_CAUSAL
 from .functional import attend
 from .fx import Leaf

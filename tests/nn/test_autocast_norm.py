@@ -62,7 +62,7 @@ def test_error_is_that_of_the_plain_path(change, masked, dtype, device, backend)
         call = layer(torch.float32, tied=False, masked=masked)
         call["x"] = change(call["x"].detach()).requires_grad_()
         dout = output_gradient(call)
-        truth = results(reference.linear_layer, to(call, torch.float64), dout.double())
+        truth = results(reference.pooled_linear, to(call, torch.float64), dout.double())
         with torch.autocast(device, dtype):
             actual, plain = results(pooled_linear_infsa, call, dout), results(plain_path, call, dout)
         assert actual["out"].dtype == dtype
@@ -110,7 +110,7 @@ def test_transforms_and_compile(device, backend):
     weights = torch.stack([call["norm_weight"], call["norm_weight"] + 1])
 
     def forward(x, norm_weight):
-        return torch.ops.infsa.linear_layer(x, **{**call, "norm_weight": norm_weight})
+        return torch.ops.infsa.pooled_linear(x, **{**call, "norm_weight": norm_weight})
 
     def gradient(x, norm_weight):
         return torch.func.grad(lambda *args: forward(*args).float().square().sum(), argnums=(0, 1))(x, norm_weight)
