@@ -38,6 +38,8 @@ def why_not(op: str, backend: str, device: torch.device, dtype: torch.dtype, sha
     if backend == "cpu":
         if device.type != "cpu":
             return f"the tensors are on {device}, not on the CPU"
+        if "cpu" not in OPERATORS[op]:
+            return f"infsa::{op} has no C++ kernels for the CPU"
         return _extension_error
     if backend == "cuda":
         return _why_not_cuda(op, device, dtype, shape)
