@@ -152,8 +152,9 @@ def test_a_layer_is_examined_once_for_both_its_passes(monkeypatch):
     assert sorted(whole) == [49, 196, 196]
     assert all("gradients at 224 pixels" in row["checked"] for row in measure("softmax", level="layer", phase="train"))
     assert len(whole) == 3
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
     measure("softmax", level="layer", way="compile")
-    assert whole[3:] == [49]
+    assert whole[3:] == [49]  # the compiled function itself
 
 
 @pytest.mark.parametrize("name", ["linear_infsa", "pure_infsa"])
