@@ -71,7 +71,7 @@ def test_limits_of_the_machine_take_their_turn():
 def test_limits_of_the_machine_take_their_turn_beside_layers(phase):
     found = measure("linear_infsa", "pure_infsa", level="layer", phase=phase, anchors=("linear_infsa", "gemm"))
     by_name = {(row["name"], row["pass"]): row for row in found}
-    # Tokens N = 49, D = 64: Linear's one projection and two products with 4 heads; Pure's three projections and two N x N products.
+    # N = 49, D = 64: Linear's one projection and two products with 4 heads; Pure's three projections and two N x N products.
     least = {"linear_infsa": (49 * 64 * (2 * 64 + 4 * 4), 49 * 64 * (6 * 64 + 10 * 4)),
              "pure_infsa": (6 * 49 * 64**2 + 4 * 49**2 * 64, 12 * 49 * 64**2 + 10 * 49**2 * 64)}  # fmt: skip
     for (name, which), row in by_name.items():
