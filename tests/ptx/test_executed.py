@@ -82,10 +82,12 @@ KINDS = [
     for tied in (False, True)
     for masks in ("", "keys", "queries", "keys, queries")
 ]
-IN_MAKE_TEST = [kind for kind in KINDS if not kind[3]] + [
+IN_MAKE_TEST = [
+    *(("linear", dtype, False, "") for dtype in DTYPES),
     ("linear", "bf16", True, "keys, queries"),
     ("linear", "fp16", False, "keys, queries"),
-    ("linear", "fp32", False, "keys, queries"),
+    *(("pure", dtype, False, "") for dtype in DTYPES),
+    ("pure", "bf16", True, ""),
     ("pure", "fp16", True, "keys, queries"),
     ("pure", "bf16", False, "keys, queries"),
     ("pure", "fp32", False, "keys, queries"),
