@@ -22,7 +22,7 @@ import infsa_kernels
 from infsa_kernels.testing import FORWARD, GRADIENT, error_of_eager, rounding
 
 from . import peers
-from .subject import Subject
+from .subject import Subject, heads_of_model
 
 # Where layers and models are compared whole; pictures above LARGE are compared at its size.
 LAYER, MODEL, LARGE = 224, 112, 2048
@@ -32,7 +32,7 @@ GRADIENTS_UP_TO = 1024
 DRAWS, ZERO = 3, 1e-12
 
 # What a truth of our operators depends on: the last one is kept. What a verdict depends on, beside the level's own.
-SHARED = ("pixels", "dtype", "layout", "batch", "dim", "phase", "device")
+SHARED = ("pixels", "dtype", "layout", "batch", "dim", "heads", "phase", "device")
 CASE = ("level", "dtype", "layout", "batch", "dim", "pixels", "way")
 _known: dict[tuple | bool, tuple] = {}
 _verdicts: dict[tuple, "Verdict"] = {}
@@ -60,38 +60,43 @@ class Verdict:
         return found | {"status": "wrong", "reason": reason}
 
 
-def examine(subject: Subject, function) -> Verdict:
+def examine(subject: Subject, function=None) -> Verdict:
     """Calls what is measured, or the same at a size at which float64 is cheap, and compares; once for every case."""
     level = subject.case["level"]
     by_phase = level == "operator" or subject.case["way"] == "compile"
     size = subject.case["depth"] if level == "model" else subject.module.num_heads
     key = subject.name, size, by_phase and subject.case["phase"], *(str(subject.case[f]) for f in CASE)
     if key not in _verdicts:
-        with sdpa_kernel(SDPBackend.MATH):  # float64 not by the backend under test, which may have none
-            compare = {"operator": _operator, "layer": _layer, "model": _model}[level](subject)
-        _verdicts[key] = compare(function)
+        compare = {"operator": _operator, "layer": _layer, "model": _model}[level]
+        _verdicts[key] = compare(subject, function or subject.function())
     return _verdicts[key]
 
 
-def _operator(subject: Subject):
-    return _core(subject, subject.inputs, subject.case["phase"] == "train")
+def forget() -> None:
+    """What was examined: the code has changed since."""
+    _verdicts.clear()
 
 
-def _layer(subject: Subject):
+def _operator(subject: Subject, function) -> Verdict:
+    return _core(subject, function, subject.inputs, subject.case["phase"] == "train")
+
+
+def _layer(subject: Subject, function) -> Verdict:
     if subject.case["way"] == "compile":
-        return _whole(subject)
-    small, own = (subject.at(pixels=size, phase="train") for size in (LAYER, min(LARGE, subject.case["pixels"])))
-    parts = [(_whole(small), small.function())]
+        return _whole(subject, function)
+    own = subject.at(pixels=min(LARGE, subject.case["pixels"]), phase="train")
+    if own.case["pixels"] == LAYER:
+        return _whole(own, own.function())
+    small = examine(subject.at(pixels=LAYER))
     if own.module.FUSED:
-        parts.append((_whole(own), own.function()))
-    else:
-        with torch.no_grad():
-            q, k, v = own.module.project(own.module.sublayer_norm(own.inputs[0]))
-        parts.append((_core(own, [v if t is None else t for t in (q, k, v)], False), own.on_backend(own.module.core)))
-    return lambda _: _worst([compare(function) for compare, function in parts])
+        return _worst(small, _whole(own, own.function()))
+    with torch.no_grad():
+        q, k, v = own.module.project(own.module.sublayer_norm(own.inputs[0]))
+    inputs = [v if t is None else t for t in (q, k, v)]
+    return _worst(small, _core(own, own.on_backend(own.module.core), inputs, train=False))
 
 
-def _model(subject: Subject):
+def _model(subject: Subject, function) -> Verdict:
     small = subject.at(pixels=MODEL)
     exact = copy.deepcopy(small.module).double()
 
@@ -100,17 +105,13 @@ def _model(subject: Subject):
             return {"out": exact(inputs[0].double())}, {"out": small.module(inputs[0])}, None
 
     expected = _expected(evaluate, [small.inputs[0][-1:]], DRAWS)
-    layer = subject.at(level="layer")
-
-    def compare(function) -> Verdict:
-        with torch.no_grad():
-            whole = judge({"out": small.module(*small.inputs)[-1:]}, *expected, f"all at {MODEL} pixels")
-        return _worst([whole, examine(layer, layer.function())])
-
-    return compare
+    with torch.no_grad():
+        whole = judge({"out": small.function()(*small.inputs)[-1:]}, *expected, f"all at {MODEL} pixels")
+    heads = heads_of_model(subject.name, subject.case["depth"], subject.case["dim"])
+    return _worst(whole, examine(subject.at(level="layer", heads=heads)))
 
 
-def _core(subject: Subject, inputs: list[Tensor], train: bool):
+def _core(subject: Subject, function, inputs: list[Tensor], train: bool) -> Verdict:
     """Compares a core on q, k and v."""
     exact = copy.deepcopy(subject.module).double()
     count, gradients = exact.rows_to_check(train, ROWS, GRADIENTS_UP_TO)
@@ -140,16 +141,13 @@ def _core(subject: Subject, inputs: list[Tensor], train: bool):
     part = "" if len(heads) == exact.num_heads else f" in {len(heads)} of {exact.num_heads} heads"
     checked = _part(rows, subject) + part + (" and gradients" if gradients else "")
 
-    def compare(function) -> Verdict:
-        found = _call(function, inputs, dout if gradients else None, ("dq", "dk", "dv"))
-        found = {n: t[-1:, heads] for n, t in found.items()}
-        found = {n: t if n == "out" and exact.POOLED else t[:, :, rows] for n, t in found.items()}
-        return judge(found, *expected, checked)
-
-    return compare
+    found = _call(function, inputs, dout if gradients else None, ("dq", "dk", "dv"))
+    found = {n: t[-1:, heads] for n, t in found.items()}
+    found = {n: t if n == "out" and exact.POOLED else t[:, :, rows] for n, t in found.items()}
+    return judge(found, *expected, checked)
 
 
-def _whole(subject: Subject):
+def _whole(subject: Subject, function) -> Verdict:
     """Compares a layer, x + layer(LayerNorm(x))."""
     module, x = subject.module, subject.inputs[0][-1:]
     exact = copy.deepcopy(module).double()
@@ -180,12 +178,9 @@ def _whole(subject: Subject):
     expected = _expected(evaluate, [x], DRAWS if subject.tokens <= GRADIENTS_UP_TO else 1)
     checked = f"{_part(rows, subject)}{' and gradients' if gradients else ''} at {subject.case['pixels']} pixels"
 
-    def compare(function) -> Verdict:
-        if gradients:
-            return judge(results(function, module, x), *expected, checked)
-        return judge(results(lambda x: function(subject.inputs[0])[-1:, rows], module, x), *expected, checked)
-
-    return compare
+    if gradients:
+        return judge(results(function, module, x), *expected, checked)
+    return judge(results(lambda x: function(subject.inputs[0])[-1:, rows], module, x), *expected, checked)
 
 
 def _undecided_tokens(exact: nn.Module, x: Tensor) -> Tensor | None:
@@ -211,7 +206,8 @@ def _expected(evaluate, inputs: list[Tensor], draws: int) -> tuple[dict[str, Ten
     generator = torch.Generator().manual_seed(2)
     for draw in range(draws):
         noise = [(torch.rand(t.shape, generator=generator).to(t) - 0.5) / 32 if draw else 0 for t in inputs]
-        truth, plain, undecided = evaluate([t * (1 + n) for t, n in zip(inputs, noise)])
+        with sdpa_kernel(SDPBackend.MATH):  # float64 not by the backend under test, which may have none
+            truth, plain, undecided = evaluate([t * (1 + n) for t, n in zip(inputs, noise)])
         expected = expected or (truth, errors, undecided)
         for name, true in truth.items():
             error = error_of_eager(*(_decided(name, t, undecided) for t in (plain[name], true)), plain[name].dtype)
@@ -257,6 +253,6 @@ def judge(found: dict, truth: dict, errors: dict, undecided: Tensor | None, chec
     return max(verdicts, key=Verdict.badness)
 
 
-def _worst(verdicts: list[Verdict]) -> Verdict:
+def _worst(*verdicts: Verdict) -> Verdict:
     checked = "; ".join(verdict.checked for verdict in verdicts)
     return replace(max(verdicts, key=Verdict.badness), checked=checked)

@@ -1,5 +1,7 @@
 """Tokens of a real photograph: patches of 16 x 16 pixels, projected by fixed random matrices to q, k and v."""
 
+from functools import lru_cache
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -36,18 +38,14 @@ def picture(pixels: int) -> Tensor:
     return image[None]
 
 
-def tokens(pixels: int) -> Tensor:
-    """The normalised tokens that q, k and v are projected from: (N, D), float32, N = (pixels / PATCH)^2."""
-    return _of_layer(pixels)[0]
+@lru_cache(maxsize=2)  # points come by size
+def inputs(level: str, pixels: int) -> list[Tensor]:
+    """A model's picture; a layer's tokens x (1, N, D); or an operator's q, k, v, projected from x as by one untrained layer.
 
-
-def queries_keys_values(pixels: int) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v of one random, untrained attention layer over the patches, each (N, D), float32."""
-    return _of_layer(pixels, projections=3)[1:]
-
-
-def _of_layer(pixels: int, projections: int = 0) -> list[Tensor]:
-    """Tokens and their projections. What repeats in a large picture is projected once."""
+    N = (pixels / PATCH)^2. What repeats in a large picture is projected once.
+    """
+    if level == "model":
+        return [picture(pixels)]
     repeats = pixels // PERIOD if pixels % PERIOD == 0 else 1
     side = pixels // PATCH // repeats
     whole = picture(pixels // repeats)[0, :, : side * PATCH, : side * PATCH]
@@ -60,5 +58,5 @@ def _of_layer(pixels: int, projections: int = 0) -> list[Tensor]:
         return x @ (torch.randn(x.shape[1], D, generator=generator) / x.shape[1] ** 0.5)
 
     x = torch.nn.functional.layer_norm(project(patches), (D,))
-    found = [x, *(project(x) for _ in range(projections))]
-    return [t.view(side, side, D).repeat(repeats, repeats, 1).flatten(0, 1) for t in found]
+    found = [x] if level == "layer" else [project(x) for _ in "qkv"]
+    return [t.view(side, side, D).repeat(repeats, repeats, 1).flatten(0, 1)[None] for t in found]

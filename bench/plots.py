@@ -3,6 +3,7 @@
 One colour per mechanism, and labels at the lines instead of legends.
 """
 
+from itertools import pairwise
 from pathlib import Path
 
 import matplotlib as mpl
@@ -36,7 +37,7 @@ SETTINGS = {
 }  # fmt: skip
 
 # Height of a line of a label as a part of the axes' height, and the part of a plot's width that labels have.
-LABEL_HEIGHT, LABEL_SHARE = 0.062, 0.32
+LABEL_HEIGHT, LABEL_SHARE = 0.062, 0.36
 
 
 def draw_all(rows: list[dict], out: Path) -> list[Path]:
@@ -121,7 +122,7 @@ def over_N(rows, field, title, formatter, slopes=False):
     passes = [p for p in drawn if any(len(points(rows, n, p, field)) > 1 for n in LINES)]
     if not passes:
         return None
-    figure, axes = panels(len(passes), 7.4, 5.6, title)
+    figure, axes = panels(len(passes), 6.0, 4.6, title)
     for ax, which in zip(axes, passes):
         lines(ax, rows, LINES, which, field, formatter, slopes)
         ax.set_title(PASSES[which])
@@ -136,14 +137,13 @@ def lines(ax, rows, names, which, field, formatter, slopes=False, limit=("", ())
     ends, least = [], [point for point in limit[1] if point[0] in lengths]
     if least:
         ax.plot(*zip(*least), color=LIMIT, linewidth=1.5, linestyle=DASHED, zorder=2)
-        ends.append((least[-1][1], limit[0], LIMIT))
+        ends.append((*least[-1], limit[0], LIMIT))
     for name, found in curves.items():
         size = {"linewidth": 2.8, "markersize": 6, "zorder": 4} if name in OURS else {"linewidth": 1.5, "markersize": 4}
         ax.plot(*zip(*found), color=COLOURS[name], marker="o", **size)
         growth = f"  $N^{{{slope(found):.2f}}}$" if slopes and slope(found) else ""
-        ends.append(
-            (found[-1][1], peers.label(name) + growth + _why_it_ends(rows, name, which, found[-1][0]), COLOURS[name])
-        )
+        why = _why_it_ends(rows, name, which, found[-1][0])
+        ends.append((*found[-1], peers.label(name) + growth + why, COLOURS[name]))
     values = [v for found in (*curves.values(), least) for _, v in found]
     span = max(1.5, max(values) / min(values))
     ax.set_ylim(min(values) / span**0.08, max(values) * span**0.12)
@@ -178,7 +178,7 @@ def speed_ups(rows, title):
         return None
     pixels = next(r["pixels"] for r in rows if r["N"] == N)
     height = 1.6 + 0.27 * max(map(len, bars.values()))
-    figure, axes = panels(len(bars), 7.4, height, f"Time over Linear-InfSA's, {pixels}², {title}")
+    figure, axes = panels(len(bars), 6.0, height, f"Time over Linear-InfSA's, {pixels}², {title}")
     for ax, (which, found) in zip(axes, bars.items()):
         names, times = zip(*found)
         # From 1, where Linear-InfSA stands: a log axis has no zero for bars to begin at.
@@ -231,7 +231,7 @@ def shares(rows, title):
     ax.axhline(1, color=LIMIT, linestyle=DASHED)
     ax.set_ylim(0, max(1.15, ax.get_ylim()[1]))
     ax.yaxis.set_major_formatter(PercentFormatter(1.0))
-    label_ends(ax, [(f[-1][1], f"{peers.label(n)}, {PASSES[p]}", COLOURS[n]) for (n, p), f in curves.items()])
+    label_ends(ax, [(*f[-1], f"{peers.label(n)}, {PASSES[p]}", COLOURS[n]) for (n, p), f in curves.items()])
     return figure
 
 
@@ -276,21 +276,26 @@ def panels(count: int, width: float, height: float, title: str):
     return figure, figure.subplots(1, count, squeeze=False)[0]
 
 
-def label_ends(ax: Axes, ends: list[tuple[float, str, str]]) -> None:
-    """Writes each (y, text, colour) at the right, moved apart where they would overlap. The axes' limits must be final."""
-    height = (ax.transData + ax.transAxes.inverted()).transform
-    labels = sorted((height((1, y))[1], text, colour) for y, text, colour in ends)
-    halves = [LABEL_HEIGHT * (1 + text.count("\n")) / 2 for _, text, _ in labels]
-    at = [y for y, _, _ in labels]
-    for i in range(1, len(at)):
-        at[i] = max(at[i], at[i - 1] + halves[i - 1] + halves[i])
-    for i in reversed(range(len(at))):
-        at[i] = min(at[i], at[i + 1] - halves[i] - halves[i + 1] if i + 1 < len(at) else 1.0)
-    for y, (_, text, colour) in zip(at, labels):
+def label_ends(ax: Axes, ends: list[tuple[float, float, str, str]]) -> None:
+    """Writes each (x, y, text, colour) at the right, joined to its point. The axes' limits must be final.
+
+    Labels that would overlap make way for each other.
+    """
+    to_axes = ax.transData + ax.transAxes.inverted()
+    ends = sorted(ends, key=lambda end: end[1])
+    heights = [to_axes.transform(end[:2])[1] for end in ends]
+    rows = [1 + text.count("\n") for _, _, text, _ in ends]
+    for _ in range(200):
+        for i, j in pairwise(range(len(ends))):
+            overlap = max(0, LABEL_HEIGHT * (rows[i] + rows[j]) / 2 - (heights[j] - heights[i]))
+            heights[i] -= overlap / 2
+            heights[j] += overlap / 2
+        heights[0], heights[-1] = max(heights[0], 0.02), min(heights[-1], 0.98)
+    for (x, y, text, colour), height in zip(ends, heights):
         weight = "bold" if colour in (COLOURS[name] for name in OURS) else "normal"
-        ax.text(
-            1.02 - LABEL_SHARE, y, text, color=colour, transform=ax.transAxes, va="center", fontsize=9.5, weight=weight
-        )
+        place = {"xytext": (1.03 - LABEL_SHARE, height), "textcoords": "axes fraction", "va": "center"}
+        leader = {"arrowstyle": "-", "relpos": (0, 0.5), "color": colour, "alpha": 0.4, "linewidth": 0.7}
+        ax.annotate(text, (x, y), **place, color=colour, fontsize=9.5, weight=weight, arrowprops=leader)
 
 
 def axis_of_lengths(ax: Axes, rows: list[dict], lengths: list[int]) -> None:
@@ -316,7 +321,7 @@ def log_axis(axis, span: float, formatter) -> None:
 
 def seconds(value: float, _=None) -> str:
     name, factor = unit(value)
-    return f"{value * factor:g} {name}"
+    return f"{value * factor:g} {name.replace('us', 'µs')}"
 
 
 def megabytes(value: float, _=None) -> str:

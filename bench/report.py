@@ -18,16 +18,6 @@ PUBLISHED = {
     ("softmax", 4): {"parameters": 57.7e6},
     ("softmax", 24): {"parameters": 330.6e6},
 }
-# What does not hold of it.
-CAVEATS = (
-    "Paper (arXiv:2603.00175, abstract and text): one A100 40 GB, batch 1. Its other cells are not repeated here.",
-    "Its abstract gives 231 pictures/s and 0.87 J per picture without the size of the picture.",
-    "Its energy is latency times a constant (200 or 300 W), not measured. Here energy is the board's counter, or absent.",
-    "Its 57.7M / 53.5M and 330.6M / 305.4M parameters fit a ViT with pooler, class token and one extra D x D projection per "
-    "layer; a vanilla ViT of 4 and 24 layers has 52.40M and 304.33M. Ours: no class token, mean over the tokens.",
-    'Its "59 GFLOPs at 224" is not the forward of the 4-layer model, which takes 20 GFLOP.',
-    "Linear-InfSA has 64 heads of 16 with 4 layers and 16 of 64 with 24, as in the paper; all others have 16 of 64.",
-)
 
 
 def screen(rows: list[dict], drawn: list[Path]) -> str:
@@ -215,7 +205,7 @@ def page(rows: list[dict], drawn: list[Path]) -> str:
     return template.render(
         sections=sections, environments=[machine.describe(e) for e in environments.values()],
         goals=[goals.line(goal) for goal in goals.compare(rows) if goal["value"] is not None],
-        models=models(rows), caveats=CAVEATS,
+        models=models(rows),
     )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ import infsa_kernels
 from infsa_kernels.nn.vit import Block, InfViT
 
 from . import peers
-from .image import PATCH, D, picture, queries_keys_values, tokens
+from .image import PATCH, D, inputs
 from .peers.mechanism import DTYPES
 from .timer import capture, on_capture_stream
 
@@ -27,7 +27,7 @@ HEADS = {4: 64, 24: 16}
 
 
 class Subject:
-    """A mechanism in a case: a dictionary of level, dtype, layout, batch, dim, depth, pixels, phase and way."""
+    """A mechanism in a case: level, dtype, layout, batch, dim, depth, pixels, phase and way by name; heads, if not its own."""
 
     def __init__(self, case: dict, name: str, device: torch.device):
         self.case, self.name, self.device, self.dtype = case, name, device, DTYPES[case["dtype"]]
@@ -41,7 +41,7 @@ class Subject:
             if device.type == "cpu":
                 watch(self.module, self.parts)
         else:
-            self.module = peers.build(name, dim, grid, heads(name, case["depth"], dim) if case["depth"] else None)
+            self.module = peers.build(name, dim, grid, case.get("heads"))
         if level == "layer":
             self.module.add_module("sublayer_norm", nn.LayerNorm(dim))
         self.module = self.module.to(device, self.dtype).eval()
@@ -52,7 +52,7 @@ class Subject:
                 self.inputs = [t.contiguous() for t in self.inputs]
 
     def at(self, **changes) -> "Subject":
-        """The same otherwise; the layer of a model has its heads."""
+        """The same otherwise."""
         return Subject(self.case | changes, self.name, self.device)
 
     @property
@@ -96,8 +96,8 @@ class Subject:
 
             return self._graphed(lambda: forward(None)) if self.case["way"] == "graph" else forward
         self.module.train()
-        inputs = [t.detach().requires_grad_() for t in self.inputs]
-        wanted, dout = [*inputs, *self.module.parameters()], []
+        leaves = [t.detach().requires_grad_() for t in self.inputs]
+        wanted, dout = [*leaves, *self.module.parameters()], []
 
         def gradients(out, **keep):
             if not dout:
@@ -105,7 +105,7 @@ class Subject:
             return [g for g in torch.autograd.grad(out, wanted, dout[0], allow_unused=True, **keep) if g is not None]
 
         def train(lap):
-            out = function(*inputs)
+            out = function(*leaves)
             lap()
             return [out.detach(), *gradients(out)]
 
@@ -113,7 +113,7 @@ class Subject:
             return train
         # The backward pass alone, of a graph of autograd kept between calls.
         with on_capture_stream(self.device):
-            kept = function(*inputs)
+            kept = function(*leaves)
             gradients(kept, retain_graph=True)
         return self._graphed(lambda: gradients(kept, retain_graph=True))
 
@@ -141,14 +141,13 @@ class PeerBlock(Block):
         return self.attn(self.norm1(x))
 
 
-def heads(name: str, depth: int, dim: int) -> int:
-    """Those of a model's attention."""
+def heads_of_model(name: str, depth: int, dim: int) -> int:
     return max(1, (HEADS[depth] if name.startswith("linear_infsa") else 16) * dim // D)
 
 
 def model(name: str, depth: int, pixels: int, dim: int = D) -> InfViT:
     """4 or 24 layers of a mechanism for pictures of a size; its head starts at random, so that outputs can be compared."""
-    H = heads(name, depth, dim)
+    H = heads_of_model(name, depth, dim)
     if name in ("linear_infsa", "pure_infsa"):
         net = InfViT(pixels, depth=depth, embed_dim=dim, num_heads=H, variant=name, tied=True, pool="mean")
     else:
@@ -182,15 +181,8 @@ def watch(net: InfViT, seconds: dict[str, float]) -> None:
         part(block.mlp, "MLP")
 
 
-@lru_cache(maxsize=2)  # points come by size, and a large picture takes seconds to project
-def _of_photograph(level: str, pixels: int) -> list[Tensor]:
-    if level == "model":
-        return [picture(pixels)]
-    return [t[None] for t in ([tokens(pixels)] if level == "layer" else queries_keys_values(pixels))]
-
-
 @lru_cache(maxsize=2)
 def given(level: str, pixels: int, batch: int, dim: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
     """What a level starts from: pictures, x (B, N, D), or q, k and v of that shape. The batch is the picture, rolled."""
-    pictures = [torch.cat([t.roll(i, -2) for i in range(batch)]) for t in _of_photograph(level, pixels)]
+    pictures = [torch.cat([t.roll(i, -2) for i in range(batch)]) for t in inputs(level, pixels)]
     return [(t if level == "model" else t[..., :dim]).to(device, dtype) for t in pictures]

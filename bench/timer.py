@@ -7,11 +7,11 @@ training step calls it between forward and backward. It returns the tensors it m
 import contextlib
 import ctypes
 import functools
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -138,14 +138,9 @@ def _call(action: Action, device: torch.device, cold: bool = False, memory=None)
 
 def times(laps: list[list[float]], which: str = "train") -> dict:
     """Median and 20th to 80th percentile of a pass in seconds; the backward pass is the last lap of a training step."""
-    seconds = sorted(lap[-1] if which == "bwd" else sum(lap) for lap in laps)
-
-    def quantile(share):
-        at = share * (len(seconds) - 1)
-        low, high = seconds[math.floor(at)], seconds[math.ceil(at)]
-        return low + (high - low) * (at - math.floor(at))
-
-    return {"median_s": quantile(0.5), "p20_s": quantile(0.2), "p80_s": quantile(0.8), "samples": len(seconds)}
+    seconds = [lap[-1] if which == "bwd" else sum(lap) for lap in laps]
+    low, median, high = np.quantile(seconds, (0.2, 0.5, 0.8)).tolist()
+    return {"median_s": median, "p20_s": low, "p80_s": high, "samples": len(seconds)}
 
 
 @functools.cache

@@ -17,7 +17,12 @@ import time
 import warnings
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+import torch
+
+from . import engine, machine
+from .engine import OVER, blank, passes
+from .machine import ROOT
+
 MARK = "@bench "
 START_SECONDS = 120
 MEMORY_SHARE = 0.85
@@ -50,8 +55,6 @@ class Worker:
 
         ``tell`` hears what is being built and checked; after ``end`` (of time.monotonic) all that is missing is over.
         """
-        from .engine import OVER, blank, passes
-
         names, anchors, rows = list(turn["names"]), list(turn["anchors"]), []
         while names and time.monotonic() < end:
             at = None
@@ -122,10 +125,6 @@ class Worker:
 
 
 def main() -> None:
-    import torch
-
-    from . import engine, machine
-
     def say(what: dict) -> None:
         print(MARK + json.dumps(what), flush=True)
 
@@ -140,8 +139,6 @@ def main() -> None:
 
 def limit_memory() -> None:
     """An allocation beyond what is available raises, before the system begins to kill."""
-    from .machine import available_memory
-
     try:
         import resource
 
@@ -149,9 +146,7 @@ def limit_memory() -> None:
             mapped = int(f.read().split()[0]) * resource.getpagesize()
     except (ImportError, OSError):
         return
-    import torch
-
-    most = mapped + int(MEMORY_SHARE * available_memory(torch.device("cpu")))
+    most = mapped + int(MEMORY_SHARE * machine.available_memory(torch.device("cpu")))
     resource.setrlimit(resource.RLIMIT_AS, (most, resource.getrlimit(resource.RLIMIT_AS)[1]))
 
 

@@ -5,7 +5,7 @@ from modules would be to write each of them a second time, and would go wrong wi
 in a call of one of four functions, whose arguments are what is attended with:
 
     torch.ops.infsa.pure, torch.ops.infsa.linear     q, k
-    torch.ops.infsa.pooled_linear                     the tokens and the projections, which are applied here
+    torch.ops.infsa.pooled_linear                    the tokens and the projections, which are applied here
     torch.nn.functional.scaled_dot_product_attention q, k
     torch.nn.functional.multi_head_attention_forward the same: nn.MultiheadAttention, one function to observers
 
@@ -24,6 +24,9 @@ from torch.overrides import TorchFunctionMode
 
 from ..eager.common import acc_dtype
 from ..graph import TokenGraph
+from ..ops.linear import linear
+from ..ops.pooled_linear import pooled_linear
+from ..ops.pure import pure
 from .weights import Graph, LinearGraph, SoftmaxGraph
 
 
@@ -162,17 +165,6 @@ def _heads(x: Tensor, weight: Tensor, bias: Tensor | None, num_heads: int) -> Te
     return F.linear(x, weight.to(x.dtype), bias).unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
-def _signature_of(op: torch._ops.OpOverload) -> inspect.Signature:
-    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    none = inspect.Parameter.empty
-    return inspect.Signature(
-        [
-            inspect.Parameter(a.name, kind, default=a.default_value if a.has_default_value() else none)
-            for a in op._schema.arguments
-        ]
-    )
-
-
 _SDPA = inspect.signature(
     lambda query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False: None
 )
@@ -180,10 +172,6 @@ _GRAPH_OF = {
     F.scaled_dot_product_attention: (_softmax, _SDPA),
     F.multi_head_attention_forward: (_multihead, inspect.signature(F.multi_head_attention_forward)),
 }
-for make, packet in (
-    (_pure, torch.ops.infsa.pure),
-    (_linear, torch.ops.infsa.linear),
-    (_pooled_linear, torch.ops.infsa.pooled_linear),
-):
-    for op in (packet, packet.default, packet.scalar_rho):
-        _GRAPH_OF[op] = make, _signature_of(packet.default)
+for make, operator in ((_pure, pure), (_linear, linear), (_pooled_linear, pooled_linear)):
+    for op in operator.overloads:
+        _GRAPH_OF[op] = make, inspect.signature(operator.composite)

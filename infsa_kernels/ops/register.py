@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils.flop_counter import register_flop_formula
 
+from ..torch_private import OpOverload, below_autocast
 from . import autograd, backends, check, sharding
 from .backends import SUFFIXES
 from .check import Signature
-from .torch_private import OpOverload, below_autocast
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -141,7 +141,7 @@ class RawOps:
     def _forward_in(self, backend):
         def forward(*arguments):
             self.forward.check(arguments)
-            return self._module(backend, "forward", self.forward.first_of(arguments), arguments).forward(*arguments)
+            return self._module(backend, self.forward, arguments).forward(*arguments)
 
         return forward
 
@@ -151,17 +151,17 @@ class RawOps:
             gradients = self.gradients(arguments)
             if any(gradient is not None for gradient in gradients):
                 *taken, _ = arguments
-                first = self.backward.first_of(arguments)
-                self._module(backend, "backward", first, taken).backward(*taken, gradients)
+                self._module(backend, self.backward, taken).backward(*taken, gradients)
             return self._results(gradients, arguments)
 
         return backward
 
-    def _module(self, backend, direction, first, arguments):
-        kernels = self.kernels[backend]
+    def _module(self, backend, signature, arguments):
+        kernels, first = self.kernels[backend], signature.first_of(arguments)
         if isinstance(kernels, ModuleType):
             return kernels
         backends.choose_backend(self.name, first.device, first.dtype, first.shape, backend)
+        direction = "forward" if signature is self.forward else "backward"
         if backend == "triton" and _first_use().failure(self.name, direction, arguments):
             return self.kernels["eager"]
         return importlib.import_module(kernels)
@@ -257,8 +257,9 @@ class PublicOp:
         library.define(
             schema.replace(f"{name}(", f"{name}.scalar_rho(", 1).replace("Tensor? rho=None", "float rho=1.0")
         )
-        packet = getattr(torch.ops.infsa, name)
+        self.composite, packet = composite, getattr(torch.ops.infsa, name)
         self._tensor_rho, self._scalar_rho = packet.default, packet.scalar_rho
+        self.overloads = packet, packet.default, packet.scalar_rho
         call = _naming_real_tensors(self.signature, composite)
         for overload in (packet.default, packet.scalar_rho):
             autocasts = {device: _autocast(overload, device, cast) for device in ("cpu", "cuda")}
@@ -267,7 +268,7 @@ class PublicOp:
             library.impl(overload, call, "CompositeImplicitAutograd")
             library.impl(overload, _batched(call, autocasts), "FuncTorchBatched")
         backend_at = self.signature.arguments.index("backend")
-        backends.takes_backend.update(dict.fromkeys((packet, packet.default, packet.scalar_rho), backend_at))
+        backends.takes_backend.update(dict.fromkeys(self.overloads, backend_at))
 
     def __call__(self, *arguments) -> Tensor:
         self.signature.types(arguments)

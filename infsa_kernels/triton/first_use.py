@@ -12,10 +12,14 @@ not check again. `INFSA_TRITON=1` trusts every kernel unchecked, `INFSA_TRITON=0
 import functools
 import hashlib
 import importlib
+import itertools
 import json
 import os
+import subprocess
+import sys
 import tempfile
 import warnings
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -100,9 +104,41 @@ def failure(op: str, direction: str, arguments: tuple) -> str | None:
     return reason
 
 
-def known() -> dict[str, str | None]:
-    """Every verdict of this process, by variant and device."""
-    return {f"{variant} on {device}": reason for (variant, device), reason in _verdicts.items()}
+def known(device: torch.device) -> dict[str, str | None]:
+    """Every verdict on this device, of any process: what failed, by variant in words; None for what passed."""
+    found = {}
+    for file in sorted(_folder(device).glob("*.json")):
+        try:
+            verdict = json.loads(file.read_text())
+            found[verdict["variant"]] = verdict["failure"]
+        except (OSError, ValueError, KeyError):
+            continue
+    return dict(
+        sorted((found | {str(v): reason for (v, where), reason in _verdicts.items() if where == device}).items())
+    )
+
+
+def check_all(device: torch.device) -> Iterator[tuple[Variant, str | None]]:
+    """Checks the usual variants now, whatever was known. Each in a process of its own: an illegal access ends only that one."""
+    for variant in usual(device):
+        command = [sys.executable, "-m", __name__, str(device), json.dumps(asdict(variant))]
+        run = subprocess.run(command, capture_output=True, text=True)
+        last = (run.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        yield variant, json.loads(run.stdout)["failure"] if run.returncode == 0 else f"its process ended: {last}"
+
+
+def usual(device: torch.device) -> list[Variant]:
+    """The operators as attention layers call them: d = 64, token-major."""
+    described = configs.arch_of(device) in configs.DESCRIBED
+    return [
+        Variant(
+            op, direction, dtype, "ieee" if dtype == "float32" else "", 64, 64, tied, masked, True,
+            described and op == "pure" and not masked and dtype != "float32",
+        )
+        for op, direction, dtype, tied, masked in itertools.product(
+            ("linear", "pure"), ("forward", "backward"), ("bfloat16", "float16", "float32"), (True, False), (False, True)
+        )
+    ]  # fmt: skip
 
 
 def of(op: str, direction: str, arguments) -> Variant:
@@ -120,16 +156,19 @@ def of(op: str, direction: str, arguments) -> Variant:
 
 def verdict(variant: Variant, device: torch.device) -> str | None:
     """That of the disk, or of a check now, which is then written there; what raised may be mended at any time, and is not."""
-    file = _folder(device) / f"{hashlib.sha256(str(variant).encode()).hexdigest()[:32]}.json"
+    file = _file(variant, device)
     try:
         return json.loads(file.read_text())["failure"]
     except (OSError, ValueError, KeyError):
-        pass
+        return _new_verdict(variant, device)
+
+
+def _new_verdict(variant: Variant, device: torch.device) -> str | None:
     try:
         reason = check(variant, device)
     except Exception as error:
         return f"it raised {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
-    _write(file, {"failure": reason, **asdict(variant), "machine": _machine(device)})
+    _write(_file(variant, device), {"variant": str(variant), "failure": reason, "machine": _machine(device)})
     return reason
 
 
@@ -263,6 +302,10 @@ def _one_head(arguments: list) -> list:
     return [first(x) for x in arguments]
 
 
+def _file(variant: Variant, device: torch.device) -> Path:
+    return _folder(device) / f"{hashlib.sha256(str(variant).encode()).hexdigest()[:32]}.json"
+
+
 def _folder(device: torch.device) -> Path:
     """Of the verdicts on this machine: below INFSA_CACHE_DIR, or where caches lie."""
     given = os.environ.get("INFSA_CACHE_DIR")
@@ -313,3 +356,8 @@ def _write(file: Path, content: dict) -> None:
         os.replace(part.name, file)
     except OSError:
         pass
+
+
+if __name__ == "__main__":
+    asked = Variant(**json.loads(sys.argv[2]))
+    print(json.dumps({"failure": _new_verdict(asked, torch.device(sys.argv[1]))}))

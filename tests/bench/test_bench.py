@@ -146,7 +146,8 @@ def test_what_is_wrong_only_at_the_size_that_is_measured_gets_no_time(monkeypatc
 
 def test_a_layer_is_examined_once_for_both_its_passes(monkeypatch):
     whole = []
-    monkeypatch.setattr(gate, "_whole", lambda subject, real=gate._whole: whole.append(subject.tokens) or real(subject))
+    real = gate._whole
+    monkeypatch.setattr(gate, "_whole", lambda subject, *args: whole.append(subject.tokens) or real(subject, *args))
     measure("softmax", "linear_infsa", level="layer")
     assert sorted(whole) == [49, 196, 196]
     assert all("gradients at 224 pixels" in row["checked"] for row in measure("softmax", level="layer", phase="train"))
@@ -321,7 +322,16 @@ def test_the_photograph_has_detail_at_every_size():
         assert picture.min() >= 0
         assert picture.max() <= 1
         assert picture.std() > 0.2
-    q, k, v = image.queries_keys_values(64)
-    assert q.shape == k.shape == v.shape == (16, 1024)
+    q, k, v = image.inputs("operator", 64)
+    assert q.shape == k.shape == v.shape == (1, 16, 1024)
     assert not torch.equal(q, k)
-    assert torch.equal(q, image.queries_keys_values(64)[0])
+    image.inputs.cache_clear()
+    assert torch.equal(q, image.inputs("operator", 64)[0])
+
+
+def test_what_repeats_in_a_large_picture_is_projected_once(monkeypatch):
+    (large,) = image.inputs("layer", 2048)
+    monkeypatch.setattr(image, "PERIOD", 1 << 20)
+    image.inputs.cache_clear()
+    torch.testing.assert_close(large, image.inputs("layer", 2048)[0], rtol=0, atol=1e-4)
+    image.inputs.cache_clear()

@@ -1,6 +1,7 @@
 """The check before a kernel's first use: right kernels pass it, planted wrong ones do not, and what follows from either."""
 
 import json
+import subprocess
 import warnings
 
 import pytest
@@ -9,6 +10,7 @@ from helpers.interpreter import needs_interpreter
 
 pytest.importorskip("triton")
 
+import infsa_kernels
 from infsa_kernels.triton import configs, first_use, linear, pure
 
 CPU = torch.device("cpu")
@@ -88,15 +90,14 @@ PLANTED = {
 }
 
 
-def plant(fault, monkeypatch, op="pure", direction="forward"):
-    right, calls = getattr(MODULES[op], direction), []
+def plant(fault, monkeypatch):
+    right, calls = pure.forward, []
 
     def wrong(*arguments):
         calls.append(arguments)
         return fault(lambda: right(*arguments), len(calls))
 
-    monkeypatch.setattr(MODULES[op], direction, wrong)
-    return calls
+    monkeypatch.setattr(pure, "forward", wrong)
 
 
 @interpreted
@@ -120,12 +121,18 @@ def test_reading_outside_a_head_fails(outside, small, monkeypatch):
 
 
 @interpreted
-def test_a_gradient_that_is_wrong_fails(small, monkeypatch):
-    def fault(run, calls):
-        dq, dk, dv, drho = run()
-        return dq, dk * 1.01, dv, drho
+@pytest.mark.parametrize("wrong", ["scaled", "not written"])
+def test_a_gradient_that_is_wrong_fails(wrong, small, monkeypatch):
+    def backward(*arguments):
+        *taken, (dq, dk, dv, drho) = arguments
+        if wrong == "scaled":
+            right(*arguments)
+            dk *= 1.01
+        else:
+            right(*taken, (dq, None, dv, drho))
 
-    plant(fault, monkeypatch, "linear", "backward")
+    right = linear.backward
+    monkeypatch.setattr(linear, "backward", backward)
     assert "result 1 is off by" in first_use.check(variant("linear", "backward"), CPU)
 
 
@@ -190,7 +197,7 @@ def test_a_failure_is_told_once_and_remembered(checked, monkeypatch):
     with pytest.warns(UserWarning, match=told):  # a new process tells it anew, without checking
         call()
     assert len(checked.seen) == 1
-    assert list(first_use.known().values()) == ["result 0 is off by 3"]
+    assert list(first_use.known(CPU).values()) == ["result 0 is off by 3"]
 
 
 def test_what_raises_is_a_failure_of_this_process_only(checked, monkeypatch):
@@ -250,3 +257,48 @@ def test_a_call_after_the_warm_up_is_captured(checked, monkeypatch):
     call()
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert call() is None
+
+
+@interpreted
+@pytest.mark.parametrize("op", MODULES)
+def test_an_operator_whose_kernel_failed_runs_torch_operations(op, checked, monkeypatch):
+    def never(*arguments):
+        raise AssertionError("the Triton kernel was run")
+
+    for direction in ("forward", "backward"):
+        monkeypatch.setattr(MODULES[op], direction, never)
+    checked.says = "result 0 is off by 3"
+    q, k, v = torch.randn(3, 1, 2, 8, 16)
+
+    def call():
+        leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+        out = getattr(torch.ops.infsa, op)(*leaves)
+        return out, *torch.autograd.grad(out.sum(), leaves)
+
+    with pytest.warns(UserWarning, match="does not use its Triton kernel"), infsa_kernels.backend("triton"):
+        found = call()
+    assert [v.direction for v in checked.seen] == ["forward", "backward"]
+    with infsa_kernels.backend("eager"):
+        assert all(map(torch.equal, found, call()))
+
+
+@interpreted
+def test_each_check_of_all_is_a_process(monkeypatch, tmp_path):
+    """`python -m infsa_kernels.info --check`: what raises there is told, and what ends the process ends that one alone."""
+
+    def run(command, **options):
+        seen.append(json.loads(command[-1])["op"])
+        if seen[-1] == "passes":
+            return subprocess.CompletedProcess(command, 0, '{"failure": null}', "")
+        if seen[-1] == "dies":
+            return subprocess.CompletedProcess(command, -6, "", "...\nCUDA error: an illegal memory access\n")
+        return real(command, **options)
+
+    seen, real = [], subprocess.run
+    monkeypatch.setenv("INFSA_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(first_use, "usual", lambda device: [variant(op) for op in ("dies", "unknown", "passes")])
+    monkeypatch.setattr(subprocess, "run", run)
+    died, raised, passed = (reason for _, reason in first_use.check_all(CPU))
+    assert died == "its process ended: CUDA error: an illegal memory access"
+    assert raised.startswith("it raised ModuleNotFoundError") and passed is None
+    assert first_use.known(CPU) == {}  # what raised may be mended: it is not written down

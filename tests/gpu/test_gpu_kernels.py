@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from calls import OPS, Call, check, expected, output_gradient
-from interpreter import needs_interpreter
-from tolerance import FORWARD, assert_within
+from helpers.calls import OPS, Call, check, expected, output_gradient
+from helpers.interpreter import needs_interpreter
 
 import infsa_kernels
 from bench import timer
+from infsa_kernels.testing import FORWARD, assert_within
 
 ROOT = Path(__file__).parents[2]
 GPU = torch.cuda.is_available()

@@ -6,9 +6,8 @@
 #include <optional>
 #include <vector>
 
-#include "alloc.h"
 #include "isa.h"
-#include "layer.h"
+#include "memory.h"
 #include "tasks.h"
 
 namespace infsa::cpu {
@@ -20,27 +19,22 @@ constexpr int64_t kBlocks = 16, kLeastBlock = 24;
 // What is in work between two passes over it, or waits to be added up.
 constexpr int64_t kWaveBytes = 8 << 20;
 
-inline int64_t round_up(int64_t n, int64_t multiple) { return ceil_div(n, multiple) * multiple; }
-
-inline Tensor buffer(int64_t bytes) { return with_huge_pages(at::detail::empty_cpu({bytes}, at::kByte)); }
-inline char* bytes_of(const Tensor& buffer) { return static_cast<char*>(buffer.data_ptr()); }
-
 // Some tokens of one image.
 struct Part {
   int64_t image;
   Range tokens;
 };
 
-struct LayerCall {
+struct Images {
   const Tensor& x;
   const int64_t B, N, D;
   const std::optional<double> norm_eps;
   const Kept kept;
-  const LayerKernels& kernels;
+  const Kernels& kernels;
   const at::ScalarType acc;
   const int64_t acc_bytes;
 
-  LayerCall(const Tensor& x, std::optional<double> norm_eps, const OptTensor& padding_mask)
+  Images(const Tensor& x, std::optional<double> norm_eps, const OptTensor& padding_mask)
       : x(x),
         B(x.size(0)),
         N(x.size(1)),
@@ -51,31 +45,22 @@ struct LayerCall {
         acc(acc_dtype(x)),
         acc_bytes(acc == at::kDouble ? 8 : 4) {}
 
-  static const LayerKernels& kernels_for(at::ScalarType dtype) {
-    const int row = dtype == at::kFloat ? 0 : dtype == at::kDouble ? 1 : dtype == at::kBFloat16 ? 2 : 3;
-#if defined(__x86_64__)
-    if (isa() == Isa::avx512) return avx512::layer_kernels[row];
-    if (isa() == Isa::avx2) return avx2::layer_kernels[row];
-#endif
-    return portable::layer_kernels[row];
-  }
-
-  Tokens rows(const Tensor& t, int64_t image) const {
-    return {static_cast<char*>(t.data_ptr()) + image * t.stride(0) * t.element_size(), t.stride(1), t.stride(2),
-            kept.of(image)};
-  }
-
   // dx: of no elements where it is not wanted.
-  LayerTokens tokens(int64_t image, const Tensor& dx) const {
-    return {rows(x, image),      dx.dim() == 3 ? rows(dx, image) : Tokens{}, D, block(image), norm_eps.has_value(),
-            norm_eps.value_or(0)};
+  Image image(int64_t at, const Tensor& dx) const {
+    const auto tokens = [&](const Tensor& t) {
+      return tokens_of({t.data_ptr(), t.stride(0), 0, t.stride(1), t.stride(2)}, at, 0, t.element_size(), kept.of(at));
+    };
+    return {tokens(x), dx.dim() == 3 ? tokens(dx) : Tokens{}, D, block(at), norm_eps.has_value(), norm_eps.value_or(0)};
   }
+
+  Numbers numbers(const Buffer& buffer) const { return {buffer, acc == at::kDouble}; }
 
   // Blocks of one image are about equal.
   int64_t block(int64_t image) const {
-    const int64_t n = kept.count(image), blocks = std::max(ceil_div(n, kernels.block(D)),
+    const int64_t n = kept.count(image), blocks = std::max(ceil_div(n, kernels.images.block(D)),
                                                            std::min(ceil_div(n, kLeastBlock), ceil_div(kBlocks, B)));
-    return std::max<int64_t>(1, std::min(kernels.block(D), round_up(ceil_div(n, std::max<int64_t>(blocks, 1)), 12)));
+    return std::max<int64_t>(
+        1, std::min(kernels.images.block(D), round_up(ceil_div(n, std::max<int64_t>(blocks, 1)), 12)));
   }
 
   // Images [begin, end) in parts of whole blocks, by default of one.
@@ -89,18 +74,12 @@ struct LayerCall {
     return all;
   }
 
-  Tensor gradient(bool wanted, bool masked) const {
-    if (!wanted) return at::empty({0}, x.options());
-    const Tensor dx = with_huge_pages(at::empty_like(x));
-    return masked ? dx.zero_() : dx;
-  }
-
   // Of a matrix (rows, columns) of the accumulation type, packed either way.
   int64_t panels_bytes(int64_t rows, int64_t columns) const {
     return round_up(rows, kernels.panel) * columns * acc_bytes;
   }
 
-  void pack(LayerKernels::Pack pack, const Tokens& from, int64_t rows, void* panels, void* columns) const {
+  void pack(ImageKernels::Pack pack, const Tokens& from, int64_t rows, void* panels, void* columns) const {
     const int64_t grain = std::max<int64_t>(1, (1 << 15) / (kernels.panel * D + 1));
     at::parallel_for(0, ceil_div(rows, kernels.panel), grain,
                      [&](int64_t begin, int64_t end) { pack(from, rows, D, {begin, end}, panels, columns); });
