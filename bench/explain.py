@@ -38,9 +38,11 @@ VARIANTS = {
 }
 SEEDS = (0, 1, 2)
 SIDE, LARGE_SIDE = 96, 1024
-SIZES = dict(img_size=SIDE, patch_size=12, in_chans=1, num_classes=10, embed_dim=64, depth=4, num_heads=4)
+SIZES = dict(img_size=SIDE, patch_size=12, in_chans=1, embed_dim=64, depth=4, num_heads=4)
 TRAIN, TEST, MAPPED = 12288, 1024, 128
-EPOCHS, BATCH, RATE, DECAY, CLIP, WARM_UP = 6, 32, 2e-3, 0.05, 1.0, 0.05
+EPOCHS, BATCH, DECAY, CLIP, WARM_UP = 5, 32, 0.05, 1.0, 0.05
+# Muon's of the blocks' matrices, with which all of these models learn in fewer steps; AdamW's of the rest.
+MATRIX_RATE, RATE = 0.02, 2e-3
 KINDS = ("class_token", "in", "rollout")
 STEPS = 10
 
@@ -77,15 +79,20 @@ def main() -> None:
 def trained(name: str, seed: int, items: Items, backgrounds: list[Tensor], out: Path) -> InfViT:
     """A model of InfViT after the one recipe of all."""
     torch.manual_seed(seed)
-    model = InfViT(**SIZES, **VARIANTS[name])
+    model = InfViT(**SIZES, **VARIANTS[name], num_classes=len(items.names))
     kept = out / f"{name}-{seed}.pt"
     if kept.exists():
         model.load_state_dict(torch.load(kept, weights_only=True))
         return model.eval()
     pictures, classes = _training_set(items, backgrounds, out)
-    optimizer = torch.optim.AdamW(model.parameters(), RATE, weight_decay=DECAY)
+    matrices = {id(p): p for p in model.blocks.parameters() if p.dim() == 2}
+    others = [p for p in model.parameters() if id(p) not in matrices]
+    optimizers = [
+        torch.optim.Muon(matrices.values(), MATRIX_RATE, weight_decay=DECAY),
+        torch.optim.AdamW(others, RATE, weight_decay=DECAY),
+    ]
     steps = EPOCHS * TRAIN // BATCH
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step / steps))
+    schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: _rate(step / steps)) for o in optimizers]
     for epoch in range(EPOCHS):
         order, flipped = torch.randperm(TRAIN), torch.rand(TRAIN) < 0.5
         total = 0.0
@@ -93,11 +100,11 @@ def trained(name: str, seed: int, items: Items, backgrounds: list[Tensor], out: 
             x = pictures[chosen].float().sub(127.5).div(32)
             x = torch.where(flipped[chosen, None, None, None], x.flip(3), x)
             loss = F.cross_entropy(model(x), classes[chosen])
-            optimizer.zero_grad()
+            model.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-            optimizer.step()
-            schedule.step()
+            for part in (*optimizers, *schedules):
+                part.step()
             total += loss.item() * len(chosen)
         print(f"{name} seed {seed}: epoch {epoch + 1} of {EPOCHS}, loss {total / TRAIN:.3f}", flush=True)
     torch.save(model.state_dict(), kept)

@@ -15,7 +15,9 @@ from torch import Tensor
 # Where Debian's package dataset-fashion-mnist puts its 70,000 photographs of clothes, 28 x 28 (MIT licence).
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 TEXTURES = ("astronaut", "brick", "camera", "chelsea", "coffee", "coins", "grass", "gravel", "moon", "rocket")
-CLASSES = ("T-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
+# Its ten classes as five that a silhouette tells apart: small models learn them in minutes.
+CLASSES = ("top", "trousers", "dress", "shoe", "bag")
+CLASS_OF = (0, 1, 0, 2, 0, 3, 0, 3, 4, 3)
 ITEM, FRAGMENT = 28, 14
 FRAGMENTS = 4
 
@@ -62,7 +64,7 @@ def _fashion(part: str) -> tuple[Tensor, Tensor]:
     for name, header in (("images-idx3", 16), ("labels-idx1", 8)):
         data = gzip.decompress((FASHION / f"{part}-{name}-ubyte.gz").read_bytes())
         arrays.append(torch.frombuffer(bytearray(data[header:]), dtype=torch.uint8))
-    return arrays[0].view(-1, 1, ITEM, ITEM).float() / 255, arrays[1].long()
+    return arrays[0].view(-1, 1, ITEM, ITEM).float() / 255, torch.tensor(CLASS_OF)[arrays[1].long()]
 
 
 def _items(pictures: Tensor, classes: Tensor, names: tuple[str, ...], source: str) -> Items:
@@ -101,7 +103,10 @@ def draw(things: Items, backgrounds: list[Tensor], number: int, generator: torch
         # A fragment's corner, not that of the item it is of, goes to its place.
         place = place - corners.flip(0) * size / ITEM
         pictures = _paste(pictures, things.pictures[parts], cut, size, place)[0]
-    objects, size = choose(len(things.classes), number), uniform(40, 72, number)
+    # As many of every class.
+    members = [(things.classes == c).nonzero().flatten() for c in range(len(things.names))]
+    objects = torch.stack([m[choose(len(m), 1).item()] for m in (members[c] for c in choose(len(members), number))])
+    size = uniform(40, 72, number)
     place = uniform(0, 1, 2, number) * (side - size)
     pictures, masks = _paste(pictures, things.pictures[objects], things.masks[objects], size, place)
     return Scenes((pictures - 0.5) / 0.25, masks, _boxes(masks), things.classes[objects])

@@ -256,6 +256,21 @@ def test_heads_without_a_positive_score():
         assert toy_map(layer, "rollout") == [0.5, 0.5]
 
 
+def test_tokens_without_heads():
+    x = torch.randn(1, 2, 3, dtype=torch.float64)
+
+    def single(_):
+        nn.functional.scaled_dot_product_attention(x, x, x)
+        infsa_kernels.pure_infsa(x, x, x)
+        infsa_kernels.linear_infsa(x, x, x)
+
+    softmax, pure, linear = attention_graphs(Toy(single), ONE_TWO)
+    close(softmax.scores([0, 1])[:, 0], torch.softmax(x @ x.mT / math.sqrt(3), -1))
+    close(pure.dense()[:, 0], reference.pure_scores(x, x))
+    close(linear.scores([0])[:, 0, 0], reference.linear_scores(x, x))
+    assert pure.tied
+
+
 def test_grouped_keys_and_other_scales_are_honoured():
     q, k = torch.randn(1, 4, 2, 3, dtype=torch.float64), torch.randn(1, 2, 2, 3, dtype=torch.float64)
 
@@ -370,5 +385,5 @@ BAD = [
 @pytest.mark.parametrize("change, error, message", BAD, ids=[message[:40] for *_, message in BAD])
 def test_bad_input_is_named(change, error, message):
     call = dict(model=infvit(), images=torch.randn(1, 3, SIDE, SIDE)) | change
-    with pytest.raises(error, match="attention_maps: .*" + message):
+    with pytest.raises(error, match="(attention_maps|explain): .*" + message):
         attention_maps(**call)
