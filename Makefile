@@ -52,7 +52,7 @@ test-all: $(VENV)/built ## the complete sweeps, which `make test` leaves out
 # Both use the torch and the extension of VENV.
 hosts := accelerate peft timm torchao torchvision transformers
 host_tests := $(addprefix tests/nn/test_,convert.py convert_families.py timm.py transformers.py vit.py vit_timm.py)
-host_tests += tests/compat tests/package/test_readme.py
+host_tests += tests/compat tests/package/test_docs.py
 either_host := $(subst $() ,|,$(hosts))
 test-newest: $(VENV)/built ## adapters beside the newest and the oldest releases of their libraries
 	tail -n 1 $(VENV)/constraints.txt > $(VENV)/torch.txt
@@ -103,7 +103,7 @@ sanitize: $(VENV)/built ## the CPU kernels under AddressSanitizer and UBSan
 	for isa in avx512 avx2 portable; do \
 	  INFSA_CPU_ISA=$$isa PYTHONPATH=build/sanitize/lib ASAN_OPTIONS=detect_leaks=0 \
 	  LD_PRELOAD="$$($${CC:-cc} -print-file-name=libasan.so) $$($${CC:-cc} -print-file-name=libubsan.so)" \
-	  $(bin)/pytest tests/ops/test_operators.py tests/ops/test_fuzz.py tests/ops/test_linear_layer.py -k "cpu-cpu or random_calls" -x || exit 1; \
+	  $(bin)/pytest tests/ops/test_operators.py tests/ops/test_fuzz.py tests/ops/test_pooled_linear.py -k "cpu-cpu or random_calls" -x || exit 1; \
 	done
 
 # On a machine with a GPU, in its own Python (torch with CUDA, triton, numpy, pytest, matplotlib, ninja) and without a network.

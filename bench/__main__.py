@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 
 from . import cases, compare, peers, report
+from .engine import passes
 from .machine import ROOT
-from .run import run
+from .run import describe, live, run
 
 OWN_PLAN = ("level", "only", "sizes", "phase", "way", "depth", "dtype", "layout", "batch")
 
@@ -24,43 +25,48 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
     if args.compare:
         return compare.show(*(compare.load(path) for path in args.compare))
-    plan = chosen(args)
     if args.versus:
-        return compare.versus(args.versus, plan, args.device, args.rounds, args.budget, args.out / "versus")
+        return compare.versus(
+            args.versus, versus_plan(args), args.device, args.rounds, args.budget, args.out / "versus"
+        )
     if args.report:
         return show(args, "tables")
     rows = []
-    for level, turns, minutes in plan:
-        if args.all and len(plan) > 1:
-            print(f"{level}: at most {minutes:g} minutes", file=sys.stderr)
-        rows += run(turns, args.out, args.device, minutes, args.budget, args.limit, args.again)
+    for level, turns, minutes in chosen(args):
+        if args.plan:
+            measured = sum(len(turn["names"]) * len(passes(turn)) for turn in turns)
+            print(f"{level}: {len(turns)} turns of {measured} rows, at most {minutes:g} minutes")
+            print("\n".join(f"  {describe(turn)}: {', '.join(turn['names'])}" for turn in turns))
+            continue
+        with live(turns, minutes) as told:
+            rows += run(turns, args.out, args.device, minutes, args.budget, told, args.limit, args.again)
+    if args.plan:
+        return 0
     show(args, "screen" if not (args.all or args.own_plan) else "tables")
     return int(any(row["status"] == "wrong" for row in rows))
 
 
-def chosen(args) -> list:
-    """(level, turns, minutes) for each part of a run; for ``--versus`` the turns alone."""
-    minutes = cases.MINUTES[args.device]
-    if args.versus:
-        levels, names, sizes = (
-            args.level or cases.LEVELS[:2],
-            args.only or compare.VERSUS["names"],
-            args.sizes or compare.VERSUS["sizes"],
-        )
-        return [t for level in levels for t in cases.turns(level, names, sizes, args.device, depths=args.depth)]
+def chosen(args) -> list[tuple[str, list[dict], float]]:
+    """(level, turns, minutes) for each part of a run."""
+    minutes, levels = cases.MINUTES[args.device], args.level or cases.LEVELS
     if args.all:
-        plans = {level: cases.everything(level, args.device, args.quick) for level in args.level or cases.LEVELS}
+        plans = {level: cases.everything(level, args.device, args.quick) for level in levels}
     elif args.own_plan:
         case = {f: getattr(args, f) for f in ("dtype", "layout", "batch") if getattr(args, f)}
         sizes = args.sizes or (cases.QUICK_SIZES if args.quick else (1024,))
         plans = {level: cases.turns(level, args.only or cases.FIELD[level], sizes, args.device, args.phase, args.way,
-                                    depths=args.depth, **case) for level in args.level or cases.LEVELS}  # fmt: skip
+                                    depths=args.depth, **case) for level in levels}  # fmt: skip
     else:
-        plan = cases.main(args.device)
-        quick = [t | {"pixels": min(t["pixels"], 512)} for t in plan if t["pixels"] <= 1024]
-        plans = {"main": cases.unique(quick) if args.quick else plan}
+        plans = {"main": cases.main(args.device, args.quick)}
     given = args.minutes or (cases.QUICK_MINUTES if args.quick else None)
     return [(level, turns, given or minutes.get(level, minutes["main"])) for level, turns in plans.items()]
+
+
+def versus_plan(args) -> list[dict]:
+    usual = compare.VERSUS
+    names, sizes = args.only or usual["names"], args.sizes or usual["sizes"]
+    levels = args.level or usual["levels"]
+    return [turn for level in levels for turn in cases.turns(level, names, sizes, args.device, depths=args.depth)]
 
 
 def show(args, what: str) -> int:
@@ -79,17 +85,13 @@ def show(args, what: str) -> int:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__, formatter_class=layout)
     add = parser.add_argument
+    known = f"mechanisms, as softmax,mlla+local,linear_infsa@triton; there are {', '.join(peers.MECHANISMS)}"
     add("--all", action="store_true", help="everything instead of the main figures, each level in its minutes")
     add("--level", type=_of(cases.LEVELS), help="of operator,layer,model")
-    add(
-        "--only",
-        type=cases.names_of,
-        help=f"mechanisms, e.g. softmax,mlla+local, also on a backend, as linear_infsa@triton; of {', '.join(peers.MECHANISMS)}",
-    )
+    add("--only", type=cases.names_of, help=known)
     add("--sizes", type=cases.sizes_of, help="sides of the picture in pixels, multiples of 16")
     add("--phase", type=_of(("fwd", "train")), help="of fwd,train (default: both)")
     add("--way", type=_of(("eager", "compile", "graph")), help="of eager,compile,graph (default: eager)")
@@ -108,25 +110,17 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--limit", type=float, help="seconds of one mechanism, with its building, check and compilation")
     add("--budget", type=float, help="seconds of calls per mechanism")
     add("--out", type=Path, default=ROOT / "bench" / "out", help="folder of rows.jsonl, plots, table and page")
+    add("--plan", action="store_true", help="measure nothing: list the turns, and the minutes that they may take")
     add("--report", action="store_true", help="measure nothing: draw and print what the folder has")
-    add(
-        "--compare",
-        type=Path,
-        nargs=2,
-        metavar=("A", "B"),
-        help="two rows.jsonl: how the times of B stand to those of A",
-    )
+    add("--compare", type=Path, nargs=2, metavar=("A", "B"), help="two rows.jsonl: the times of B beside those of A")
     add("--versus", metavar="REV", help="this working tree beside a commit, branch or tag, in turn")
     add("--rounds", type=int, default=5, help="times that --versus measures each turn on each side")
     args = parser.parse_args(arguments)
     args.own_plan = any(getattr(args, name) for name in OWN_PLAN)
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    args.phase, args.way, args.depth = (
-        args.phase or ("fwd", "train"),
-        args.way or ("eager",),
-        args.depth or cases.DEPTHS,
-    )
+    args.phase, args.way = args.phase or ("fwd", "train"), args.way or ("eager",)
+    args.depth = args.depth or cases.DEPTHS
     args.budget = args.budget or (cases.QUICK_BUDGET if args.quick else cases.BUDGET)
     return args
 

@@ -28,7 +28,12 @@ MAIN = (
     ("model", ("linear_infsa", "linear_infsa_per_token", "softmax"), 1024, ("fwd",)),
     ("operator", KERNELS[:5], 512, ("fwd",)),
     ("operator", KERNELS[:2], 2048, ("fwd",)),
-    ("layer", (*peers.PAPER, "mean", "fastformer", "linear_infsa_per_token"), 1024, ("train",)),
+    (
+        "layer",
+        ("linear_infsa", "linear_infsa_per_token", "pure_infsa", "softmax", "soft", "fastformer", "mean"),
+        1024,
+        ("train",),
+    ),
 )
 
 SIZES = {
@@ -71,32 +76,30 @@ def turns(level: str, names: Iterable[str], sizes: Iterable[int], device: str, p
         groups = [mine] if together else [kind[i : i + step] for kind in kinds for i in range(0, len(kind), step)]
         for group in filter(None, groups):
             turn = {"level": level, "device": device, "depth": depth, "pixels": pixels, "phase": phase, "way": way}
-            turn |= usual | {"names": group}
-            found.append(turn | {"anchors": anchors(turn)})
+            found.append(turn | usual | {"names": group, "anchors": anchors(level, phase, group)})
     return found
 
 
-def anchors(turn: dict) -> list[str]:
+def anchors(level: str, phase: str, names: list[str]) -> list[str]:
     """What stands beside a turn's mechanisms: Linear-InfSA, and the machine's limits of its operators."""
-    if turn["level"] == "model":
+    if level == "model":
         return []
-    classes = [peers.of(n) for n in turn["names"]]
-    own = [c for c in classes if issubclass(c, peers.InfSA)]
-    found = ["linear_infsa"]
-    if turn["level"] == "operator":
-        moves = ("read",) if turn["phase"] == "fwd" else ("read", "copy")
-        found += [m + ("_qkv" if "k" in c.PROJECTIONS else "") for c in own if c.OP == "linear" for m in moves]
-        own = [c for c in own if c.OP == "pure"]
-    return list(dict.fromkeys([*found, *(["gemm"] if own else [])]))
+    found, moves = ["linear_infsa"], ("read",) if phase == "fwd" else ("read", "copy")
+    for cls in map(peers.of, names):
+        if issubclass(cls, peers.InfSA):
+            reads = level == "operator" and cls.OP == "linear"
+            found += [move + cls.KEYS for move in moves] if reads else ["gemm"]
+    return list(dict.fromkeys(found))
 
 
-def main(device: str) -> list[dict]:
+def main(device: str, quick: bool = False) -> list[dict]:
     """The main figures, each as few times as it takes."""
-    plan = [
-        turns(level, names, (pixels,), device, phases, together=True, depths=(4,))
-        for level, names, pixels, phases in MAIN
-    ]
-    return unique([turn for part in plan for turn in part])
+    plan = []
+    for level, names, pixels, phases in MAIN:
+        if not quick or pixels <= 1024:
+            size = min(pixels, 512) if quick else pixels
+            plan += turns(level, names, (size,), device, phases, together=True, depths=(4,))
+    return unique(plan)
 
 
 def everything(level: str, device: str, quick: bool = False) -> list[dict]:
@@ -108,9 +111,8 @@ def everything(level: str, device: str, quick: bool = False) -> list[dict]:
         plan += _variants(sizes["kernels"], device)
         plan += goals(device) if device == "cuda" and not quick else []
     plan += turns(level, FIELD[level], sizes[level], device)
-    plan += (
-        turns(level, FIELD[level], sizes[level], device, ways=("compile",)) if level != "model" and not quick else []
-    )
+    if level != "model" and not quick:
+        plan += turns(level, FIELD[level], sizes[level], device, ways=("compile",))
     return unique(sorted(plan, key=_worth))
 
 
@@ -130,7 +132,7 @@ def _variants(sizes: Iterable[int], device: str) -> list[dict]:
 def goals(device: str, dry: bool = False) -> list[dict]:
     """What a GPU's goals need, in CUDA graphs: both operators on each of our backends, beside reads, copies and softmax."""
     if dry:
-        names = [
+        names = (
             "linear_infsa@triton",
             "pure_infsa@triton",
             "linear_plain",
@@ -139,7 +141,7 @@ def goals(device: str, dry: bool = False) -> list[dict]:
             "clone",
             "gemm",
             "launch",
-        ]
+        )
         return turns("operator", names, (112,), device, ways=("graph",), together=True, dim=32, dtype="bf16")
     linear = [f"linear_infsa{untied}@{backend}" for untied in ("", "_untied") for backend in ("triton", "cuda")]
     linear += ["linear_plain", "read", "read_qkv", "clone", "clone_qkv", "launch"]
@@ -161,8 +163,7 @@ def unique(plan: list[dict]) -> list[dict]:
         case = tuple(v for k, v in sorted(turn.items()) if k not in ("names", "anchors"))
         names = [n for n in turn["names"] if (case, n) not in known]
         known |= {(case, n) for n in names}
-        if names:
-            found.append(turn | {"names": names})
+        found += [turn | {"names": names}] if names else []
     return found
 
 
@@ -183,9 +184,7 @@ def too_long(turn: dict, name: str, rows: list[dict], limit: float) -> str | Non
     same = ("level", "depth", "way", "dtype", "layout", "batch", "dim")
     smaller = [r for r in rows if r["name"] == name and r["pass"] == passes(turn)[-1] and r["pixels"] < turn["pixels"]
                and all(r.get(f) == turn.get(f) for f in same)]  # fmt: skip
-    if not smaller:
-        return None
-    last = max(smaller, key=lambda r: r["pixels"])
+    last = max(smaller, key=lambda r: r["pixels"], default={"status": ""})
     if last["status"] in ("time limit", "out of memory"):
         return f"{last['status']} at {last['pixels']} pixels"
     if last["status"] != "ok":

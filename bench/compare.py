@@ -21,7 +21,7 @@ from pathlib import Path
 
 from .engine import IDENTITY
 from .machine import ROOT
-from .rows import durations
+from .rows import columns, durations
 from .worker import Worker
 
 MACHINE = ("device", "threads", "torch", "infsa_kernels", "commit", "isa")
@@ -67,19 +67,17 @@ def text(changes: list[dict], a: dict[tuple, dict], b: dict[tuple, dict]) -> str
     lines = [f"{side}: {_describe(rows)}" for side, rows in (("A", a), ("B", b))]
     if {_hardware(r) for r in a.values()} != {_hardware(r) for r in b.values()}:
         lines.append("WARNING: the machines or their settings differ: the ratios are not those of the code")
-    width = max([len(c["what"]) for c in changes], default=10)
-    lines.append(f"\n{'':<{width}}{'A':>14}{'B':>14}{'B / A':>8}  noise")
+    table = [["", "A", "B", "B / A", "noise", ""]]
     for c in changes:
         noise = "[{:.2f}, {:.2f}]".format(*c["noise"]) if c.get("noise") else "few calls" if "ratio" in c else ""
         times = [durations(c[side])[0] if isinstance(c[side], float) else c[side] for side in "ab"]
-        ratio = f"{c['ratio']:.3f}" if "ratio" in c else ""
-        lines.append(f"{c['what']:<{width}}{times[0]:>14}{times[1]:>14}{ratio:>8}  {noise:<14}{c['change']}".rstrip())
+        table.append([c["what"], *times, f"{c['ratio']:.3f}" if "ratio" in c else "", noise, c["change"]])
     counts = {change: sum(c["change"] == change for c in changes) for change in ("slower", "faster", "lost", "new")}
     beyond = (
         ", ".join(f"{count} {change}" for change, count in counts.items() if count) or "none changed beyond its noise"
     )
     only = f"Only in A: {len(a.keys() - b.keys())}, in B: {len(b.keys() - a.keys())}."
-    return "\n".join([*lines, f"\n{len(changes)} rows in both: {beyond}. {only}"])
+    return "\n".join([*lines, "", *columns(table, 1), "", f"{len(changes)} rows in both: {beyond}. {only}"])
 
 
 def _one(group: list[dict]) -> dict:
@@ -125,7 +123,7 @@ def _describe(rows: dict[tuple, dict]) -> str:
 def _name(key: tuple) -> str:
     usual = {"bnhd", "eager", None}
     shown = {f: v for f, v in zip(IDENTITY, key) if v not in usual and (f, v) not in (("batch", 1), ("dim", 1024))}
-    return " ".join(str(v) for v in shown.values()) + "  "
+    return " ".join(str(v) for v in shown.values())
 
 
 def versus(rev: str, plan: list[dict], device: str, rounds: int, budget: float, out: Path) -> int:

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from . import peers
-from .rows import over_linear, select, usual
+from .cases import DTYPE
+from .rows import best, over_linear, select, usual
 
 # Linear: N = 65536, Pure: N = 4096, tied, [B, N, H, d], in the device's own dtype where nothing else is said.
 LINEAR = {"level": "operator", "pixels": 4096, "batch": 1, "layout": "bnhd", "name": "linear_infsa"}
@@ -94,7 +95,7 @@ GPU = _gpu()
 
 # What the layers are to reach: name, how many times as long the next one takes, who the others are, and whether one is.
 NEXT = (
-    ("linear_infsa", 1.5, "every comparator but mean pooling", lambda cls: cls is not peers.Mean),
+    ("linear_infsa", 1.5, "every comparator but mean pooling", lambda cls: cls is not peers.mean.Mean),
     ("pure_infsa", 1.0, "every quadratic comparator", lambda cls: cls.QUADRATIC),
 )
 NEXT_PIXELS = (1024, 2048)
@@ -109,8 +110,7 @@ def compare(rows: list[dict]) -> list[dict]:
         tiny, kernel = (_value(rows, {"name": n}, "fwd", "median_s") for n in ("tiny", "tiny_kernel"))
         overhead = (tiny - kernel) * 1e6 if tiny and kernel else None
         found.append(_goal("Dispatch of a tiny forward: us beyond its C++ operator", overhead, most=DISPATCH_US))
-        sizes = (_value(rows, PURE | {"pixels": 4096}, "fwd", f) for f in ("peak_bytes", "result_bytes"))
-        peak, result = sizes
+        peak, result = (_value(rows, PURE | {"pixels": 4096}, "fwd", f) for f in ("peak_bytes", "result_bytes"))
         scratch = None if peak is None else max(0, peak - result) / 1e6
         found.append(_goal("Pure forward at N = 65536: MB beyond inputs and result", scratch, most=SCRATCH_MB))
     return [*found, *following(rows)]
@@ -127,28 +127,20 @@ def ratio(goal: Goal, rows: list[dict]) -> dict:
 
 
 def _goal(what: str, value: float | None, most: float | None = None, least: float | None = None) -> dict:
-    reached = None if value is None else value <= most if most is not None else value >= least
-    return {
-        "goal": what,
-        "target": f"<= {most:.3g}" if most is not None else f">= {least:.3g}",
-        "value": value,
-        "reached": reached,
-    }
+    """``share``: of the target; from 1 on it is reached."""
+    target, share = f"<= {most:.3g}" if least is None else f">= {least:.3g}", None
+    if value is not None:
+        share = most / max(value, 1e-12) if least is None else value / least
+    return {"goal": what, "target": target, "value": value, "share": share, "reached": share and share >= 1}
 
 
 def _value(rows: list[dict], case: dict, which: str, field: str):
     """The value in the row that fits; of a mechanism on several backends, the best; None if it was not measured."""
-    case = dict(case)
-    name = case.pop("name")
-    fit = [
-        r
-        for r in select(rows, which=which, status="ok", **case)
-        if r["name"].partition("@")[0] == name and r.get(field)
-    ]
-    if "way" not in case:
-        fit = [r for r in fit if r["way"] == "eager"]
+    others = {f: v for f, v in case.items() if f != "name"}
+    fit = [r for r in select(rows, which=which, status="ok", **others) if r["name"].partition("@")[0] == case["name"]]
+    fit = [r for r in fit if r.get(field) and ("way" in case or r["way"] == "eager")]
     if "dtype" not in case:
-        fit = usual(fit) or [r for r in fit if r["dtype"] == {"cpu": "fp32", "cuda": "bf16"}[r["device"]]]
+        fit = usual(fit) or [r for r in fit if r["dtype"] == DTYPE[r["device"]]]
     return (max if field == "flops_per_s" else min)((r[field] for r in fit), default=None)
 
 
@@ -157,10 +149,7 @@ def following(rows: list[dict]) -> list[dict]:
     found = []
     for pixels in NEXT_PIXELS:
         for which in ("fwd", "train"):
-            chosen = {}
-            for row in select(rows, level="layer", pixels=pixels, which=which, status="ok"):
-                if row["name"] not in chosen or row["median_s"] < chosen[row["name"]]["median_s"]:
-                    chosen[row["name"]] = row
+            chosen = best(rows, level="layer", pixels=pixels, which=which, status="ok")
             times = {n: over_linear(r, chosen) for n, r in chosen.items()}
             for name, least, others, among in NEXT:
                 rivals = [n for n in chosen if n not in peers.OWN and among(peers.of(n))]

@@ -1,11 +1,15 @@
 """Tokens of a real photograph: patches of 16 x 16 pixels, projected by fixed random matrices to q, k and v."""
 
+from functools import lru_cache
+
 import numpy as np
 import torch
 from torch import Tensor
 
 PATCH = 16
 D = 1024
+# The photograph of 512 pixels and its mirror image: what a larger picture repeats.
+PERIOD = 1024
 
 
 def photograph(pixels: int) -> np.ndarray:
@@ -34,21 +38,25 @@ def picture(pixels: int) -> Tensor:
     return image[None]
 
 
-def tokens(pixels: int, generator: torch.Generator | None = None) -> Tensor:
-    """The normalised tokens that q, k and v are projected from: (N, D), float32, N = (pixels / PATCH)^2."""
-    side = pixels // PATCH
-    grid = picture(pixels)[0, :, : side * PATCH, : side * PATCH].unflatten(1, (side, PATCH)).unflatten(3, (side, PATCH))
-    patches = grid.permute(1, 3, 0, 2, 4).reshape(side * side, 3 * PATCH * PATCH)
-    generator = generator or torch.Generator().manual_seed(0)
-    return torch.nn.functional.layer_norm(_project(patches, generator), (D,))
+@lru_cache(maxsize=2)  # points come by size
+def inputs(level: str, pixels: int) -> list[Tensor]:
+    """A model's picture; a layer's tokens x (1, N, D); or an operator's q, k, v, projected from x as by one untrained layer.
 
-
-def queries_keys_values(pixels: int) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v of one random, untrained attention layer over the patches, each (N, D), float32."""
+    N = (pixels / PATCH)^2. What repeats in a large picture is projected once.
+    """
+    if level == "model":
+        return [picture(pixels)]
+    repeats = pixels // PERIOD if pixels % PERIOD == 0 else 1
+    side = pixels // PATCH // repeats
+    whole = picture(pixels // repeats)[0, :, : side * PATCH, : side * PATCH]
+    patches = (
+        whole.unflatten(1, (side, PATCH)).unflatten(3, (side, PATCH)).permute(1, 3, 0, 2, 4).flatten(2).flatten(0, 1)
+    )
     generator = torch.Generator().manual_seed(0)
-    x = tokens(pixels, generator)
-    return _project(x, generator), _project(x, generator), _project(x, generator)
 
+    def project(x: Tensor) -> Tensor:
+        return x @ (torch.randn(x.shape[1], D, generator=generator) / x.shape[1] ** 0.5)
 
-def _project(x: Tensor, generator: torch.Generator) -> Tensor:
-    return x @ (torch.randn(x.shape[1], D, generator=generator) / x.shape[1] ** 0.5)
+    x = torch.nn.functional.layer_norm(project(patches), (D,))
+    found = [x] if level == "layer" else [project(x) for _ in "qkv"]
+    return [t.view(side, side, D).repeat(repeats, repeats, 1).flatten(0, 1)[None] for t in found]

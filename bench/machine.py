@@ -16,22 +16,16 @@ TIMER = {"cpu": "wall clock, calls in turn", "cuda": "CUDA events, L2 cold, call
 
 
 def environment(device: torch.device) -> dict:
-    facts = {
-        "device_type": device.type,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_model(),
+    cuda = device.type == "cuda"
+    return {
+        "device_type": device.type, "device": torch.cuda.get_device_name(device) if cuda else _cpu_model(), "isa": _isa(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "infsa_kernels": infsa_kernels.__version__,
-        "commit": _commit(),
+        "threads": torch.get_num_threads(), "system": platform.platform(), "python": platform.python_version(),
+        "torch": torch.__version__, "infsa_kernels": infsa_kernels.__version__, "commit": _commit(),
         "backend": infsa_kernels.choose_backend("linear", device, torch.float32, (1, 16, 4096, 64)),
-        "isa": _isa(),
-        "timer": TIMER[device.type],
-    }
-    return facts | ({"cuda": torch.version.cuda} if device.type == "cuda" else {})
+        "timer": TIMER[device.type], "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        **({"cuda": torch.version.cuda} if cuda else {}),
+    }  # fmt: skip
 
 
 def describe(facts: dict) -> str:

@@ -14,50 +14,30 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocat
 
 from . import machine, peers
 from .image import PATCH, photograph
-from .rows import FINAL, best, over_linear, select, slope, usual
+from .rows import FINAL, PASSES, TITLES, best, over_linear, select, slope, unit, usual
 
-# The lines of a plot over N: the operators beside their equations and softmax; the paper's nine, the floor, the closest peer.
-KERNELS = ("linear_infsa", "pure_infsa", "linear_plain", "pure_plain", "softmax")
+# The lines of a plot over N: the paper's nine, the operators beside their equations, the floor, the closest peer.
 LINES = (*peers.PAPER, "linear_plain", "pure_plain", "mean", "fastformer")
+OURS = ("linear_infsa", "pure_infsa")
 COLOURS = {
     "linear_infsa": "#0f62a8", "pure_infsa": "#0a9396", "softmax": "#8a4fa3", "linformer": "#c0843d", "performer": "#b5533c",
     "soft": "#7a8b3b", "flatten": "#c2699d", "agent": "#d9822b", "mlla": "#5b7a99", "mean": "#9aa3ab", "fastformer": "#a6761d",
     "linear_infsa_untied": "#86b3dc", "linear_infsa_per_token": "#86b3dc", "pure_infsa_untied": "#84cbc5",
-    "linear_plain": "#9a8c7c", "pure_plain": "#9a8c7c", "read": "#2f8f5b",
+    "linear_plain": "#9a8c7c", "pure_plain": "#9a8c7c",
 }  # fmt: skip
-OTHERS = "#b9c2cb"
-PASSES = {"fwd": "forward", "bwd": "backward", "train": "forward + backward"}
-TITLES = {"operator": "operator: q, k, v given", "layer": "attention sub-layer, D = 1024", "model": "model"}
-LIMIT_COLOUR = "#2f8f5b"
-INK, MUTED, GRID = "#1f2933", "#6b7785", "#e3e7eb"
+OTHERS, LIMIT, MUTED = "#b9c2cb", "#2f8f5b", "#6b7785"
+DASHED = (0, (5, 3))
 
 SETTINGS = {
-    "figure.facecolor": "white",
-    "savefig.dpi": 130,
-    "font.size": 10.5,
-    "text.color": INK,
-    "axes.edgecolor": "#b8c0c8",
-    "axes.labelcolor": MUTED,
-    "axes.titlesize": 12,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.titlepad": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": GRID,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "xtick.minor.visible": False,
-    "ytick.minor.visible": False,
-}
+    "figure.facecolor": "white", "savefig.dpi": 130, "font.size": 10.5, "text.color": "#1f2933", "axes.edgecolor": "#b8c0c8",
+    "axes.labelcolor": MUTED, "axes.titlesize": 12, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.titlepad": 10,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True, "grid.color": "#e3e7eb",
+    "xtick.color": MUTED, "ytick.color": MUTED, "xtick.minor.visible": False, "ytick.minor.visible": False,
+    "figure.titlesize": 14, "figure.titleweight": "bold", "legend.frameon": False, "legend.fontsize": 9,
+}  # fmt: skip
 
-# Height of a label as a part of the axes' height: labels closer than this move apart.
-LABEL_HEIGHT = 0.062
-
-# Labels above lengths that are closer than this part of the width stand on each other.
-NEIGHBOURS = 0.25
+# Height of a line of a label as a part of the axes' height, and the part of a plot's width that labels have.
+LABEL_HEIGHT, LABEL_SHARE = 0.062, 0.36
 
 
 def draw_all(rows: list[dict], out: Path) -> list[Path]:
@@ -70,8 +50,8 @@ def draw_all(rows: list[dict], out: Path) -> list[Path]:
         here = select(rows, level=level)
         for depth in sorted({r["depth"] for r in here}, key=lambda depth: depth or 0):
             figures |= _of_level(level, depth, [r for r in here if r["depth"] == depth])
-    graphs = select(every, way="graph")
-    for name, figure in figures.items() if not graphs else (figures | {"operator_roofline": floors(graphs)}).items():
+    figures["operator_roofline"] = floors(select(every, way="graph"))
+    for name, figure in figures.items():
         if figure is not None:
             where = machine.describe(every[-1]["environment"])[:170]
             figure.text(0.995, 0.005, where, ha="right", va="bottom", fontsize=6.5, color=MUTED)
@@ -115,25 +95,23 @@ def overview(rows: list[dict]):
     if not panels:
         return None
     figure = plt.figure(figsize=(3.4 + 5.0 * len(panels), 4.3))
-    axes = figure.subplots(1, 1 + len(panels), width_ratios=[0.62, *[1] * len(panels)])
-    axes[0].imshow(photograph(512), extent=(0, 32, 32, 0))
-    axes[0].set_xticks(np.arange(512 // PATCH + 1), [])
-    axes[0].set_yticks(np.arange(512 // PATCH + 1), [])
-    axes[0].grid(color="white", linewidth=0.3, alpha=0.75)
-    axes[0].set_axisbelow(False)
-    axes[0].tick_params(length=0)
-    axes[0].spines[:].set_visible(False)
-    axes[0].set_title("The input: a photograph", fontsize=11)
-    axes[0].set_xlabel("patches of 16 × 16 pixels", fontsize=9)
-    for ax, op in zip(axes[1:], panels):
-        names = (f"{op}_infsa", f"{op}_plain", "softmax")
-        times = dict(points(rows, names[0], "fwd", "median_s"))
-        least = [(N, share * times[N]) for N, share in points(rows, names[0], "fwd", "share_of_limit")]
-        limit = "a read of Q, V" if op == "linear" else "fastest matrix product"
-        _lines(ax, rows, names, "fwd", "median_s", seconds, slopes=True, extra=(limit, least))
-        ax.set_title(f"{peers.label(names[0])}, forward", fontsize=11)
+    picture, *axes = figure.subplots(1, 1 + len(panels), width_ratios=[0.62, *[1] * len(panels)])
+    picture.imshow(photograph(512), extent=(0, 32, 32, 0))
+    picture.set(xticks=range(33), xticklabels=[], yticks=range(33), yticklabels=[])
+    picture.grid(color="white", linewidth=0.3, alpha=0.75)
+    picture.set_axisbelow(False)
+    picture.tick_params(length=0)
+    picture.spines[:].set_visible(False)
+    picture.set_title("The input: a photograph", fontsize=11)
+    picture.set_xlabel(f"patches of {PATCH} × {PATCH} pixels", fontsize=9)
+    for ax, op in zip(axes, panels):
+        name, limit = f"{op}_infsa", "a read of Q, V" if op == "linear" else "fastest matrix product"
+        times = dict(points(rows, name, "fwd", "median_s"))
+        least = [(N, share * times[N]) for N, share in points(rows, name, "fwd", "share_of_limit")]
+        lines(ax, rows, (name, f"{op}_plain", "softmax"), "fwd", "median_s", seconds, slopes=True, limit=(limit, least))
+        ax.set_title(f"{peers.label(name)}, forward", fontsize=11)
         ax.tick_params(labelsize=8.5)
-        ax.set_xlabel(f"tokens N, from a picture of so many pixels · {peers.of(names[0]).HEADS} heads", fontsize=9)
+        ax.set_xlabel(f"tokens N, from a picture of so many pixels · {peers.of(name).HEADS} heads", fontsize=9)
     figure.tight_layout(w_pad=1.5, rect=(0, 0.02, 1, 1))
     return figure
 
@@ -144,61 +122,39 @@ def over_N(rows, field, title, formatter, slopes=False):
     passes = [p for p in drawn if any(len(points(rows, n, p, field)) > 1 for n in LINES)]
     if not passes:
         return None
-    figure, axes = _panels(len(passes), 5.6, title)
+    figure, axes = panels(len(passes), 6.0, 4.6, title)
     for ax, which in zip(axes, passes):
-        _lines(ax, rows, LINES, which, field, formatter, slopes)
+        lines(ax, rows, LINES, which, field, formatter, slopes)
         ax.set_title(PASSES[which])
     return figure
 
 
-def _lines(ax, rows, names, which, field, formatter, slopes, extra=("", ())) -> None:
-    """Lines over N, log-log, each with its name at its end and, if it ends early, why."""
+def lines(ax, rows, names, which, field, formatter, slopes=False, limit=("", ())) -> None:
+    """Lines over N, log-log, each with its name at the right and, if it ends early, why."""
     curves = {name: found for name in names if len(found := points(rows, name, which, field)) > 1}
     lengths = sorted({N for found in curves.values() for N, _ in found})
-    pixels = {r["N"]: r["pixels"] for r in rows}
-    axis_of_lengths(ax, lengths, [pixels[N] for N in lengths], label_share=0.3)
-    ax.set_yscale("log")
-    ends, least = [], [p for p in extra[1] if p[0] in lengths]
+    axis_of_lengths(ax, rows, lengths)
+    ends, least = [], [point for point in limit[1] if point[0] in lengths]
     if least:
-        ax.plot(*zip(*least), color=LIMIT_COLOUR, linewidth=1.5, linestyle=(0, (5, 3)), zorder=2)
-        ends.append((*least[-1], extra[0], LIMIT_COLOUR))
+        ax.plot(*zip(*least), color=LIMIT, linewidth=1.5, linestyle=DASHED, zorder=2)
+        ends.append((*least[-1], limit[0], LIMIT))
     for name, found in curves.items():
-        own = name in ("linear_infsa", "pure_infsa")
-        ax.plot(*zip(*found), color=COLOURS[name], linewidth=2.8 if own else 1.5, marker="o", markersize=6 if own else 4,
-                zorder=4 if own else 3)  # fmt: skip
-        text = (
-            peers.label(name)
-            + (f"  $N^{{{growth:.2f}}}$" if slopes and (growth := slope(found)) else "")
-            + _why_it_ends(rows, name, which, found[-1][0])
-        )
-        ends.append((*found[-1], text, COLOURS[name]))
+        size = {"linewidth": 2.8, "markersize": 6, "zorder": 4} if name in OURS else {"linewidth": 1.5, "markersize": 4}
+        ax.plot(*zip(*found), color=COLOURS[name], marker="o", **size)
+        growth = f"  $N^{{{slope(found):.2f}}}$" if slopes and slope(found) else ""
+        why = _why_it_ends(rows, name, which, found[-1][0])
+        ends.append((*found[-1], peers.label(name) + growth + why, COLOURS[name]))
     values = [v for found in (*curves.values(), least) for _, v in found]
     span = max(1.5, max(values) / min(values))
-    early = sum(x < max(end[0] for end in ends) for x, *_ in ends)
-    ax.set_ylim(min(values) / span**0.08, max(values) * span ** (0.12 + 0.07 * early))
-    ax.yaxis.set_major_locator(LogLocator(subs=(1,) if span > 1e3 else (1, 2, 5)))
-    ax.yaxis.set_major_formatter(FuncFormatter(formatter))
-    ax.yaxis.set_minor_locator(NullLocator())
-    ax.figure.canvas.draw()
+    ax.set_ylim(min(values) / span**0.08, max(values) * span**0.12)
+    ax.set_yscale("log")
+    log_axis(ax.yaxis, span, formatter)
     label_ends(ax, ends)
-
-
-def _panels(count: int, height: float, title: str):
-    """A figure of panels beside each other, with room for its caption below, and their axes."""
-    figure = plt.figure(figsize=(7.4 * count, height), layout="constrained")
-    _leave_room(figure)
-    figure.suptitle(title, x=0.008, ha="left", fontsize=14, weight="bold")
-    return figure, figure.subplots(1, count, squeeze=False)[0]
-
-
-def _leave_room(figure) -> None:
-    below = 0.22 / figure.get_figheight()
-    figure.get_layout_engine().set(rect=(0, below, 1, 1 - below), w_pad=0.12, h_pad=0.1)
 
 
 def _why_it_ends(rows, name, which, last) -> str:
     later = [best(rows, N=N, which=which).get(name) for N in sorted({r["N"] for r in rows}) if last < N]
-    return next((f"\n✕ {row['status']}" for row in later if row and row["status"] in FINAL), "")
+    return next((f"\n✕ then: {row['status']}" for row in later if row and row["status"] in FINAL), "")
 
 
 def headline(rows: list[dict]) -> int:
@@ -212,95 +168,70 @@ def headline(rows: list[dict]) -> int:
 def speed_ups(rows, title):
     """How many times longer each mechanism takes than Linear-InfSA, calls in turn with it where the level has that."""
     rows = [r for r in rows if r["name"] not in peers.LIMITS]
-    if not rows:
-        return None
-    N = headline(rows)
-    panels = {}
+    bars, N = {}, headline(rows) if rows else 0
     for which in PASSES:
         chosen = {n: r for n, r in best(rows, N=N, which=which).items() if r["status"] == "ok"}
         times = {n: over for n, r in chosen.items() if n != "linear_infsa" and (over := over_linear(r, chosen))}
         if times and (which != "bwd" or rows[0]["level"] == "operator"):
-            panels[which] = sorted(times.items(), key=lambda item: item[1])
-    if not panels:
+            bars[which] = sorted(times.items(), key=lambda item: item[1])
+    if not bars:
         return None
-    most = max(map(len, panels.values()))
     pixels = next(r["pixels"] for r in rows if r["N"] == N)
-    figure, axes = _panels(len(panels), 1.6 + 0.27 * most, f"Time over Linear-InfSA's, {pixels}², {title}")
-    for ax, (which, bars) in zip(axes, panels.items()):
-        names, times = zip(*bars)
-        ax.set_xscale("log")
+    height = 1.6 + 0.27 * max(map(len, bars.values()))
+    figure, axes = panels(len(bars), 6.0, height, f"Time over Linear-InfSA's, {pixels}², {title}")
+    for ax, (which, found) in zip(axes, bars.items()):
+        names, times = zip(*found)
         # From 1, where Linear-InfSA stands: a log axis has no zero for bars to begin at.
         drawn = ax.barh([peers.label(n) for n in names], [t - 1 for t in times], left=1, height=0.72,
                         color=[COLOURS.get(n, OTHERS) for n in names])  # fmt: skip
         ax.bar_label(drawn, [f"{t:.2g}×" if t < 10 else f"{t:.0f}×" for t in times], padding=3, fontsize=8.5)
         ax.axvline(1, color=COLOURS["linear_infsa"], linewidth=1.6)
-        span = max(2.0, *times) / min(0.5, *times)
-        ax.set_xlim(min(0.5, *times) / span**0.15, max(2.0, *times) * span**0.1)
+        low, high = min(0.5, *times), max(2.0, *times)
+        ax.set(xscale="log", xlim=(low / (high / low) ** 0.15, high * (high / low) ** 0.1), title=PASSES[which])
+        log_axis(ax.xaxis, high / low, lambda x, _: f"{x:g}×")
         ax.margins(y=0.01)
-        ax.xaxis.set_major_locator(LogLocator(subs=(1,) if span > 1e2 else (1, 2, 5)))
-        ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}×"))
-        ax.xaxis.set_minor_locator(NullLocator())
         ax.invert_yaxis()
         ax.tick_params(axis="y", labelsize=9, length=0)
         ax.grid(axis="y", visible=False)
-        ax.set_title(PASSES[which])
     return figure
 
 
 def errors(rows, title):
     """The largest error of every mechanism's output against float64 beside what is allowed, at each length."""
-    found = [r for N in sorted({r["N"] for r in rows}) for r in best(rows, N=N, which="fwd").values()]
-    found = [r for r in found if r["status"] in ("ok", "wrong") and r.get("error")]
-    if not found:
-        return None
+    lengths = sorted({r["N"] for r in rows})
+    found = [r for N in lengths for r in best(rows, N=N, which="fwd").values() if r.get("error")]
     names = list(dict.fromkeys(r["name"] for r in sorted(found, key=lambda r: r["error"])))
-    lengths = sorted({r["N"] for r in found})
-    figure, ax = plt.subplots(figsize=(9.6, 1.6 + 0.27 * len(names)), layout="constrained")
-    _leave_room(figure)
+    if not names:
+        return None
+    figure, (ax,) = panels(1, 9.6, 1.6 + 0.27 * len(names), f"Largest error against float64, {title}")
     for N, shade in zip(lengths, np.linspace(0.3, 1, len(lengths))):
         mine = [r for r in found if r["N"] == N]
-        rows_ = [names.index(r["name"]) for r in mine]
-        ax.scatter(
-            [r["error"] for r in mine], rows_, alpha=shade, color=COLOURS["linear_infsa"], label=f"N = {N:,}", s=34
-        )
-        ax.scatter([r["bound"] for r in mine], rows_, alpha=shade, color=LIMIT_COLOUR, marker="|", s=60,
-                   label="allowed" if lengths[-1] == N else None)  # fmt: skip
+        heights = [names.index(r["name"]) for r in mine]
+        allowed = "allowed" if lengths[-1] == N else None
+        ax.scatter([r["error"] for r in mine], heights, 34, COLOURS["linear_infsa"], alpha=shade, label=f"N = {N:,}")
+        ax.scatter([r["bound"] for r in mine], heights, 60, LIMIT, marker="|", alpha=shade, label=allowed)
     ax.set_yticks(range(len(names)), [peers.label(n) for n in names], fontsize=9)
     ax.invert_yaxis()
-    ax.set_xscale("log")
-    ax.set_title(f"Largest error against float64, {title}")
-    ax.set_xlabel("as a part of the largest entry")
+    ax.set(xscale="log", xlabel="as a part of the largest entry")
     ax.margins(y=0.02)
-    ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1), fontsize=9)
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 
 def shares(rows, title):
     """How near our operators and layers come to what the machine needs for them at least."""
-    curves = {
-        (n, p): found
-        for n in ("linear_infsa", "pure_infsa")
-        for p in PASSES
-        if (found := points(rows, n, p, "share_of_limit"))
-    }
-    lengths = sorted({N for found in curves.values() for N, _ in found})
-    if not lengths:
+    curves = {(n, p): found for n in OURS for p in PASSES if (found := points(rows, n, p, "share_of_limit"))}
+    if not curves:
         return None
-    figure, ax = plt.subplots(figsize=(8.4, 4.6), layout="constrained")
-    _leave_room(figure)
-    pixels = {r["N"]: r["pixels"] for r in rows}
-    axis_of_lengths(ax, lengths, [pixels[N] for N in lengths], label_share=0.34)
-    ends = []
+    figure, (ax,) = panels(1, 8.4, 4.6, f"Least time of bytes or products over the time, {title}")
+    axis_of_lengths(ax, rows, sorted({N for found in curves.values() for N, _ in found}))
     for (name, which), found in curves.items():
         dashes = {"fwd": "-", "bwd": "--", "train": ":"}[which]
         ax.plot(*zip(*found), color=COLOURS[name], linestyle=dashes, linewidth=2.4, marker="o", markersize=5)
-        ends.append((*found[-1], f"{peers.label(name)}, {PASSES[which]}", COLOURS[name]))
-    ax.axhline(1, color=LIMIT_COLOUR, linestyle=(0, (5, 3)))
+    ax.axhline(1, color=LIMIT, linestyle=DASHED)
     ax.set_ylim(0, max(1.15, ax.get_ylim()[1]))
     ax.yaxis.set_major_formatter(PercentFormatter(1.0))
-    ax.set_title(f"Least time of bytes or matrix products over the time, {title}", fontsize=11)
-    figure.canvas.draw()
-    label_ends(ax, ends)
+    label_ends(ax, [(*f[-1], f"{peers.label(n)}, {PASSES[p]}", COLOURS[n]) for (n, p), f in curves.items()])
     return figure
 
 
@@ -309,17 +240,12 @@ def energies(rows, title):
     found = [r for r in rows if r.get("joules") and r["pass"] == "fwd"]
     if not found:
         return None
-    figure, ax = plt.subplots(figsize=(8.4, 5.2), layout="constrained")
-    _leave_room(figure)
+    figure, (ax,) = panels(1, 8.4, 5.2, f"Throughput against energy, {title}")
     for name in dict.fromkeys(r["name"] for r in found):
         mine = [(r["joules"], 1 / r["median_s"]) for r in found if r["name"] == name]
         ax.plot(*zip(*mine), marker="o", color=COLOURS.get(name, OTHERS), label=peers.label(name))
-    ax.set_xscale("log")
-    ax.set_yscale("log")
-    ax.set_xlabel("joules per picture")
-    ax.set_ylabel("pictures per second")
-    ax.legend(frameon=False, fontsize=9)
-    ax.set_title(f"Throughput against energy, {title}")
+    ax.set(xscale="log", yscale="log", xlabel="joules per picture", ylabel="pictures per second")
+    ax.legend()
     return figure
 
 
@@ -330,81 +256,72 @@ def floors(rows):
     return share_bars(bars, "least time of bytes or products / measured time")
 
 
-def share_bars(bars: dict[str, float], label: str):
+def share_bars(bars: dict[str, float], title: str):
     """A bar for each share, 1 = reached."""
     if not bars:
         return None
-    figure, ax = plt.subplots(figsize=(9, 0.3 * len(bars) + 1), layout="constrained")
+    figure, (ax,) = panels(1, 9, 0.3 * len(bars) + 1, title)
     ax.barh(list(bars), list(bars.values()), color=["#2a7" if value >= 1 else "#c63" for value in bars.values()])
     ax.axvline(1, color="black", linewidth=1)
     ax.invert_yaxis()
-    ax.set_xlabel(label)
     return figure
 
 
-def label_ends(ax: Axes, ends: list[tuple[float, float, str, str]]) -> None:
-    """Writes each (x, y, text, colour) right of its point, or above it where other lines go on.
+def panels(count: int, width: float, height: float, title: str):
+    """A figure of panels beside each other, with room for its caption below, and their axes."""
+    figure = plt.figure(figsize=(width * count, height), layout="constrained")
+    below = 0.22 / height
+    figure.get_layout_engine().set(rect=(0, below, 1, 1 - below), w_pad=0.12, h_pad=0.1)
+    figure.suptitle(title, x=0.008, ha="left")
+    return figure, figure.subplots(1, count, squeeze=False)[0]
 
-    Labels that would overlap make way for each other. The axes' limits must be final.
+
+def label_ends(ax: Axes, ends: list[tuple[float, float, str, str]]) -> None:
+    """Writes each (x, y, text, colour) at the right, joined to its point. The axes' limits must be final.
+
+    Labels that would overlap make way for each other.
     """
     to_axes = ax.transData + ax.transAxes.inverted()
-    last = max((x for x, _, _, _ in ends), default=0)
-    right, above = [], []
-    for x, y, text, colour in ends:
-        (right if x == last else above).append((*to_axes.transform((x, y)), text, colour))
-    _label_column(ax, right)
-    _label_stacks(ax, above)
-
-
-def _label_column(ax, labels) -> None:
-    labels = sorted(labels, key=lambda label: label[1])
-    heights = [label[1] for label in labels]
-    rows = [1 + label[2].count("\n") for label in labels]
+    ends = sorted(ends, key=lambda end: end[1])
+    heights = [to_axes.transform(end[:2])[1] for end in ends]
+    rows = [1 + text.count("\n") for _, _, text, _ in ends]
     for _ in range(200):
-        for i, j in pairwise(range(len(labels))):
-            overlap = LABEL_HEIGHT * (rows[i] + rows[j]) / 2 - (heights[j] - heights[i])
-            if overlap > 0:
-                heights[i] -= overlap / 2
-                heights[j] += overlap / 2
-        if labels:
-            heights[0], heights[-1] = max(heights[0], 0.02), min(heights[-1], 0.98)
-    for (x, _, text, colour), height in zip(labels, heights):
-        weight = "bold" if colour in (COLOURS["linear_infsa"], COLOURS["pure_infsa"]) else "normal"
-        ax.text(x + 0.02, height, text, color=colour, transform=ax.transAxes, va="center", fontsize=9.5, weight=weight)
+        for i, j in pairwise(range(len(ends))):
+            overlap = max(0, LABEL_HEIGHT * (rows[i] + rows[j]) / 2 - (heights[j] - heights[i]))
+            heights[i] -= overlap / 2
+            heights[j] += overlap / 2
+        heights[0], heights[-1] = max(heights[0], 0.02), min(heights[-1], 0.98)
+    for (x, y, text, colour), height in zip(ends, heights):
+        weight = "bold" if colour in (COLOURS[name] for name in OURS) else "normal"
+        place = {"xytext": (1.03 - LABEL_SHARE, height), "textcoords": "axes fraction", "va": "center"}
+        leader = {"arrowstyle": "-", "relpos": (0, 0.5), "color": colour, "alpha": 0.4, "linewidth": 0.7}
+        ax.annotate(text, (x, y), **place, color=colour, fontsize=9.5, weight=weight, arrowprops=leader)
 
 
-def _label_stacks(ax, labels) -> None:
-    """Labels of neighbouring lengths stand on each other, above the highest of their points."""
-    stacks = []
-    for label in sorted(labels):
-        if stacks and label[0] - stacks[-1][-1][0] < NEIGHBOURS:
-            stacks[-1].append(label)
-        else:
-            stacks.append([label])
-    for stack in stacks:
-        height = max(y for _, y, _, _ in stack) + 0.035
-        for x, _, text, colour in sorted(stack, key=lambda label: label[1]):
-            text = text.replace("\n", "  ")
-            ax.text(x, height, text, color=colour, transform=ax.transAxes, ha="center", va="bottom", fontsize=9)
-            height += LABEL_HEIGHT
-
-
-def axis_of_lengths(ax: Axes, lengths: list[int], pixels: list[int], label_share: float) -> None:
-    """Logarithmic N, with the picture's side below it, and a share of the width left for labels at the right."""
+def axis_of_lengths(ax: Axes, rows: list[dict], lengths: list[int]) -> None:
+    """Logarithmic N, with the picture's side below it, and room for labels at the right."""
     decades = np.log10(max(lengths) / min(lengths)) or 1.0
     ax.set_xscale("log")
-    left, right = 10 ** (-0.04 * decades), 10 ** (decades * label_share / (1 - label_share))
-    ax.set_xlim(min(lengths) * left, max(lengths) * right)
+    ax.set_xlim(
+        min(lengths) * 10 ** (-0.04 * decades), max(lengths) * 10 ** (decades * LABEL_SHARE / (1 - LABEL_SHARE))
+    )
     ax.xaxis.set_major_locator(FixedLocator(lengths))
     ax.xaxis.set_minor_locator(NullLocator())
-    names = {N: f"{N:,}\n{p}²" for N, p in zip(lengths, pixels)}
+    names = {r["N"]: f"{r['N']:,}\n{r['pixels']}²" for r in rows}
     ax.xaxis.set_major_formatter(FuncFormatter(lambda N, _: names.get(round(N), "")))
     ax.grid(axis="x", visible=False)
 
 
+def log_axis(axis, span: float, formatter) -> None:
+    """Few numbers on a logarithmic axis."""
+    axis.set_major_locator(LogLocator(subs=(1,) if span > 1e3 else (1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(formatter))
+    axis.set_minor_locator(NullLocator())
+
+
 def seconds(value: float, _=None) -> str:
-    unit, factor = next((u for u in (("s", 1), ("ms", 1e3), ("µs", 1e6)) if value * u[1] >= 0.9995), ("ns", 1e9))
-    return f"{value * factor:g} {unit}"
+    name, factor = unit(value)
+    return f"{value * factor:g} {name.replace('us', 'µs')}"
 
 
 def megabytes(value: float, _=None) -> str:

@@ -7,6 +7,9 @@ from pathlib import Path
 
 from .engine import IDENTITY
 
+PASSES = {"fwd": "forward", "bwd": "backward", "train": "forward + backward"}
+TITLES = {"operator": "operator: q, k, v given", "layer": "attention sub-layer, D = 1024", "model": "model"}
+
 # Rows that are results; the rest are tried again by the next run.
 FINAL = ("ok", "wrong", "out of memory", "time limit", "unsupported")
 
@@ -81,9 +84,24 @@ def slope(points: list[tuple[int, float]]) -> float | None:
 
 def durations(median: float, low: float | None = None, high: float | None = None) -> tuple[str, str]:
     """The median with its unit, and the interval in the same unit."""
-    unit, factor = next((u for u in (("s", 1), ("ms", 1e3)) if median * u[1] >= 1), ("us", 1e6))
-    times = [
-        None if t is None else f"{t * factor:.{2 if t * factor < 10 else 1 if t * factor < 100 else 0}f}"
-        for t in (median, low, high)
+    name, factor = unit(median)
+
+    def shown(seconds: float) -> str:
+        value = seconds * factor
+        return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}"
+
+    return f"{shown(median)} {name}", "" if low is None or high is None else f"[{shown(low)}, {shown(high)}]"
+
+
+def unit(seconds: float) -> tuple[str, float]:
+    """The unit in which a time is a number from 1 on, and how many of it a second has."""
+    return next((u for u in (("s", 1), ("ms", 1e3)) if seconds * u[1] >= 0.9995), ("us", 1e6))
+
+
+def columns(lines: list[list[str]], left: int) -> list[str]:
+    """Cells as lines of text, all but the first columns to the right; the last cell of a shorter line may be longer."""
+    widths = [max(len(line[i]) for line in lines if len(line) == len(lines[0])) for i in range(len(lines[0]))]
+    return [
+        "  ".join(c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths))).rstrip()
+        for line in lines
     ]
-    return f"{times[0]} {unit}", "" if low is None or high is None else f"[{times[1]}, {times[2]}]"

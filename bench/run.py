@@ -3,9 +3,12 @@
 What has its row is not run again, so an interrupted run goes on. What the minutes do not reach says so.
 """
 
+import contextlib
+import functools
 import json
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from .cases import GRACE, LIMIT, too_long
@@ -16,35 +19,34 @@ from .rows import FINAL, key, load
 from .worker import Worker
 
 
-def run(plan: list[dict], out: Path, device: str, minutes: float, budget: float, limit: float | None = None,
-        again: bool = False) -> list[dict]:  # fmt: skip
-    """Measures what has no row yet and appends it; returns the rows of the plan."""
+def run(plan: list[dict], out: Path, device: str, minutes: float, budget: float, show: Callable[[int, str | None], None],
+        limit: float | None = None, again: bool = False) -> list[dict]:  # fmt: skip
+    """Measures what has no row yet and appends it; returns the rows of the plan.
+
+    ``show`` hears the number of the turn, and the mechanism that is built and checked; None: calls take their turns.
+    """
     out.mkdir(parents=True, exist_ok=True)
     path, end, found, load_of_others = out / "rows.jsonl", time.monotonic() + 60 * minutes, [], OtherLoad()
     known = {key(row): row for row in load(path) if row["status"] in FINAL and not again}
-    with Worker(device, budget) as worker, path.open("a") as file, Progress(plan, end) as progress:
+    with Worker(device, budget) as worker, path.open("a") as file:
         environment = worker.environment
-
-        def rows_of(turn, name, **facts):
-            return [blank(turn, name, which) | facts | {"environment": environment} for which in passes(turn)]
-
-        for turn in plan:
-            progress.begin(turn)
-            missing = []
+        for number, turn in enumerate(plan):
+            show(number, "")
+            fresh, asked, most = [], [], limit or LIMIT[turn["level"]]
             for name in turn["names"]:
-                old = [known.get(key(row)) for row in rows_of(turn, name)]
-                found += old if all(old) else []
-                missing += [] if all(old) else [name]
-            fresh, asked, mine = [], [], limit or LIMIT[turn["level"]]
-            for name in missing:
-                if end - time.monotonic() < 2:
-                    fresh += rows_of(turn, name, **OVER)
-                elif why := too_long(turn, name, found, mine):
-                    fresh += rows_of(turn, name, status="time limit", reason=why)
+                rows = [blank(turn, name, which) | {"environment": environment} for which in passes(turn)]
+                old = [known.get(key(row)) for row in rows]
+                if all(old):
+                    found += old
+                elif end - time.monotonic() < 2:
+                    fresh += [row | OVER for row in rows]
+                elif why := too_long(turn, name, found, most):
+                    fresh += [row | {"status": "time limit", "reason": why} for row in rows]
                 else:
                     asked.append(name)
             if asked:
-                fresh += worker.measure(turn | {"names": asked}, mine, progress.at, end + GRACE)
+                tell = functools.partial(show, number)
+                fresh += worker.measure(turn | {"names": asked}, most, tell, end + GRACE)
             for row in fresh:
                 row["environment"] = environment | {"other_load": load_of_others.share()}
                 file.write(json.dumps(row) + "\n")
@@ -53,47 +55,31 @@ def run(plan: list[dict], out: Path, device: str, minutes: float, budget: float,
     return found
 
 
-class Progress:
+@contextlib.contextmanager
+def live(plan: list[dict], minutes: float) -> Iterator[Callable[[int, str | None], None]]:
     """A line on stderr: what is measured, how much is done, and the time that is left."""
+    from tqdm import tqdm
 
-    def __init__(self, plan: list[dict], end: float):
-        self.weights, self.end, self.done, self.began = [_weight(turn) for turn in plan], end, 0, time.monotonic()
-        self.live = sys.stderr.isatty()
+    done = [0.0]
+    for turn in plan:
+        done.append(done[-1] + _weight(turn))
+    line = f"{{bar:20}} {{elapsed}} of at most {minutes:g} minutes gone, {{remaining}} left  {{desc}}"
+    with tqdm(total=done[-1], bar_format=line, file=sys.stderr, leave=False, dynamic_ncols=True) as bar:
 
-    def __enter__(self):
-        return self
+        def show(number: int, name: str | None) -> None:
+            what = "calls in turn" if name is None else name
+            bar.n = done[number]
+            bar.set_description_str(f"{number + 1}/{len(plan)} {describe(plan[number])}{what and ': '}{what}")
 
-    def __exit__(self, *_):
-        print("\r\033[K" if self.live else "", end="" if self.live else "\n", file=sys.stderr, flush=True)
+        yield show
 
-    def begin(self, turn: dict) -> None:
-        depth = f"{turn['depth']} layers " if turn["depth"] else ""
-        self.turn = f"{turn['level']} {depth}{turn['pixels']}² {turn['phase']}" + (
-            f" {turn['way']}" if turn["way"] != "eager" else ""
-        )
-        self.done += 1
-        self.at("")
 
-    def at(self, name: str | None) -> None:
-        """Writes the line: ``name`` is being built and checked; None: calls take their turns."""
-        gone, total = time.monotonic() - self.began, sum(self.weights)
-        share = sum(self.weights[: self.done - 1]) / total
-        left = max(0.0, self.end - time.monotonic())
-        left = min(left, gone / share - gone) if share else left
-        bar = "█" * int(20 * share)
-        text = f"{bar:░<20} {self.done}/{len(self.weights)}  {_clock(gone)} gone, {_clock(left)} left  {self.turn}"
-        text += f": {'calls in turn' if name is None else name}" if name != "" else ""
-        if self.live:
-            print(f"\r\033[K{text[:150]}", end="", file=sys.stderr, flush=True)
-        elif name == "":
-            print(text, file=sys.stderr, flush=True)
+def describe(turn: dict) -> str:
+    depth = f"{turn['depth']} layers " if turn["depth"] else ""
+    return f"{turn['level']} {depth}{turn['pixels']}² x{turn['batch']} {turn['phase']} {turn['way']}"
 
 
 def _weight(turn: dict) -> float:
     """What a turn takes, roughly, beside others: its mechanisms, and their tokens."""
     tokens = (turn["pixels"] // PATCH) ** 2 * (turn["depth"] or {"operator": 0.5, "layer": 1}[turn["level"]])
     return len(turn["names"]) * (1 + tokens / 2000) * (2.5 if turn["phase"] == "train" else 1)
-
-
-def _clock(seconds: float) -> str:
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

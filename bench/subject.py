@@ -18,37 +18,42 @@ import infsa_kernels
 from infsa_kernels.nn.vit import Block, InfViT
 
 from . import peers
-from .image import PATCH, D, picture, queries_keys_values, tokens
+from .image import PATCH, D, inputs
+from .peers.mechanism import DTYPES
 from .timer import capture, on_capture_stream
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
 # The paper's two depths, with the heads that its Linear-InfSA has there.
 HEADS = {4: 64, 24: 16}
 
 
 class Subject:
-    """A mechanism in a case: a dictionary of level, dtype, layout, batch, dim, depth, pixels, phase and way."""
+    """A mechanism in a case: level, dtype, layout, batch, dim, depth, pixels, phase and way by name; heads, if not its own."""
 
     def __init__(self, case: dict, name: str, device: torch.device):
         self.case, self.name, self.device, self.dtype = case, name, device, DTYPES[case["dtype"]]
         self.parts: dict[str, float] = {}
-        grid = (case["pixels"] // PATCH,) * 2
+        level, pixels, dim = (case[f] for f in ("level", "pixels", "dim"))
+        grid = (pixels // PATCH,) * 2
+        self.tokens = grid[0] * grid[1]
         torch.manual_seed(0)
-        if case["level"] == "model":
-            self.module = model(name, case["depth"], case["pixels"], case["dim"])
+        if level == "model":
+            self.module = model(name, case["depth"], pixels, dim)
             if device.type == "cpu":
                 watch(self.module, self.parts)
         else:
-            self.module = peers.build(name, case["dim"], grid)
-        if case["level"] == "layer":
-            self.module.add_module("sublayer_norm", nn.LayerNorm(case["dim"]))
-        self.module = self.module.to(device, self.dtype)
-        self.inputs = list(given(case["level"], case["pixels"], case["batch"], case["dim"], self.dtype, device))
-        if case["level"] == "operator":
+            self.module = peers.build(name, dim, grid, case.get("heads"))
+        if level == "layer":
+            self.module.add_module("sublayer_norm", nn.LayerNorm(dim))
+        self.module = self.module.to(device, self.dtype).eval()
+        self.inputs = list(given(level, pixels, case["batch"], dim, self.dtype, device))
+        if level == "operator":
             self.inputs = [self.module.heads(t) for t in self.inputs]
             if case["layout"] == "bhnd":
                 self.inputs = [t.contiguous() for t in self.inputs]
+
+    def at(self, **changes) -> "Subject":
+        """The same otherwise."""
+        return Subject(self.case | changes, self.name, self.device)
 
     @property
     def mechanism(self) -> peers.Mechanism | None:
@@ -56,39 +61,32 @@ class Subject:
 
     def function(self):
         """What is called: inputs -> output, on the backend that the name asks for."""
-        level, module = self.case["level"], self.module
-        if level == "model":
-            run = module
-        elif level == "operator":
-            run = module.core
-        else:
-
-            def run(x):
-                return module.sublayer(x, module.sublayer_norm)
-
-        backend = self.name.partition("@")[2]
-        if backend:
-
-            def on_backend(*inputs):
-                with infsa_kernels.backend(backend):
-                    return run(*inputs)
-
-            return on_backend
+        module, level = self.module, self.case["level"]
+        run = module if level == "model" else module.core if level == "operator" else self._sublayer
         if self.case["way"] == "compile":
             torch._dynamo.reset()
             return torch.compile(run, dynamic=False)
-        return run
+        return self.on_backend(run)
+
+    def _sublayer(self, x: Tensor) -> Tensor:
+        return self.module.sublayer(x, self.module.sublayer_norm)
+
+    def on_backend(self, run):
+        backend = self.name.partition("@")[2]
+        if not backend:
+            return run
+
+        def on_backend(*inputs):
+            with infsa_kernels.backend(backend):
+                return run(*inputs)
+
+        return on_backend
 
     def parameters(self) -> list[nn.Parameter]:
         return [p for n, p in self.module.named_parameters() if not n.startswith("sublayer_norm")]
 
-    def leaves(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Inputs that gradients are asked of, and with them whatever else a training step gives gradients to."""
-        inputs = [t.detach().requires_grad_() for t in self.inputs]
-        return inputs, [*inputs, *self.module.parameters()]
-
     def action(self, function):
-        if self.case["phase"] == "fwd" or isinstance(self.module, peers.machine.Limit):
+        if self.case["phase"] == "fwd" or isinstance(self.module, peers.Limit):
             self.module.eval()
 
             def forward(lap):
@@ -98,8 +96,8 @@ class Subject:
 
             return self._graphed(lambda: forward(None)) if self.case["way"] == "graph" else forward
         self.module.train()
-        inputs, wanted = self.leaves()
-        dout = []
+        leaves = [t.detach().requires_grad_() for t in self.inputs]
+        wanted, dout = [*leaves, *self.module.parameters()], []
 
         def gradients(out, **keep):
             if not dout:
@@ -107,7 +105,7 @@ class Subject:
             return [g for g in torch.autograd.grad(out, wanted, dout[0], allow_unused=True, **keep) if g is not None]
 
         def train(lap):
-            out = function(*inputs)
+            out = function(*leaves)
             lap()
             return [out.detach(), *gradients(out)]
 
@@ -115,7 +113,7 @@ class Subject:
             return train
         # The backward pass alone, of a graph of autograd kept between calls.
         with on_capture_stream(self.device):
-            kept = function(*inputs)
+            kept = function(*leaves)
             gradients(kept, retain_graph=True)
         return self._graphed(lambda: gradients(kept, retain_graph=True))
 
@@ -143,15 +141,19 @@ class PeerBlock(Block):
         return self.attn(self.norm1(x))
 
 
+def heads_of_model(name: str, depth: int, dim: int) -> int:
+    return max(1, (HEADS[depth] if name.startswith("linear_infsa") else 16) * dim // D)
+
+
 def model(name: str, depth: int, pixels: int, dim: int = D) -> InfViT:
     """4 or 24 layers of a mechanism for pictures of a size; its head starts at random, so that outputs can be compared."""
-    heads = max(1, (HEADS[depth] if name.startswith("linear_infsa") else 16) * dim // D)
+    H = heads_of_model(name, depth, dim)
     if name in ("linear_infsa", "pure_infsa"):
-        net = InfViT(pixels, depth=depth, embed_dim=dim, num_heads=heads, variant=name, tied=True, pool="mean")
+        net = InfViT(pixels, depth=depth, embed_dim=dim, num_heads=H, variant=name, tied=True, pool="mean")
     else:
         net = InfViT(pixels, depth=0, embed_dim=dim, variant="softmax", pool="mean")
         grid = (pixels // PATCH,) * 2
-        net.blocks = nn.ModuleList(PeerBlock(peers.build(name, dim, grid, heads)) for _ in range(depth))
+        net.blocks = nn.ModuleList(PeerBlock(peers.build(name, dim, grid, H)) for _ in range(depth))
     nn.init.normal_(net.head.weight, std=dim**-0.5)
     return net
 
@@ -179,15 +181,8 @@ def watch(net: InfViT, seconds: dict[str, float]) -> None:
         part(block.mlp, "MLP")
 
 
-@lru_cache(maxsize=2)  # points come by size, and a large picture takes seconds to project
-def _of_photograph(level: str, pixels: int) -> list[Tensor]:
-    if level == "model":
-        return [picture(pixels)]
-    return [t[None] for t in ([tokens(pixels)] if level == "layer" else queries_keys_values(pixels))]
-
-
 @lru_cache(maxsize=2)
 def given(level: str, pixels: int, batch: int, dim: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
     """What a level starts from: pictures, x (B, N, D), or q, k and v of that shape. The batch is the picture, rolled."""
-    pictures = [torch.cat([t.roll(i, -2) for i in range(batch)]) for t in _of_photograph(level, pixels)]
+    pictures = [torch.cat([t.roll(i, -2) for i in range(batch)]) for t in inputs(level, pixels)]
     return [(t if level == "model" else t[..., :dim]).to(device, dtype) for t in pictures]

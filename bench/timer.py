@@ -7,11 +7,11 @@ training step calls it between forward and backward. It returns the tensors it m
 import contextlib
 import ctypes
 import functools
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,14 +23,13 @@ TURN_SECONDS = 2e-3
 TURN_CALLS = 20
 LEAST_SAMPLES, MAX_SAMPLES = 3, 100
 
-# A call above this time is measured once; above the next, the other state of the caches makes no difference to it.
+# A call above this time is measured once, and at once: that it finds fresh memory is a small part of it. Above the next, the
+# state of the caches makes no difference to it.
 LONG_CALL_SECONDS = 3.0
 CACHED_SECONDS = 0.05
 OTHER_SAMPLES = 3
 CACHE_BYTES = {"cpu": 96 << 20, "cuda": 256 << 20}
 
-# A first call, which finds fresh memory and compiles, counts only if it takes so long that this is a small part of it.
-FIRST_COUNTS_SECONDS = 10.0
 ENERGY_SECONDS = 2.0
 
 
@@ -62,7 +61,7 @@ def observe(action: Action, device: torch.device, warm_up: bool = True) -> tuple
 
 def first(action: Action, device: torch.device, warm_up: bool) -> tuple[Observation, list[Tensor]]:
     """One call that counts, after one that does not, unless the first is long and nobody asks for ``warm_up``."""
-    if warm_up or (seen := observe(action, device, warm_up=False))[0].seconds < FIRST_COUNTS_SECONDS:
+    if warm_up or (seen := observe(action, device, warm_up=False))[0].seconds < LONG_CALL_SECONDS:
         return observe(action, device, warm_up)
     return seen
 
@@ -70,13 +69,13 @@ def first(action: Action, device: torch.device, warm_up: bool) -> tuple[Observat
 def interleave(actions: dict[str, Action], seen: dict[str, Observation], budget: float, device: torch.device) -> None:
     """Calls the actions in turn, each until it has taken about ``budget`` seconds, and puts the samples into ``seen``.
 
-    An action whose one observed call was long keeps that sample; the others get fresh ones. A GPU's calls start with a cold
-    L2, a CPU's with what the call before left; short ones are then also called a few times the other way round.
+    The one observed call of an action counts if caches make no difference to it, and is all of a long one. A GPU's calls start
+    with a cold L2, a CPU's with what the call before left; short ones are then also called a few times the other way round.
     """
     cold = device.type == "cuda"
     seconds = {name: seen[name].seconds for name in actions}
     wanted = {name: _samples(seconds[name], budget) for name in actions if seconds[name] <= LONG_CALL_SECONDS}
-    fresh = {name: [] for name in wanted}
+    fresh = {name: seen[name].samples if seconds[name] > CACHED_SECONDS else [] for name in wanted}
     while wanted:
         for name in list(wanted):
             calls = int(min(TURN_CALLS, max(1, TURN_SECONDS / max(seconds[name], 1e-9))))
@@ -103,39 +102,45 @@ def _cache(device: torch.device) -> Tensor:
 
 
 def _call(action: Action, device: torch.device, cold: bool = False, memory=None) -> tuple[list[float], list[Tensor]]:
-    """Seconds of every lap, and the results; ``cold``: after something else has filled the caches."""
+    """Seconds of every lap, and the results; ``cold``: after something else has filled the caches.
+
+    On a GPU events time the stream: launches that hide behind running kernels cost nothing, an idle stream does.
+    """
+    cuda, stamps = device.type == "cuda", []
     if cold:
         _cache(device).zero_()
-    if device.type == "cuda":
+    if cuda:
         torch.cuda.synchronize(device)
-    clock = CudaClock() if device.type == "cuda" else HostClock()
+
+    def stamp():
+        stamps.append(torch.cuda.Event(enable_timing=True) if cuda else time.perf_counter())
+        if cuda:
+            stamps[-1].record()
 
     def lap():
-        clock.stop()
+        stamp()
         if memory:
             memory.lap()
-        clock.start()
+        stamp()
 
     if memory:
         memory.start()
-    clock.start()
+    stamp()
     results = action(lap)
-    clock.stop()
+    stamp()
     if memory:
         memory.lap()
-    return clock.laps(), results
+    if cuda:
+        stamps[-1].synchronize()
+    pairs = zip(stamps[::2], stamps[1::2])
+    return [begin.elapsed_time(end) / 1e3 if cuda else end - begin for begin, end in pairs], results
 
 
 def times(laps: list[list[float]], which: str = "train") -> dict:
     """Median and 20th to 80th percentile of a pass in seconds; the backward pass is the last lap of a training step."""
-    seconds = sorted(lap[-1] if which == "bwd" else sum(lap) for lap in laps)
-
-    def quantile(share):
-        at = share * (len(seconds) - 1)
-        low, high = seconds[math.floor(at)], seconds[math.ceil(at)]
-        return low + (high - low) * (at - math.floor(at))
-
-    return {"median_s": quantile(0.5), "p20_s": quantile(0.2), "p80_s": quantile(0.8), "samples": len(seconds)}
+    seconds = [lap[-1] if which == "bwd" else sum(lap) for lap in laps]
+    low, median, high = np.quantile(seconds, (0.2, 0.5, 0.8)).tolist()
+    return {"median_s": median, "p20_s": low, "p80_s": high, "samples": len(seconds)}
 
 
 @functools.cache
@@ -184,38 +189,6 @@ def energy(action: Action, device: torch.device) -> float | None:
         torch.cuda.synchronize()
         calls += 1
     return (read() - before) / 1e3 / calls
-
-
-class HostClock:
-    def __init__(self):
-        self._laps = []
-
-    def start(self) -> None:
-        self._began = time.perf_counter()
-
-    def stop(self) -> None:
-        self._laps.append(time.perf_counter() - self._began)
-
-    def laps(self) -> list[float]:
-        return self._laps
-
-
-class CudaClock:
-    """Times the stream with events: launches that hide behind running kernels cost nothing, an idle stream does."""
-
-    def __init__(self):
-        self._events = []
-
-    def start(self) -> None:
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        self._events.append(event)
-
-    stop = start
-
-    def laps(self) -> list[float]:
-        self._events[-1].synchronize()
-        return [a.elapsed_time(b) / 1e3 for a, b in zip(self._events[::2], self._events[1::2])]
 
 
 class HostMemory:

@@ -1,26 +1,24 @@
 """`python -m bench.tune --out FILE`: measures tiles and writes the best of each kernel as the lines that configs.py holds.
 
-A candidate counts only if its result agrees with the shipped configuration's. The JSON has every time, so that a choice can say
+A candidate is a turn of the engine: checked by its gate, timed in a CUDA graph. The JSON has every time, so that a choice can say
 by how much it won. `--dry-run` tries one candidate of each on the CPU, in Triton's interpreter.
 """
 
 import argparse
+import contextlib
 import json
 import sys
 from itertools import product
 from pathlib import Path
+from unittest import mock
 
 import torch
 
-import infsa_kernels
-
-from . import machine, timer
+from . import cases, engine, gate, machine
 
 # (BLOCK_M, BLOCK_N, warps, stages)
 PURE = [
-    (m, n, w, s)
-    for m, n, w, s in product((32, 64, 128, 256), (32, 64, 128), (4, 8), (1, 2, 3))
-    if 2048 <= m * n <= 16384
+    tile for tile in product((32, 64, 128, 256), (32, 64, 128), (4, 8), (1, 2, 3)) if 2048 <= tile[0] * tile[1] <= 16384
 ]
 QUICK_PURE = {
     "fwd": [(128, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3), (64, 128, 4, 2), (256, 64, 8, 2)],
@@ -31,112 +29,65 @@ QUICK_PURE = {
 # (elements per thread, warps, programs on the GPU)
 LINEAR = list(product((8, 16, 32), (4, 8), (396, 792, 1584)))
 QUICK_LINEAR = [(16, 4, 396), (16, 4, 1584), (8, 4, 792), (32, 4, 396), (16, 8, 396)]
-TOLERANCE, SECONDS = 2e-2, 0.4
+SECONDS = 0.4
 
 
-def pure(device, kernel: str, H: int, d: int, N: int, B: int, tiles: list[tuple]) -> dict:
-    """Seconds of one of Pure's kernels' passes by tile; None where a tile does not compile or its result is off."""
+def pure(kernel: str, tile: tuple) -> contextlib.AbstractContextManager:
+    """configs.py with another tile for one of Pure's kernels."""
     from infsa_kernels.triton import configs
 
-    shipped = configs.PURE
-
-    def choose(tile):
-        chosen = dict.fromkeys((64, 128, 256), configs.Pure(*tile))
-        configs.PURE = {key: kernels | {kernel: chosen} for key, kernels in shipped.items()}
-
-    def undo():
-        configs.PURE = shipped
-
-    call = _pass("pure", kernel != "fwd", kernel == "bwd_tied", device, H, d, N, B)
-    return _race(call, tiles, choose, undo, device)
+    chosen = {kernel: dict.fromkeys((64, 128, 256), configs.Pure(*tile))}
+    return mock.patch.object(configs, "PURE", {arch: kernels | chosen for arch, kernels in configs.PURE.items()})
 
 
-def linear(device, H: int, d: int, N: int, B: int, candidates: list[tuple]) -> dict:
-    """Seconds of Linear's forward and backward pass together by (elements per thread, warps, programs)."""
+def linear(elements: int, warps: int, programs: int) -> contextlib.AbstractContextManager:
+    """configs.py with other launches of Linear."""
     from infsa_kernels.triton import configs
 
     shipped = configs.linear
 
-    def choose(candidate):
-        elements, warps, programs = candidate
+    def config(q, v, tokens):
+        heads = shipped(q, v, tokens).heads
+        size = max(1, elements * 32 * warps // (heads * max(q.shape[3], v.shape[3])))
+        return configs.Linear(heads, 1 << (size.bit_length() - 1), warps, programs)
 
-        def config(q, v, tokens):
-            c = shipped(q, v, tokens)
-            size = max(1, elements * 32 * warps // (c.heads * max(q.shape[3], v.shape[3])))
-            return configs.Linear(c.heads, 1 << (size.bit_length() - 1), warps, programs)
-
-        configs.linear = config
-
-    def undo():
-        configs.linear = shipped
-
-    return _race(_pass("linear", True, False, device, H, d, N, B), candidates, choose, undo, device)
+    return mock.patch.object(configs, "linear", config)
 
 
-def _pass(op: str, backward: bool, tied: bool, device, H, d, N, B):
-    """A forward pass, or one and its gradients, as a function without arguments."""
-    operator = getattr(torch.ops.infsa, op)
-    q, k, v = (torch.randn(B, N, H, d, device=device).to(torch.bfloat16).transpose(1, 2) for _ in "qkv")
-    k = q if tied else k
-    if not backward:
-        return lambda: [operator(q, k, v, 1e-6, 0.95)]
-    leaves = [t.detach().requires_grad_() for t in ([q, v] if tied else [q, k, v])]
-    dout = torch.randn_like(v[:, :, 0] if op == "linear" else v)
-
-    def run():
-        out = operator(leaves[0], leaves[0] if tied else leaves[1], leaves[-1], 1e-6, 0.95)
-        return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
-
-    return run
-
-
-def _race(run, candidates, choose, undo, device) -> dict:
-    with infsa_kernels.backend("triton"):
-        expected = run()
-        seconds = {"shipped": _seconds(run, device)}
-        for candidate in candidates:
-            choose(candidate)
-            try:
-                right = all(_close(a, b) for a, b in zip(run(), expected))
-                seconds["x".join(map(str, candidate))] = _seconds(run, device) if right else None
-            except Exception as error:  # it does not fit: the next one
-                print(f"  {candidate}: {str(error)[:100]}", flush=True)
-            finally:
-                undo()
+def race(turns: list[dict], candidates: dict, device: torch.device) -> dict[str, float | None]:
+    """Seconds of all passes of the turns by candidate; None for one that is wrong or does not compile."""
+    seconds = {}
+    for name, candidate in {"shipped": contextlib.nullcontext(), **candidates}.items():
+        gate.forget()
+        with candidate:
+            rows = [row for turn in turns for row in engine.measure(turn, device, SECONDS)]
+        seconds[name] = sum(row["median_s"] for row in rows) if all(row["status"] == "ok" for row in rows) else None
+        print(f"  {name}: {seconds[name] or rows[0].get('reason')}", flush=True)
     return seconds
 
 
-def _seconds(run, device) -> float:
-    """The median of replays from a CUDA graph; on a CPU, which only tries the script, one call."""
-    if device.type == "cpu":
-        return timer.observe(lambda lap: run(), device, warm_up=False)[0].seconds
-    graph = timer.capture(run)[0]
-
-    def replay(lap):
-        graph.replay()
-        return []
-
-    seen = {"": timer.observe(replay, device)[0]}
-    timer.interleave({"": replay}, seen, SECONDS, device)
-    return seen[""].seconds
-
-
-def _close(actual, expected) -> bool:
-    return bool((actual.float() - expected.float()).abs().max() <= TOLERANCE * expected.float().abs().max())
-
-
-def run(device, dry: bool, quick: bool) -> dict:
+def run(device: str, dry: bool, quick: bool) -> dict:
     """Every kernel at every size: name -> candidate -> seconds."""
-    found, few, heads = {}, slice(1 if dry else None), 2 if dry else None
-    linear_sizes = ((33, 1),) if dry else ((4096, 8),) if quick else ((197, 32), (4096, 8), (65536, 1))
-    for N, B in linear_sizes:
-        candidates = (QUICK_LINEAR if quick else LINEAR)[few]
-        found[f"linear d=16 N={N}"] = linear(device, heads or 64, 16, N, B, candidates)
-    N, B = (33, 1) if dry else (4096, 4)
-    for kernel, tiles in QUICK_PURE.items():
-        for d in (64,) if quick else (64, 128, 256):
-            candidates = (tiles if quick else PURE)[few]
-            found[f"pure {kernel} d={d} N={N}"] = pure(device, kernel, heads or 1024 // d, d, N, B, candidates)
+    found = {}
+
+    def turns(name: str, phases: tuple[str, ...], pixels: int, batch: int, heads: int) -> list[dict]:
+        case = {"batch": 1, "dim": 32, "heads": 2} if dry else {"batch": batch, "heads": heads}
+        plan = cases.turns("operator", [f"{name}@triton"], (112 if dry else pixels,), device, phases, ("graph",),
+                           dtype="bf16", **case)  # fmt: skip
+        return [turn | {"anchors": []} for turn in plan]
+
+    def named(candidates: list[tuple], changed) -> dict:
+        return {"x".join(map(str, c)): changed(c) for c in candidates[: 1 if dry else None]}
+
+    for pixels, batch in ((1024, 8),) if quick else ((224, 32), (1024, 8), (4096, 1)):
+        candidates = named(QUICK_LINEAR if quick else LINEAR, lambda c: linear(*c))
+        plan = turns("linear_infsa", ("fwd", "train"), pixels, batch, 64)
+        found[f"linear d=16 N={(pixels // 16) ** 2}"] = race(plan, candidates, torch.device(device))
+    for kernel, d in product(QUICK_PURE, (64,) if quick else (64, 128, 256)):
+        candidates = named(QUICK_PURE[kernel] if quick else PURE, lambda c: pure(kernel, c))
+        name = "pure_infsa" if kernel == "bwd_tied" else "pure_infsa_untied"
+        plan = turns(name, ("fwd" if kernel == "fwd" else "train",), 1024, 4, 1024 // d)
+        found[f"pure {kernel} d={d} N=4096"] = race(plan, candidates, torch.device(device))
     return found
 
 
@@ -158,10 +109,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="a few candidates at the paper's heads")
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, one candidate, tiny sizes")
     args = parser.parse_args(arguments)
-    device = torch.device("cpu" if args.dry_run else "cuda")
+    device = "cpu" if args.dry_run else "cuda"
     found = run(device, args.dry_run, args.quick or args.dry_run)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    results = {"environment": machine.environment(device), "seconds": found, "best": best(found)}
+    results = {"environment": machine.environment(torch.device(device)), "seconds": found, "best": best(found)}
     args.out.write_text(json.dumps(results, indent=1) + "\n")
     print("\n".join(best(found)))
     return 0

@@ -17,7 +17,12 @@ import time
 import warnings
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+import torch
+
+from . import engine, machine
+from .engine import OVER, blank, passes
+from .machine import ROOT
+
 MARK = "@bench "
 START_SECONDS = 120
 MEMORY_SHARE = 0.85
@@ -50,48 +55,42 @@ class Worker:
 
         ``tell`` hears what is being built and checked; after ``end`` (of time.monotonic) all that is missing is over.
         """
-        from .engine import OVER, blank, passes
-
         names, anchors, rows = list(turn["names"]), list(turn["anchors"]), []
-        while names:
-            at, fault = None, None
-            if time.monotonic() >= end:
-                return rows + [blank(turn, name, which) | OVER for name in names for which in passes(turn)]
+        while names and time.monotonic() < end:
+            at = None
             try:
                 if self._process is None:
                     self._start()
                 asked = {**turn, "names": names, "anchors": anchors, "seconds": min(end - time.monotonic(), 1e9)}
                 self._process.stdin.write(json.dumps(asked) + "\n")
                 self._process.stdin.flush()
-                while "rows" not in (
-                    said := self._answer(min(limit * (1 if at else len(names)), end - time.monotonic()))
-                ):
-                    at = said["at"]
+                said = {}
+                while "rows" not in said:
+                    seconds = limit if at else limit * len(names)
+                    said = self._answer(min(seconds, end - time.monotonic()))
+                    at = said.get("at")
                     tell(at)
                 return rows + said["rows"]
             except queue.Empty:
                 fault = {"status": "time limit", "reason": f"no result in {limit:.0f} s"}
-                if time.monotonic() >= end:
-                    self._end()
-                    continue
             except (EOFError, BrokenPipeError):
                 code = self._process.wait()
                 fault = {"status": "unsupported", "reason": f"its process ended with code {code}"}
                 if code == -signal.SIGKILL:
                     fault = {"status": "out of memory", "reason": "killed by the system"}
             self._end()
+            if time.monotonic() >= end:
+                break
             if at in anchors and at not in names:
                 anchors.remove(at)
-                continue
-            if at is None and len(names) > 1:  # while calls took turns: nobody knows whose fault it was
-                alone = [
-                    self.measure({**turn, "names": [name], "anchors": anchors}, limit, tell, end) for name in names
-                ]
+            elif at is None and len(names) > 1:  # while calls took turns: nobody knows whose fault it was
+                alone = [self.measure({**turn, "names": [n], "anchors": anchors}, limit, tell, end) for n in names]
                 return rows + [row for found in alone for row in found]
-            at = at or names[0]
-            rows += [blank(turn, at, which) | fault for which in passes(turn)]
-            names.remove(at)
-        return rows
+            else:
+                at = at or names[0]
+                rows += [blank(turn, at, which) | fault for which in passes(turn)]
+                names.remove(at)
+        return rows + [blank(turn, name, which) | OVER for name in names for which in passes(turn)]
 
     def _start(self):
         environment = {**os.environ, "PYTHONPATH": str(self._root), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
@@ -126,10 +125,6 @@ class Worker:
 
 
 def main() -> None:
-    import torch
-
-    from . import engine, machine
-
     def say(what: dict) -> None:
         print(MARK + json.dumps(what), flush=True)
 
@@ -144,8 +139,6 @@ def main() -> None:
 
 def limit_memory() -> None:
     """An allocation beyond what is available raises, before the system begins to kill."""
-    from .machine import available_memory
-
     try:
         import resource
 
@@ -153,9 +146,7 @@ def limit_memory() -> None:
             mapped = int(f.read().split()[0]) * resource.getpagesize()
     except (ImportError, OSError):
         return
-    import torch
-
-    most = mapped + int(MEMORY_SHARE * available_memory(torch.device("cpu")))
+    most = mapped + int(MEMORY_SHARE * machine.available_memory(torch.device("cpu")))
     resource.setrlimit(resource.RLIMIT_AS, (most, resource.getrlimit(resource.RLIMIT_AS)[1]))
 
 

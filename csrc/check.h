@@ -1,106 +1,117 @@
-// Argument checks of the raw operators, shared by the CPU and CUDA sources.
-//
-// The same checks, with the same words, stand in infsa_kernels/ops/_check.py for the backends written in Python and for
-// fake tensors; tests/ops/test_bad_input.py holds the two together.
+// What the compiled raw operators demand of their arguments. Nothing that gets past it makes a kernel read or write
+// where it must not; Python says in words what was wrong with a call that was refused (infsa_kernels/ops/check.py).
 #pragma once
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
-#include <c10/core/ScalarType.h>
 #include <c10/util/Exception.h>
 
+#include <array>
 #include <cmath>
 #include <optional>
-#include <string>
+#include <string_view>
+
+#include "rows.h"
 
 namespace infsa {
 
 using at::Tensor;
 using OptTensor = std::optional<Tensor>;
 
-// Sizes of one call: q (B,H,N,d), k (B,H,M,d), v (B,H,M,dv).
-struct Sizes {
-  int64_t B, H, N, M, d, dv;
-};
-
-// float32, or float64 for float64 input: the dtype of the statistics and of head_rho.
+// float32, or float64 for float64 input: the dtype of sums and statistics.
 inline at::ScalarType acc_dtype(const Tensor& q) { return q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
 
-namespace check {
+// The arguments of one call, tensor by tensor: each on the device of the first, of one dtype, and with sizes named by
+// letters, which the first tensor that has a letter decides for all.
+class Arguments {
+ public:
+  Arguments(const char* op, const char* name, const Tensor& t, std::string_view letters) : op_(op), first_(t) {
+    sizes_.fill(-1);
+    const auto dtype = t.scalar_type();
+    demand(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf || dtype == at::kDouble, name, "dtype");
+    tensor(name, t, dtype, letters);
+  }
 
-inline std::string dtype_name(at::ScalarType dtype) { return "torch." + std::string(c10::getDtypeNames(dtype).first); }
+  void tensor(const char* name, const OptTensor& t, at::ScalarType dtype, std::string_view letters) {
+    if (!t) return;
+    demand(t->scalar_type() == dtype, name, "dtype");
+    demand(t->device() == first_.device(), name, "device");
+    demand(t->layout() == at::kStrided && t->dim() == static_cast<int64_t>(letters.size()), name, "shape");
+    for (size_t i = 0; i < letters.size(); ++i) {
+      int64_t& size = sizes_[letters[i]];
+      if (size < 0) size = t->size(i);
+      demand(t->size(i) == size, name, "shape");
+    }
+    // A storage may have been freed below its tensor, as FSDP does.
+    const size_t bytes = at::detail::computeStorageNbytes(t->sizes(), t->strides(), t->itemsize(), t->storage_offset());
+    demand(t->numel() == 0 || t->storage().nbytes() >= bytes, name, "storage");
+  }
 
-inline void dtype(const char* op, const char* name, const Tensor& t, at::ScalarType expected) {
-  TORCH_CHECK_TYPE(t.scalar_type() == expected, op, ": ", name, " has dtype ", dtype_name(t.scalar_type()),
-                   ", expected ", dtype_name(expected), "; convert it with .to(", dtype_name(expected), ")");
+  void demand(bool right, const char* name, const char* what = "value") const {
+    TORCH_CHECK_VALUE(right, op_, ": ", name, "'s ", what);
+  }
+
+  int64_t operator[](char letter) const { return sizes_[letter]; }
+  void set(char letter, int64_t size) { sizes_[letter] = size; }
+
+ private:
+  const char* op_;
+  const Tensor& first_;
+  std::array<int64_t, 128> sizes_;
+};
+
+// Sizes of one call: q (B,H,N,d), k (B,H,M,d), v (B,H,M,d_v).
+struct Sizes {
+  int64_t B, H, N, M, d, d_v;
+};
+
+inline Sizes sizes_of(const Arguments& a) { return {a['B'], a['H'], a['N'], a['M'], a['d'], a['v']}; }
+
+// What forward and backward of infsa::linear and infsa::pure have in common; k is absent where it is tied to q.
+inline Arguments attention_arguments(const char* op, const Tensor& q, const OptTensor& k, const Tensor& v, double eps,
+                                     double rho, const OptTensor& head_rho, const OptTensor& key_padding_mask,
+                                     const OptTensor& query_padding_mask) {
+  Arguments a(op, "q", q, "BHNd");
+  if (!k) a.set('M', a['N']);
+  a.tensor("k", k, q.scalar_type(), "BHMd");
+  a.tensor("v", v, q.scalar_type(), "BHMv");
+  a.demand(std::isfinite(eps) && eps > 0, "eps");
+  a.demand(std::isfinite(rho), "rho");
+  a.tensor("head_rho", head_rho, acc_dtype(q), "BH");
+  a.tensor("key_padding_mask", key_padding_mask, at::kBool, "BM");
+  a.tensor("query_padding_mask", query_padding_mask, at::kBool, "BN");
+  return a;
 }
 
-inline void device(const char* op, const char* name, const Tensor& t, const Tensor& q, const char* like = "q") {
-  TORCH_CHECK_VALUE(t.device() == q.device(), op, ": ", name, " is on ", t.device(), ", expected ", q.device(),
-                    ", where ", like, " is; move it with .to(", like, ".device)");
+// The backward of infsa::linear, on CPUs and GPUs.
+inline Sizes linear_backward_sizes(const char* op, const Tensor& dout, const Tensor& q, const OptTensor& k,
+                                   const Tensor& v, const Tensor& context, const Tensor& central_query,
+                                   const Tensor& energy_sum, const Tensor& score_sum, double eps, double rho,
+                                   const OptTensor& head_rho, const OptTensor& key_padding_mask,
+                                   const OptTensor& query_padding_mask) {
+  Arguments a = attention_arguments(op, q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask);
+  a.tensor("dout", dout, q.scalar_type(), "BHv");
+  a.tensor("context", context, acc_dtype(q), "BHv");
+  a.tensor("central_query", central_query, acc_dtype(q), "BHd");
+  a.tensor("energy_sum", energy_sum, acc_dtype(q), "BH");
+  a.tensor("score_sum", score_sum, acc_dtype(q), "BH");
+  return sizes_of(a);
 }
 
-inline void floating(const char* op, const char* name, const Tensor& t) {
-  const auto dtype = t.scalar_type();
-  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf || dtype == at::kDouble, op,
-                   ": ", name, " has dtype ", dtype_name(dtype),
-                   ", expected torch.float32, torch.bfloat16, torch.float16 or torch.float64; convert it with .to()");
+// What the operators over tokens x (B, N, D) have in common beside these.
+inline void token_options(Arguments& a, std::optional<double> norm_eps, double eps, const OptTensor& padding_mask) {
+  a.demand(std::isfinite(eps) && eps > 0, "eps");
+  a.demand(!norm_eps || (std::isfinite(*norm_eps) && *norm_eps >= 0), "norm_eps");
+  a.tensor("padding_mask", padding_mask, at::kBool, "BN");
 }
 
-inline void positive_eps(const char* op, double eps) {
-  TORCH_CHECK_VALUE(std::isfinite(eps) && eps > 0, op, ": eps is ", eps,
-                    ", expected a finite number above 0; the paper's is 1e-6");
+inline Rows rows_of(const Tensor& t) { return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2), t.stride(3)}; }
+
+inline Mask mask_of(const OptTensor& t) {
+  return t ? Mask{t->const_data_ptr<bool>(), t->stride(0), t->stride(1)} : Mask{};
 }
 
-inline void rank(const char* op, const char* name, const Tensor& t, const char* letters) {
-  TORCH_CHECK_VALUE(t.dim() == 4, op, ": ", name, " has shape ", t.sizes(), ", expected ", letters,
-                    "; view it with 4 dimensions");
-}
+// The scale s of queries and of keys.
+inline double scale_of(int64_t d) { return d ? 1 / std::sqrt(static_cast<double>(d)) : 1; }
 
-inline void shape(const char* op, const char* name, const Tensor& t, at::IntArrayRef expected, const char* letters) {
-  TORCH_CHECK_VALUE(t.sizes() == expected, op, ": ", name, " has shape ", t.sizes(), ", expected ", letters, " = ",
-                    expected, "; broadcasting is not implied, use .expand()");
-}
-
-// A float32/float64 tensor that an op made and takes back, or head_rho.
-inline void statistic(const char* op, const char* name, const Tensor& t, const Tensor& q, at::IntArrayRef expected,
-                      const char* letters, const char* like = "q") {
-  dtype(op, name, t, acc_dtype(q));
-  device(op, name, t, q, like);
-  shape(op, name, t, expected, letters);
-}
-
-inline void mask(const char* op, const char* name, const OptTensor& t, const Tensor& q, at::IntArrayRef expected,
-                 const char* letters, const char* like = "q") {
-  if (!t) return;
-  dtype(op, name, *t, at::kBool);
-  device(op, name, *t, q, like);
-  shape(op, name, *t, expected, letters);
-}
-
-// Every argument that forward and backward have in common; k is absent where it is tied to q.
-inline Sizes forward_arguments(const char* op, const Tensor& q, const OptTensor& k, const Tensor& v, double eps,
-                               double rho, const OptTensor& head_rho, const OptTensor& key_padding_mask,
-                               const OptTensor& query_padding_mask) {
-  floating(op, "q", q);
-  if (k) dtype(op, "k", *k, q.scalar_type());
-  dtype(op, "v", v, q.scalar_type());
-  if (k) device(op, "k", *k, q);
-  device(op, "v", v, q);
-
-  rank(op, "q", q, "(B, H, N, d)");
-  if (k) rank(op, "k", *k, "(B, H, M, d)");
-  rank(op, "v", v, "(B, H, M, dv)");
-  const Sizes s{q.size(0), q.size(1), q.size(2), k ? k->size(2) : q.size(2), q.size(3), v.size(3)};
-  if (k) shape(op, "k", *k, {s.B, s.H, s.M, s.d}, "(B, H, M, d)");
-  shape(op, "v", v, {s.B, s.H, s.M, s.dv}, "(B, H, M, dv)");
-
-  positive_eps(op, eps);
-  TORCH_CHECK_VALUE(std::isfinite(rho), op, ": rho is ", rho, ", expected a finite number; the paper's is 0.95");
-  if (head_rho) statistic(op, "head_rho", *head_rho, q, {s.B, s.H}, "(B, H)");
-  mask(op, "key_padding_mask", key_padding_mask, q, {s.B, s.M}, "(B, M)");
-  mask(op, "query_padding_mask", query_padding_mask, q, {s.B, s.N}, "(B, N)");
-  return s;
-}
-
-}  // namespace check
 }  // namespace infsa

@@ -1,13 +1,13 @@
 """Fused kernels for Infinite Self-Attention (arXiv:2603.00175): `torch.ops.infsa.linear` and `torch.ops.infsa.pure`."""
 
 from . import onnx as onnx
-from .ops._library import backend, choose_backend, explain_backend
-from .ops.attention import infsa_attention
+from .nn.functional import infsa_attention
+from .ops.backends import backend, choose_backend, explain_backend
 from .ops.linear import linear_infsa, linear_infsa_scores
-from .ops.linear_layer import pooled_linear_infsa
+from .ops.pooled_linear import pooled_linear_infsa
 from .ops.pure import pure_infsa, pure_infsa_scores
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "backend",

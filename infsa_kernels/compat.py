@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from . import nn as _nn
-from .ops.attention import infsa_attention
+from .nn.functional import infsa_attention
+from .nn.rho import rho_of
 from .ops.linear import linear_infsa_scores
 from .ops.pure import pure_infsa_scores
 
@@ -89,7 +90,7 @@ class InfSAAttention(_nn.InfSAAttention, metaclass=_Converted):
     @property
     def rho(self) -> Tensor:
         """The output scale, (), with its gradient: ``attention.rho.item()`` is the number."""
-        return torch.sigmoid(self.rho_logit).squeeze()
+        return rho_of(self).squeeze()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -136,7 +137,7 @@ class InfSAAttention(_nn.InfSAAttention, metaclass=_Converted):
         return super().forward(*arguments, query_padding_mask=query_padding_mask, norm=norm)
 
     def _finish_weights(self, weights, query, query_padding_mask, average):
-        if self.variant == "pure_infsa":
+        if self.variant != "linear_infsa":
             return super()._finish_weights(weights, query, query_padding_mask, average)
         return super()._finish_weights(weights, query[:, :1], None, average).mT
 

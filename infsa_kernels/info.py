@@ -1,12 +1,17 @@
-"""`python -m infsa_kernels.info`: what is installed, how it was built, and which backends run here and why the others do not."""
+"""`python -m infsa_kernels.info`: what is installed, how it was built, and which backends run here and why the others do not.
 
+With ``--check`` the Triton kernels are checked now, as they else are before their first use; exit code 1 if one failed.
+"""
+
+import argparse
 import platform
+import sys
 
 import torch
 
 from . import __version__
-from .ops._extension import PACKAGE
-from .ops._library import RAW, SUFFIXES, explain_backend
+from .ops.backends import OPERATORS, SUFFIXES, explain_backend
+from .ops.extension import PACKAGE
 
 
 def describe() -> str:
@@ -20,7 +25,7 @@ def describe() -> str:
     ]
     for device in _devices():
         lines += ["", f"{device}  {_device_name(device)}"]
-        lines += _backends(device)
+        lines += _backends(device) + _verdicts(device)
     return "\n".join(lines)
 
 
@@ -43,13 +48,47 @@ def _extension() -> str:
 
 def _backends(device: torch.device) -> list[str]:
     """A line for every backend and reason, with the operators that it concerns."""
-    reasons = {op: explain_backend(op, device, torch.float32, (1, 1, 1, 64)) for op in RAW}
+    reasons = {op: explain_backend(op, device, torch.float32, (1, 1, 1, 64)) for op in OPERATORS}
     lines = []
     for name in SUFFIXES:
-        for reason in dict.fromkeys(reasons[op][name] for op in RAW):
-            ops = ", ".join(op for op in RAW if reasons[op][name] == reason)
+        for reason in dict.fromkeys(reasons[op][name] for op in OPERATORS):
+            ops = ", ".join(op for op in OPERATORS if reasons[op][name] == reason)
             lines.append(f"  {name:<7} {ops}: {'runs' if reason is None else 'does not run: ' + reason}")
     return lines
+
+
+def _verdicts(device: torch.device) -> list[str]:
+    """What the checks before first use have found on this machine so far, in any process."""
+    if device.type != "cuda" or explain_backend("pure", device, torch.float32, (1, 1, 1, 64))["triton"]:
+        return []
+    from .triton import first_use
+
+    found = first_use.known(device)
+    passed = sum(reason is None for reason in found.values())
+    lines = [
+        f"  Triton kernels checked before first use: {passed} passed, {len(found) - passed} failed (--check: all, now)"
+    ]
+    return lines + [f"    {variant}: {reason}" for variant, reason in found.items() if reason]
+
+
+def check() -> int:
+    """Checks the Triton kernels on every GPU, each in a process of its own, and prints a line for each."""
+    gpus = [device for device in _devices() if device.type == "cuda"]
+    if not gpus:
+        print("There is no GPU to check Triton kernels on: torch.cuda.is_available() is False")
+        return 1
+    failed = 0
+    for device in gpus:
+        if reason := explain_backend("pure", device, torch.float32, (1, 1, 1, 64))["triton"]:
+            print(f"{device}: {reason}")
+            failed += 1
+            continue
+        from .triton import first_use
+
+        for variant, failure in first_use.check_all(device):
+            print(f"{device} {variant}: {failure or 'passed'}", flush=True)
+            failed += failure is not None
+    return int(failed > 0)
 
 
 def _devices() -> list[torch.device]:
@@ -65,4 +104,9 @@ def _device_name(device: torch.device) -> str:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m infsa_kernels.info", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="check the Triton kernels on the GPUs of this machine now")
+    arguments = parser.parse_args()
+    code = check() if arguments.check else 0
     print(describe())
+    sys.exit(code)

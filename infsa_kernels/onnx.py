@@ -10,9 +10,10 @@ from collections.abc import Callable
 import torch
 
 from .ops import central_query, linear, pure, score_pool
+from .ops.torch_private import OpOverload
 
 
-def translation_table() -> dict[torch._ops.OpOverload, Callable]:
+def translation_table() -> dict[OpOverload, Callable]:
     """The operators in ONNX: ``torch.onnx.export(..., dynamo=True, custom_translation_table=translation_table())``.
 
     Both operators and the pooled layer, hence infsa_kernels.nn and converted models; in float32, bfloat16, float16 and
@@ -36,8 +37,8 @@ def translation_table() -> dict[torch._ops.OpOverload, Callable]:
     """
     _onnxscript()
     translations = {
-        linear.operator: _linear,
-        pure.operator: _pure,
+        linear.raw: _linear,
+        pure.raw: _pure,
         central_query.raw: _central_query,
         score_pool.raw: _score_pool,
     }

@@ -347,7 +347,7 @@ def layer_case(draw: Random) -> tuple[str, Callable]:
     call["x"] = layout(draw, 3)(call["x"].detach()).requires_grad_()
     dout = layer_calls.output_gradient(call)
     form = draw.choice(["plain", "compiled", "checkpointed"])
-    backend = draw.choice(backends_of("cpu", "linear_layer"))
+    backend = draw.choice(backends_of("cpu", "pooled_linear"))
 
     def function(**kwargs):
         if form == "compiled":
@@ -362,15 +362,15 @@ def layer_case(draw: Random) -> tuple[str, Callable]:
         with infsa_kernels.backend(backend):
             hold(layer_calls.results(function, call, dout), wanted)
 
-    return f"linear_layer {form} {backend} {str(dtype)[6:]}", run
+    return f"pooled_linear {form} {backend} {str(dtype)[6:]}", run
 
 
 def one(seed: str, index: int) -> tuple[str, str | None]:
     """Draws a call and makes it: its name, and what was wrong."""
     draw = Random(f"{seed}/{index}")
     torch.manual_seed(draw.getrandbits(32))
-    op = draw.choice([*OPS, *OPS, "linear_layer"])
-    name, run = layer_case(draw) if op == "linear_layer" else operator_case(draw, op)
+    op = draw.choice([*OPS, *OPS, "pooled_linear"])
+    name, run = layer_case(draw) if op == "pooled_linear" else operator_case(draw, op)
     try:
         run()
     except Exception as error:  # any error is a finding

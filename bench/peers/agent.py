@@ -17,12 +17,11 @@ SIDE = 7
 
 class Agent(Mechanism):
     LABEL, SOURCE = "Agent Attention", "2312.08874"
-    TIME, STATE = "N n D", "2 n d, n = 49"
+    TIME, STATE = "N n D", "2 * 49 * d"
     HAS_LOCAL = True
     NOTE = "learned biases on rows and columns: parameters grow with the picture's side"
 
-    def __init__(self, dim, num_heads, grid, local=False):
-        super().__init__(dim, num_heads, grid, local)
+    def setup(self, dim, num_heads, grid):
         n, (rows, columns) = SIDE**2, grid
         self.maps, self.rows, self.columns = (
             nn.ParameterList(nn.Parameter(torch.empty(num_heads, n, *shape)) for _ in range(2))
@@ -32,9 +31,6 @@ class Agent(Mechanism):
             nn.init.trunc_normal_(parameter, std=0.02)
         if self.local:
             self.dwc = depthwise(dim, 3)
-
-    def state_size(self):
-        return 2 * SIDE**2 * self.dim
 
     def core(self, q, k, v):
         B, H, N, d = q.shape

@@ -13,10 +13,7 @@ from .mechanism import Mechanism, wide
 
 class CosFormer(Mechanism):
     LABEL, SOURCE = "cosFormer", "2202.08791"
-    TIME, STATE = "N D d", "2 d (d + 1)"
-
-    def state_size(self):
-        return 2 * self.dim * (self.head_dim + 1)
+    TIME, STATE = "N D d", "2 * d * (d + 1)"
 
     def core(self, q, k, v):
         N = q.shape[-2]

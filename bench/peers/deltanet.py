@@ -14,22 +14,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .mechanism import Mechanism, missing, scale, wide
+from .mechanism import Mechanism, scale, wide
 
 CHUNK = 64
 
 
 class GatedDeltaNet(Mechanism):
     LABEL, SOURCE = "Gated DeltaNet (causal)", "2412.06464"
-    TIME, STATE, CAUSAL = "N D (d + C)", "d^2", True
+    TIME, STATE, CAUSAL = "N D (d + C)", "d * d", True
     NOTE = "plain torch in chunks of 64; beta and g as learned per head, the short convolution left out"
 
-    def __init__(self, dim, num_heads, grid, local=False):
-        super().__init__(dim, num_heads, grid, local)
+    def setup(self, dim, num_heads, grid):
         self.beta, self.g = (nn.Parameter(torch.zeros(num_heads)) for _ in range(2))
-
-    def state_size(self):
-        return self.dim * self.head_dim
 
     def core(self, q, k, v):
         dtype, N = v.dtype, q.shape[2]
@@ -57,10 +53,7 @@ class GatedDeltaNetFla(GatedDeltaNet):
     COMPILES = False
     LABEL = "Gated DeltaNet (causal, fla)"
     NOTE = "flash-linear-attention's kernels"
-
-    @classmethod
-    def unavailable(cls, device):
-        return missing("fla", "flash-linear-attention", device)
+    NEEDS = "fla", "flash-linear-attention"
 
     def core(self, q, k, v):
         from fla.ops.gated_delta_rule import chunk_gated_delta_rule

@@ -9,16 +9,13 @@ import math
 
 import torch
 
-from .mechanism import Mechanism, missing, scale
+from .mechanism import Mechanism, scale
 
 BLOCK_SCORES = 1 << 24
 
 
 class Elementwise(Mechanism):
-    TIME, STATE, QUADRATIC = "N^2 D", "2 N d (keys and values)", True
-
-    def state_size(self):
-        return 2 * self.tokens * self.dim
+    TIME, STATE, QUADRATIC = "N^2 D", "2 * N * d", True
 
     def core(self, q, k, v):
         B, H, _, _ = q.shape
@@ -36,10 +33,7 @@ class Sigmoid(Elementwise):
 class TritonSigmoid(Sigmoid):
     COMPILES = False
     LABEL, SOURCE, LEVELS = "Sigmoid attention (TritonSigmoid)", "2604.27124", ("operator",)
-
-    @classmethod
-    def unavailable(cls, device):
-        return missing("triton_sigmoid", "TritonSigmoid", device)
+    NEEDS = "triton_sigmoid", "TritonSigmoid"
 
     def core(self, q, k, v):
         from triton_sigmoid import sigmoid_attention

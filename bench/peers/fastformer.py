@@ -14,15 +14,11 @@ from .mechanism import Mechanism, flat, scale, wide
 
 class Fastformer(Mechanism):
     LABEL, SOURCE = "Fastformer", "2108.09084"
-    TIME, STATE = "N D", "2 d"
+    TIME, STATE = "N D", "2 * d"
     PROJECTIONS = "qk"
 
-    def __init__(self, dim, num_heads, grid, local=False):
-        super().__init__(dim, num_heads, grid, local)
+    def setup(self, dim, num_heads, grid):
         self.w_a, self.w_b = (nn.Parameter(torch.randn(num_heads, self.head_dim, 1)) for _ in range(2))
-
-    def state_size(self):
-        return 2 * self.dim
 
     def project(self, x):
         q = self.heads(self.q_proj(x))

@@ -14,19 +14,15 @@ from .mechanism import Mechanism, flat, wide
 
 class FLatten(Mechanism):
     LABEL, SOURCE = "FLatten", "2308.00442"
-    TIME, STATE = "N D d", "d (d + 1)"
+    TIME, STATE = "N D d", "d * (d + 1)"
     HAS_LOCAL = True
     NOTE = "learned positions on the keys: parameters grow with N"
 
-    def __init__(self, dim, num_heads, grid, local=False):
-        super().__init__(dim, num_heads, grid, local)
+    def setup(self, dim, num_heads, grid):
         self.positions = nn.Parameter(torch.zeros(1, self.tokens, dim))
         self.scale = nn.Parameter(torch.zeros(1, 1, dim))
         if self.local:
             self.dwc = depthwise(self.head_dim, 5)
-
-    def state_size(self):
-        return self.dim * (self.head_dim + 1)
 
     def core(self, q, k, v):
         q, k = self._focus(flat(q)), self._focus(flat(k) + self.positions)

@@ -16,18 +16,14 @@ from .mechanism import Mechanism, wide
 
 class FRWKV(Mechanism):
     LABEL, SOURCE = "FRWKV (forecasting block, causal)", "2512.07539"
-    TIME, STATE, CAUSAL, LEVELS = "N D d", "d^2", True, ("operator",)
+    TIME, STATE, CAUSAL, LEVELS = "N D d", "d * d", True, ("operator",)
     COMPILES = False
     NOTE = "its recurrence alone, token by token in plain torch; w and a as learned per channel"
 
-    def __init__(self, dim, num_heads, grid, local=False):
-        super().__init__(dim, num_heads, grid, local)
+    def setup(self, dim, num_heads, grid):
         shape = num_heads, self.head_dim
         self.m_r, self.m_x, self.beta = (nn.Parameter(torch.ones(shape)) for _ in range(3))
         self.w, self.a = (nn.Parameter(torch.zeros(shape)) for _ in range(2))
-
-    def state_size(self):
-        return self.dim * self.head_dim
 
     def core(self, q, k, v):
         dtype = v.dtype

@@ -11,7 +11,7 @@ import infsa_kernels
 from infsa_kernels import reference
 
 from .machine import GEMM_SIZE
-from .mechanism import Mechanism
+from .mechanism import DTYPES, Mechanism
 
 RHO, EPS = 0.95, 1e-6
 
@@ -19,36 +19,42 @@ RHO, EPS = 0.95, 1e-6
 # a sum over all tokens, Pure's scores that of one product.
 KINK_LINEAR, KINK_PURE = 1e-5, 1e-6
 
-# float64 operations that checking one case of Pure may take, beyond one head, and scores that it holds.
-FLOPS, BLOCK_SCORES = 5e10, 1 << 21
-
-# Tokens up to which float64 scores are held whole to check against.
-MATERIALISED = 2048
+# float64 operations that checking one case of Pure may take, beyond one head, and scores that it holds; of Linear, tokens in
+# all heads that are compared.
+FLOPS, BLOCK_SCORES, HEAD_TOKENS = 1e10, 1 << 21, 1 << 18
 
 
 class InfSA(Mechanism):
     SOURCE, PROJECTIONS, COMPILES = "2603.00175", "qv", False
     OP: str  # its operator
+    KEYS = ""  # "_qkv" with keys of their own: the machine's limits of that name move them too
 
     def keys(self, q, k):
-        return k if "k" in self.PROJECTIONS else q
-
-    @property
-    def untied(self) -> str:
-        return "_qkv" if "k" in self.PROJECTIONS else ""
+        return k if self.KEYS else q
 
     def layer_flops(self, train: bool) -> float:
         """Operations that the layer needs at least, for one picture."""
         raise NotImplementedError
 
+    def work(self, case, which):
+        if case["level"] == "layer":
+            return {} if which == "bwd" else {"flops": case["batch"] * self.layer_flops(which == "train")}
+        row = case["batch"] * self.dim * DTYPES[case["dtype"]].itemsize  # bytes of a token
+        moved = traffic(self.OP, which, not self.KEYS, self.tokens * row, row)
+        return {
+            "bytes": moved,
+            "flops": flops(self.OP, which, case["batch"], self.num_heads, self.tokens, self.head_dim),
+        }
+
+
+class Untied:
+    PROJECTIONS, KEYS = "qkv", "_qkv"
+
 
 class LinearInfSA(InfSA):
-    LABEL, OP = "Linear-InfSA", "linear"
-    TIME, STATE, HEADS, POOLED = "N D", "d + 1, twice", 64, True
+    LABEL, OP, POOLED, FUSED = "Linear-InfSA", "linear", True, True
+    TIME, STATE, HEADS = "N D", "2 * (d + 1)", 64
     NOTE = "the pooled layer: exact, one product of N tokens and a D x D matrix"
-
-    def state_size(self):
-        return 2 * (self.dim + self.num_heads)
 
     def core(self, q, k, v):
         return torch.ops.infsa.linear(q, self.keys(q, k), v, EPS, RHO).unsqueeze(2)
@@ -63,16 +69,17 @@ class LinearInfSA(InfSA):
         return torch.nn.functional.cosine_similarity(central_query, k, dim=-1).abs() <= KINK_LINEAR
 
     def head_groups(self, gradients):
-        return [list(group) for group in torch.arange(self.num_heads).split(8)]
+        chosen = drawn(self.num_heads, max(8, HEAD_TOKENS // self.tokens), self.tokens)
+        return [chosen[i : i + 8] for i in range(0, len(chosen), 8)]
 
     def rows_to_check(self, gradients, rows, gradients_up_to):
         return self.tokens, gradients
 
     def limits(self, case, which):
         if case["level"] == "layer":
-            return {} if self.untied and which != "fwd" else products(self.layer_flops(which == "train"), case)
+            return {} if self.KEYS and which != "fwd" else products(self.layer_flops(which == "train"), case)
         parts = {"fwd": ("read",), "bwd": ("copy",), "train": ("read", "copy")}[which]
-        return {part + self.untied: 1.0 for part in parts}
+        return {part + self.KEYS: 1.0 for part in parts}
 
     def layer_flops(self, train):
         # The query projection, and two products of N x D and D x H; in training again, and their gradients.
@@ -81,7 +88,7 @@ class LinearInfSA(InfSA):
     def forward(self, x, norm: nn.LayerNorm | None = None):
         """(B, 1, D): the row that every token gets."""
         tensors = {"norm_weight": norm.weight, "norm_bias": norm.bias, "norm_eps": norm.eps} if norm is not None else {}
-        if self.untied:
+        if self.KEYS:
             tensors |= {"k_weight": self.k_proj.weight, "k_bias": self.k_proj.bias}
         return infsa_kernels.pooled_linear_infsa(
             x, self.num_heads, self.q_proj.weight, self.v_proj.weight, self.out_proj.weight, rho=RHO, eps=EPS,
@@ -92,12 +99,12 @@ class LinearInfSA(InfSA):
         return x + self(x, norm)
 
 
-class LinearInfSAUntied(LinearInfSA):
-    LABEL, PROJECTIONS = "Linear-InfSA, untied", "qkv"
+class LinearInfSAUntied(Untied, LinearInfSA):
+    LABEL = "Linear-InfSA, untied"
 
 
 class LinearInfSAPerToken(LinearInfSA):
-    LABEL, LEVELS = "Linear-InfSA, per token", ("layer",)
+    LABEL, LEVELS, FUSED = "Linear-InfSA, per token", ("layer",), False
     NOTE = "the authors' order: q, v and the output projected for every token; only the operator is fused"
 
     def limits(self, case, which):
@@ -119,33 +126,24 @@ class LinearPlain(LinearInfSA):
         return reference.linear(q, self.keys(q, k), v, RHO, EPS).unsqueeze(2)
 
 
-class LinearPlainUntied(LinearPlain):
-    LABEL, PROJECTIONS = "Linear-InfSA, plain torch, untied", "qkv"
+class LinearPlainUntied(Untied, LinearPlain):
+    LABEL = "Linear-InfSA, plain torch, untied"
 
 
 class PureInfSA(InfSA):
     LABEL, OP = "Pure InfSA", "pure"
-    TIME, STATE, QUADRATIC = "N^2 D", "2 N d (keys and values), 1 norm", True
-
-    def state_size(self):
-        return 2 * self.tokens * self.dim + self.num_heads
+    TIME, STATE, QUADRATIC = "N^2 D", "2 * N * d + 1", True
 
     def core(self, q, k, v):
         return torch.ops.infsa.pure(q, self.keys(q, k), v, EPS, RHO)
 
     def truth(self, q, k, v, rows):
-        k = self.keys(q, k)
-        heads = [tuple(t[:, h : h + 1] for t in (q, k, v)) for h in range(q.shape[1])]
-        if torch.is_grad_enabled() or self.tokens <= MATERIALISED or len(q) > 1:
-            return torch.cat([reference.pure(*head, RHO, EPS)[:, :, rows] for head in heads], 1)
-        parts = [{n: t[0, 0] for n, t in zip("qkv", head)} for head in heads]
-        found = [pure_rows(part, part["v"], rows, q.dtype, gradients=False)[1]["out"] for part in parts]
-        return torch.stack(found)[None]
+        return reference.pure(q, self.keys(q, k), v, RHO, EPS)[:, :, rows]
 
     def results(self, q, k, v, dout, rows, gradients):
         parts = []
         for h in range(q.shape[1]):
-            inputs = {n: t[0, h] for n, t in zip("qkv", (q, k, v)) if n != "k" or self.untied}
+            inputs = {n: t[0, h] for n, t in zip("qkv", (q, k, v)) if n != "k" or self.KEYS}
             decided, found = pure_rows(inputs, dout[0, h], rows, q.dtype, gradients)
             parts.append(found | {"undecided": ~decided})
         return {name: torch.stack([part[name] for part in parts])[None] for name in parts[0]}
@@ -157,8 +155,7 @@ class PureInfSA(InfSA):
 
     def head_groups(self, gradients):
         per_head = (4 if gradients else 2) * self.tokens**2 * self.head_dim
-        drawn = torch.randperm(self.num_heads, generator=torch.Generator().manual_seed(self.tokens))
-        return [drawn[: max(1, int(FLOPS / per_head))].sort().values.tolist()]
+        return [drawn(self.num_heads, max(1, int(FLOPS / per_head)), self.tokens)]
 
     def rows_to_check(self, gradients, rows, gradients_up_to):
         return min(rows, self.tokens), gradients
@@ -166,7 +163,7 @@ class PureInfSA(InfSA):
     def limits(self, case, which):
         if case["level"] == "layer":
             train = which == "train"
-            return {} if self.untied and train else products(self.layer_flops(train), case)
+            return {} if self.KEYS and train else products(self.layer_flops(train), case)
         count = flops("pure", which, case["batch"], self.num_heads, self.tokens, self.head_dim)
         return products(count / case["batch"], case)
 
@@ -176,8 +173,8 @@ class PureInfSA(InfSA):
         return (3 * projections + 3.5 * products) if train else projections + products
 
 
-class PureInfSAUntied(PureInfSA):
-    LABEL, PROJECTIONS = "Pure InfSA, untied", "qkv"
+class PureInfSAUntied(Untied, PureInfSA):
+    LABEL = "Pure InfSA, untied"
 
 
 class PurePlain(PureInfSA):
@@ -192,8 +189,8 @@ class PurePlain(PureInfSA):
         return reference.pure(q, self.keys(q, k), v, RHO, EPS)
 
 
-class PurePlainUntied(PurePlain):
-    LABEL, PROJECTIONS = "Pure InfSA, plain torch, untied", "qkv"
+class PurePlainUntied(Untied, PurePlain):
+    LABEL = "Pure InfSA, plain torch, untied"
 
 
 def flops(op: str, which: str, B: int, H: int, N: int, d: int) -> int:
@@ -218,6 +215,11 @@ def traffic(op: str, which: str, tied: bool, tokens: int, heads: int) -> int:
     # Pure's backward reads out as well as dout: its norm's gradient needs <dout, out>.
     bwd = 2 * inputs + out * (2 if op == "pure" else 1)
     return {"fwd": fwd, "bwd": bwd, "train": fwd + bwd}[which]
+
+
+def drawn(heads: int, count: int, seed: int) -> list[int]:
+    """Some of the heads, at random."""
+    return torch.randperm(heads, generator=torch.Generator().manual_seed(seed))[:count].sort().values.tolist()
 
 
 def products(count: float, case: dict) -> dict[str, float]:

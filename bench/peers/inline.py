@@ -13,18 +13,14 @@ from .mechanism import Mechanism, flat, scale, wide
 
 class InLine(Mechanism):
     LABEL, SOURCE = "InLine", "2412.06590"
-    TIME, STATE = "N D d", "d (d + 2)"
+    TIME, STATE = "N D d", "d * (d + 2)"
     HAS_LOCAL = True
 
-    def __init__(self, dim, num_heads, grid, local=False):
-        super().__init__(dim, num_heads, grid, local)
+    def setup(self, dim, num_heads, grid):
         if self.local:
             self.weights = nn.Sequential(
                 nn.Conv1d(dim, dim, 1, groups=num_heads), nn.GELU(), nn.Conv1d(dim, 9 * dim, 1, groups=num_heads)
             )
-
-    def state_size(self):
-        return self.dim * (self.head_dim + 2)
 
     def core(self, q, k, v):
         q = q * scale(q)

@@ -8,18 +8,15 @@
 import torch.nn.functional as F
 
 from .flatten import normalised_linear_attention
-from .mechanism import Mechanism, missing, scale, wide
+from .mechanism import Mechanism, scale, wide
 
 CHUNK = 128
 
 
 class SimpleLinear(Mechanism):
     LABEL, SOURCE = "Linear attention (causal)", "2006.16236"
-    TIME, STATE, CAUSAL = "N D (d + C)", "d^2", True
+    TIME, STATE, CAUSAL = "N D (d + C)", "d * d", True
     NOTE = "plain torch in chunks of 128; no feature map, no normaliser"
-
-    def state_size(self):
-        return self.dim * self.head_dim
 
     def core(self, q, k, v):
         dtype, N = v.dtype, q.shape[2]
@@ -32,10 +29,7 @@ class SimpleLinear(Mechanism):
 class SimpleLinearFla(SimpleLinear):
     COMPILES = False
     LABEL, NOTE = "Linear attention (causal, fla)", "flash-linear-attention's kernels"
-
-    @classmethod
-    def unavailable(cls, device):
-        return missing("fla", "flash-linear-attention", device)
+    NEEDS = "fla", "flash-linear-attention"
 
     def core(self, q, k, v):
         from fla.ops.linear_attn import chunk_linear_attn
@@ -49,10 +43,7 @@ class SimpleLinearFla(SimpleLinear):
 
 class Bidirectional(Mechanism):
     LABEL, SOURCE = "Linear attention", "2006.16236"
-    TIME, STATE = "N D d", "d (d + 1)"
-
-    def state_size(self):
-        return self.dim * (self.head_dim + 1)
+    TIME, STATE = "N D d", "d * (d + 1)"
 
     def core(self, q, k, v):
         return self.mix(F.elu(q) + 1, F.elu(k) + 1, v)
@@ -64,10 +55,7 @@ class Bidirectional(Mechanism):
 class BidirectionalFlash(Bidirectional):
     COMPILES = False
     LABEL, NOTE = "Linear attention (flash_bla)", "the kernels of flash-bidirectional-linear-attention"
-
-    @classmethod
-    def unavailable(cls, device):
-        return missing("flash_bla", "flash-bidirectional-linear-attention", device)
+    NEEDS = "flash_bla", "flash-bidirectional-linear-attention"
 
     def mix(self, q, k, v):
         from flash_bla.ops.linear_attn.fused import linear_attention

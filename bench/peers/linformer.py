@@ -14,18 +14,14 @@ LENGTH = 256
 
 class Linformer(Mechanism):
     LABEL, SOURCE = "Linformer", "2006.04768"
-    TIME, STATE = "N k D", "2 k d, k = 256"
+    TIME, STATE = "N k D", "2 * 256 * d"
     NOTE = "parameters grow with N: a model is bound to its resolution"
     PROJECTION_BIAS = False
 
-    def __init__(self, dim, num_heads, grid, local=False):
-        super().__init__(dim, num_heads, grid, local)
+    def setup(self, dim, num_heads, grid):
         self.E, self.G = (nn.Parameter(torch.empty(self.tokens, LENGTH)) for _ in range(2))
         for matrix in (self.E, self.G):
             nn.init.uniform_(matrix, -(LENGTH**-0.5), LENGTH**-0.5)
-
-    def state_size(self):
-        return 2 * LENGTH * self.dim
 
     def core(self, q, k, v):
         keys, values = (self.heads(matrix.mT @ flat(t)) for matrix, t in ((self.E, k), (self.G, v)))

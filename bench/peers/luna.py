@@ -13,17 +13,13 @@ PROJECTIONS, LEARNED, HIDDEN = 16, 8, 64
 
 class LUNA(Mechanism):
     LABEL, SOURCE = "LUNA", "2512.08061"
-    TIME, STATE = "N m L (D + 64 H)", "m L (d + 1), m = 16, L = 8"
+    TIME, STATE = "N m L (D + 64 H)", "16 * 8 * (d + 1)"
     NOTE = "m and L are this benchmark's choice"
 
-    def __init__(self, dim, num_heads, grid, local=False):
-        super().__init__(dim, num_heads, grid, local)
+    def setup(self, dim, num_heads, grid):
         self.W = nn.Parameter(torch.randn(PROJECTIONS, self.head_dim) / self.head_dim**0.5)
         self.b = nn.Parameter(torch.zeros(PROJECTIONS))
         self.psi = nn.Sequential(nn.Linear(1, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, LEARNED), nn.ReLU())
-
-    def state_size(self):
-        return self.num_heads * PROJECTIONS * LEARNED * (self.head_dim + 1)
 
     def core(self, q, k, v):
         phi_q, phi_k = self._phi(q), self._phi(k)

@@ -11,7 +11,7 @@ import torch
 
 import infsa_kernels
 
-from .mechanism import Mechanism
+from .mechanism import DTYPES, Mechanism
 
 GEMM_SIZE = {"cpu": 2048, "cuda": 8192}
 
@@ -26,16 +26,8 @@ PRODUCTS = {
 
 
 class Limit(Mechanism):
-    COMPILES = False
-    SOURCE, TIME, STATE, LEVELS, NOTE = "-", "", "", ("operator",), "a limit of the machine"
-
-    def __init__(self, dim, num_heads, grid, local=False):
-        torch.nn.Module.__init__(self)
-        self.dim, self.num_heads, self.grid = dim, num_heads, grid
-        self.head_dim, self.tokens = dim // num_heads, grid[0] * grid[1]
-
-    def state_size(self):
-        return 0
+    SOURCE, TIME, STATE, NOTE = "-", "", "0", "a limit of the machine"
+    LEVELS, PROJECTIONS, COMPILES = ("operator",), "", False
 
 
 def moving(what: str, tensors: str) -> type[Limit]:
@@ -49,7 +41,8 @@ def moving(what: str, tensors: str) -> type[Limit]:
 
         def core(self, q, k, v):
             # Dense, as memory holds them: views of heads would be read in another order than they lie.
-            dense = [t.as_strided((t.numel(),), (1,)) for n in tensors for t in [{"q": q, "k": k, "v": v}[n]]]
+            named = {"q": q, "k": k, "v": v}
+            dense = [named[n].as_strided((named[n].numel(),), (1,)) for n in tensors]
             if what == "read":
                 way = READS[fastest_read(q.device)]
                 return [way(t.view(torch.float32)) for t in dense][-1]
@@ -72,6 +65,9 @@ def product(name: str) -> type[Limit]:
             way = PRODUCTS["mm" if name == "mm" or device.type == "cuda" else fastest_product(device, q.dtype)]
             return way(*matrices(device, q.dtype))
 
+        def work(self, case, which):
+            return {"flops": 2 * GEMM_SIZE[case["device"]] ** 3}
+
     return Product
 
 
@@ -79,14 +75,14 @@ class Launch(Limit):
     LABEL = "an empty launch"
 
     def core(self, q, k, v):
-        return _one(q.device).add_(1)  # as little as a kernel can do
+        return tensor(1, device=q.device).add_(1)  # as little as a kernel can do
 
 
 class Tiny(Limit):
     LABEL = "a tiny call of Linear-InfSA"
 
     def core(self, q, k, v):
-        x = _tiny(q.device)
+        x = tensor(1, 1, 4, 16, device=q.device)
         return torch.ops.infsa.linear(x, x, x)
 
 
@@ -99,7 +95,7 @@ class TinyKernel(Limit):
         return None if chosen in ("cpu", "cuda") else "there is no C++ operator here"
 
     def core(self, q, k, v):
-        x = _tiny(q.device)
+        x = tensor(1, 1, 4, 16, device=q.device)
         with torch._C._AutoDispatchBelowAutograd():
             return torch.ops.infsa.linear_fwd(x, None, x, 1e-6, 1.0, None, None, None)[0]
 
@@ -111,13 +107,8 @@ def matrices(device, dtype):
 
 
 @functools.cache
-def _one(device):
-    return torch.zeros(1, device=device)
-
-
-@functools.cache
-def _tiny(device):
-    return torch.randn(1, 1, 4, 16, device=device)
+def tensor(*shape, device):
+    return torch.randn(shape, device=device)
 
 
 @functools.cache
@@ -141,6 +132,12 @@ def _seconds(run, device) -> float:
 
     timed()
     return statistics.median(timed() for _ in range(3))
+
+
+def bytes_per_s(row: dict) -> float:
+    """What a row of a read or of a copy of Q and V moved a second."""
+    size = 2 * row["batch"] * row["N"] * row["dim"] * DTYPES[row["dtype"]].itemsize
+    return (1 if row["name"] == "read" else 2) * size / row["median_s"]
 
 
 # The machine's limits by name; of memory, of arithmetic, and of launching.

@@ -8,9 +8,6 @@ class Mean(Mechanism):
     TIME, STATE = "N D", "d"
     PROJECTIONS, POOLED = "v", True
 
-    def state_size(self):
-        return self.dim
-
     def core(self, q, k, v):
         return wide(v).mean(-2, keepdim=True).to(v.dtype)
 

@@ -1,9 +1,12 @@
 """What every comparator is: a token mixer on a grid of patches, as a core on q, k, v and as a layer on tokens."""
 
 import importlib.util
+import math
 
 import torch
 from torch import Tensor, nn
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
 
 class Mechanism(nn.Module):
@@ -20,21 +23,19 @@ class Mechanism(nn.Module):
     LABEL: str
     SOURCE: str  # arXiv number
     TIME: str  # growth of the core's time, in N tokens, D channels, d per head
-    STATE: str  # numbers kept per head between the pass over keys and that over queries
+    STATE: str  # numbers kept per head between the pass over keys and that over queries, in Python, of N and d
+    LEVELS = ("operator", "layer")
+    HEADS = 16
+    PROJECTIONS, PROJECTION_BIAS = "qkv", True
+    NOTE = ""
+    NEEDS: tuple[str, str] | None = None  # module and package of kernels that run on a GPU only
     QUADRATIC = False
     CAUSAL = False
     HAS_LOCAL = False
-    HEADS = 16
-    NOTE = ""
     POOLED = False  # the core gives one token for all: (B, H, 1, d)
+    FUSED = False  # the layer is more than its projections around its core
     PLAIN = False  # the plain code that our kernels' errors are measured by
-    COMPILES = (
-        True  # whether torch.compile is tried: not on kernels, which are the same compiled, nor on loops over tokens
-    )
-    LEVELS = ("operator", "layer")
-
-    PROJECTIONS = "qkv"
-    PROJECTION_BIAS = True
+    COMPILES = True  # False for kernels, which are the same compiled, and for loops over tokens
 
     def __init__(self, dim: int, num_heads: int, grid: tuple[int, int], local: bool = False):
         super().__init__()
@@ -43,16 +44,30 @@ class Mechanism(nn.Module):
         self.local = local and self.HAS_LOCAL
         for name in self.PROJECTIONS:
             setattr(self, f"{name}_proj", nn.Linear(dim, dim, self.PROJECTION_BIAS))
-        self.out_proj = nn.Linear(dim, dim)
+        if self.PROJECTIONS:
+            self.out_proj = nn.Linear(dim, dim)
+        self.setup(dim, num_heads, grid)
+
+    def setup(self, dim: int, num_heads: int, grid: tuple[int, int]) -> None:
+        """Makes the parameters beyond the projections."""
 
     @classmethod
     def unavailable(cls, device: torch.device) -> str | None:
         """Why it does not run on a device."""
-        return None
+        if cls.NEEDS is None:
+            return None
+        module, package = cls.NEEDS
+        try:
+            installed = importlib.util.find_spec(module) is not None
+        except ModuleNotFoundError:  # the package around the module
+            installed = False
+        if not installed:
+            return f"{package} is not installed"
+        return None if device.type == "cuda" else f"{package} needs a GPU"
 
     def state_size(self) -> int:
         """Numbers of STATE, over all heads of one picture."""
-        raise NotImplementedError
+        return self.num_heads * eval(self.STATE, {"N": self.tokens, "d": self.head_dim, "log": math.log})
 
     def core(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         raise NotImplementedError
@@ -98,7 +113,7 @@ class Mechanism(nn.Module):
         """(B, N, D) from the layer's tokens (B, N, D) and values (B, H, N, d)."""
         raise NotImplementedError
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor]:
         q = self.heads(self.q_proj(x)) if "q" in self.PROJECTIONS else None
         k = self.heads(self.k_proj(x)) if "k" in self.PROJECTIONS else q
         return q, k, self.heads(self.v_proj(x))
@@ -131,6 +146,10 @@ class Mechanism(nn.Module):
         """What bounds a pass ("fwd", "bwd", "train") from below: names of the machine's limits, and how many of each."""
         return {}
 
+    def work(self, case: dict, which: str) -> dict[str, float]:
+        """Bytes and operations ("flops") of a pass at least, where they are known."""
+        return {}
+
     def heads(self, x: Tensor) -> Tensor:
         """(B, N, D) as (B, H, N, d), a view."""
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
@@ -148,14 +167,3 @@ def wide(x: Tensor) -> Tensor:
 
 def scale(q: Tensor) -> float:
     return q.shape[-1] ** -0.5
-
-
-def missing(module: str, package: str, device: torch.device) -> str | None:
-    """Why a package's kernels do not run on a device."""
-    try:
-        installed = importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # the package around the module
-        installed = False
-    if not installed:
-        return f"{package} is not installed"
-    return None if device.type == "cuda" else f"{package} needs a GPU"

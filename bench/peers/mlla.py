@@ -15,19 +15,15 @@ from .mechanism import Mechanism, flat
 
 class MLLA(Mechanism):
     LABEL, SOURCE = "MLLA", "2405.16605"
-    TIME, STATE = "N D d", "d (d + 1)"
+    TIME, STATE = "N D d", "d * (d + 1)"
     HAS_LOCAL = True
     NOTE = "a block, not a layer, with its local parts: gate, convolutions; v is the projected input itself"
 
-    def __init__(self, dim, num_heads, grid, local=False):
-        super().__init__(dim, num_heads, grid, local)
+    def setup(self, dim, num_heads, grid):
         self.rotary = Rotary(dim, grid)
         if self.local:
             self.before, self.inner, self.values, self.after = (depthwise(dim, 3) for _ in range(4))
             self.gate = nn.Linear(dim, dim)
-
-    def state_size(self):
-        return self.dim * (self.head_dim + 1)
 
     def core(self, q, k, v):
         q, k = (F.elu(t) + 1 for t in (q, k))

@@ -16,20 +16,16 @@ LANDMARKS, STEPS, KERNEL = 64, 6, 33
 
 class Nystromformer(Mechanism):
     LABEL, SOURCE = "Nyströmformer", "2102.03902"
-    TIME, STATE = "N m D", "m (m + 2 d), m = 64"
+    TIME, STATE = "N m D", "min(64, N) * (min(64, N) + 2 * d)"
     HAS_LOCAL = True
     NOTE = "where m does not divide N, segments overlap"
 
-    def __init__(self, dim, num_heads, grid, local=False):
-        super().__init__(dim, num_heads, grid, local)
+    def setup(self, dim, num_heads, grid):
         self.landmarks = min(LANDMARKS, self.tokens)
         if self.local:
             self.conv = nn.Conv2d(
                 num_heads, num_heads, (KERNEL, 1), padding=(KERNEL // 2, 0), groups=num_heads, bias=False
             )
-
-    def state_size(self):
-        return self.num_heads * self.landmarks * (self.landmarks + 2 * self.head_dim)
 
     def core(self, q, k, v):
         q_marks, k_marks = (self.heads(F.adaptive_avg_pool1d(flat(t).mT, self.landmarks).mT) for t in (q, k))

@@ -16,15 +16,11 @@ EPS = 1e-4
 
 class Performer(Mechanism):
     LABEL, SOURCE = "Performer", "2009.14794"
-    TIME, STATE = "N m D", "m (d + 1), m = floor(d ln d)"
+    TIME, STATE = "N m D", "int(d * log(d)) * (d + 1)"
 
-    def __init__(self, dim, num_heads, grid, local=False):
-        super().__init__(dim, num_heads, grid, local)
+    def setup(self, dim, num_heads, grid):
         self.features = math.floor(self.head_dim * math.log(self.head_dim))
         self.register_buffer("W", orthogonal(self.features, self.head_dim))
-
-    def state_size(self):
-        return self.num_heads * self.features * (self.head_dim + 1)
 
     def core(self, q, k, v):
         phi_q, phi_k = self._phi(q, -1), self._phi(k, (-2, -1))

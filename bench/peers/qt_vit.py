@@ -12,17 +12,13 @@ from .mechanism import Mechanism, flat, wide
 
 class QTViT(Mechanism):
     LABEL, SOURCE = "QT-ViT", "NeurIPS 2024"
-    TIME, STATE = "N D d", "(d + 1)^2"
+    TIME, STATE = "N D d", "(d + 1) ** 2"
     HAS_LOCAL = True
 
-    def __init__(self, dim, num_heads, grid, local=False):
-        super().__init__(dim, num_heads, grid, local)
+    def setup(self, dim, num_heads, grid):
         self.constant = nn.Parameter(torch.ones(1))
         if self.local:
             self.norm = nn.BatchNorm1d(self.head_dim)
-
-    def state_size(self):
-        return self.num_heads * (self.head_dim + 1) ** 2
 
     def core(self, q, k, v):
         # The constant feature apart: its part of the sums is c^2 sum v and c^2 N.

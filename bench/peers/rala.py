@@ -14,18 +14,14 @@ from .mechanism import Mechanism, flat, scale, wide
 
 class RALA(Mechanism):
     LABEL, SOURCE = "RALA", "2411.07635"
-    TIME, STATE = "N D d", "d (d + 2)"
+    TIME, STATE = "N D d", "d * (d + 2)"
     HAS_LOCAL = True
 
-    def __init__(self, dim, num_heads, grid, local=False):
-        super().__init__(dim, num_heads, grid, local)
+    def setup(self, dim, num_heads, grid):
         self.rotary = Rotary(dim, grid)
         self.gate = nn.Linear(dim, dim)
         if self.local:
             self.lepe = depthwise(dim, 5)
-
-    def state_size(self):
-        return self.dim * (self.head_dim + 2)
 
     def core(self, q, k, v):
         q, k = (F.elu(t) + 1 for t in (q, k))

@@ -17,13 +17,12 @@ STEPS = 20
 
 class SOFT(Mechanism):
     LABEL, SOURCE = "SOFT", "2110.11945"
-    TIME, STATE = "N m D", "m (m + 2 d), m = 49"
+    TIME, STATE = "N m D", "49 * (49 + 2 * d)"
     HAS_LOCAL = True
     NOTE = "stride chosen so that m = 49 at every resolution"
     PROJECTIONS = "qv"
 
-    def __init__(self, dim, num_heads, grid, local=False):
-        super().__init__(dim, num_heads, grid, local)
+    def setup(self, dim, num_heads, grid):
         self.stride = r = max(1, min(grid) // LANDMARKS)
         self.landmarks = (grid[0] // r) * (grid[1] // r)
         self.conv = nn.Conv2d(self.head_dim, self.head_dim, r, r, bias=False)
@@ -32,9 +31,6 @@ class SOFT(Mechanism):
             # One filter per head, larger where the stride is.
             c = 9 if r >= 8 else 5 if r >= 4 else 3
             self.filters = nn.Conv2d(num_heads, num_heads, c, padding=c // 2, groups=num_heads, bias=False)
-
-    def state_size(self):
-        return self.num_heads * self.landmarks * (self.landmarks + 2 * self.head_dim)
 
     def core(self, q, k, v):
         q = q * q.shape[-1] ** -0.25

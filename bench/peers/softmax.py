@@ -5,15 +5,12 @@ import importlib
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .mechanism import Mechanism, missing, scale
+from .mechanism import Mechanism, scale
 
 
 class Softmax(Mechanism):
     LABEL, SOURCE = "Softmax (SDPA)", "1706.03762"
-    TIME, STATE, QUADRATIC = "N^2 D", "2 N d (keys and values)", True
-
-    def state_size(self):
-        return 2 * self.tokens * self.dim
+    TIME, STATE, QUADRATIC = "N^2 D", "2 * N * d", True
 
     def core(self, q, k, v):
         return F.scaled_dot_product_attention(q, k, v)
@@ -47,29 +44,19 @@ def by(backend: str, devices: tuple[str, ...]) -> type[Softmax]:
     return ByBackend
 
 
-class FlashAttention(Softmax):
+class FlashAttention3(Softmax):
     """A package with ``flash_attn_func(q, k, v)`` on (B, N, H, d)."""
 
-    COMPILES = False
-    LEVELS = ("operator",)
-    MODULE: str
-    PACKAGE: str
-
-    @classmethod
-    def unavailable(cls, device):
-        return missing(cls.MODULE, cls.PACKAGE, device)
+    COMPILES, LEVELS = False, ("operator",)
+    LABEL, SOURCE = "Softmax (FlashAttention 3)", "2407.08608"
+    NEEDS = "flash_attn_interface", "FlashAttention 3"
 
     def core(self, q, k, v):
-        out = importlib.import_module(self.MODULE).flash_attn_func(*(t.transpose(1, 2) for t in (q, k, v)))
+        out = importlib.import_module(self.NEEDS[0]).flash_attn_func(*(t.transpose(1, 2) for t in (q, k, v)))
         # Some releases return the log-sum-exp beside it.
         return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
 
 
-class FlashAttention3(FlashAttention):
-    LABEL, SOURCE = "Softmax (FlashAttention 3)", "2407.08608"
-    MODULE, PACKAGE = "flash_attn_interface", "FlashAttention 3"
-
-
-class FlashAttention4(FlashAttention):
+class FlashAttention4(FlashAttention3):
     LABEL, SOURCE = "Softmax (FlashAttention 4)", "flash-attn-4"
-    MODULE, PACKAGE = "flash_attn.cute", "FlashAttention 4"
+    NEEDS = "flash_attn.cute", "FlashAttention 4"

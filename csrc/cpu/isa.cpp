@@ -8,56 +8,54 @@
 namespace infsa::cpu {
 namespace {
 
-bool has(Isa set) {
-  switch (set) {
-    case Isa::portable:
-      return true;
+struct Isa {
+  const char* name;
+  bool is_here;
+  const KernelTable& kernels;
+};
+
+// The widest first.
+const Isa& choose() {
+  static const Isa all[] = {
 #if defined(__x86_64__)
-    case Isa::avx2:
-      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    case Isa::avx512:
-      return has(Isa::avx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+      {"avx512",
+       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
+           __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"),
+       avx512::kernels},
+      {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"),
+       avx2::kernels},
 #endif
-    default:
-      return false;
+      {"portable", true, portable::kernels}};
+  const char* wanted = std::getenv("INFSA_CPU_ISA");
+  for (const Isa& isa : all) {
+    if (isa.is_here && (!wanted || std::strcmp(wanted, isa.name) == 0)) return isa;
   }
+  throw std::runtime_error(std::string("INFSA_CPU_ISA=") + wanted +
+                           ": expected portable, or avx2 or avx512 on a CPU that has it");
 }
 
-constexpr Isa kWidestFirst[] = {Isa::avx512, Isa::avx2, Isa::portable};
-
-const char* name(Isa set) {
-  switch (set) {
-    case Isa::avx512:
-      return "avx512";
-    case Isa::avx2:
-      return "avx2";
-    default:
-      return "portable";
-  }
-}
-
-Isa choose() {
-  if (const char* wanted = std::getenv("INFSA_CPU_ISA")) {
-    for (Isa set : kWidestFirst) {
-      if (std::strcmp(wanted, name(set)) == 0 && has(set)) return set;
-    }
-    throw std::runtime_error(std::string("INFSA_CPU_ISA=") + wanted +
-                             ": expected portable, or avx2 or avx512 on a CPU that has it");
-  }
-  for (Isa set : kWidestFirst) {
-    if (has(set)) return set;
-  }
-  return Isa::portable;
+const Isa& isa() {
+  static const Isa& chosen = choose();
+  return chosen;
 }
 
 }  // namespace
 
-Isa isa() {
-  static const Isa chosen = choose();
-  return chosen;
-}
+const char* isa_name() { return isa().name; }
 
-const char* isa_name() { return name(isa()); }
+const Kernels& kernels_for(at::ScalarType dtype) {
+  const KernelTable& table = isa().kernels;
+  switch (dtype) {
+    case at::kFloat:
+      return table.float32;
+    case at::kDouble:
+      return table.float64;
+    case at::kBFloat16:
+      return table.bfloat16;
+    default:
+      return table.float16;
+  }
+}
 
 }  // namespace infsa::cpu

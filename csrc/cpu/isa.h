@@ -1,13 +1,16 @@
-// The instruction sets that the CPU kernels are compiled for, and the one this process runs.
+// The instruction set that the CPU kernels of this process are compiled for.
 #pragma once
+
+#include <c10/core/ScalarType.h>
+
+#include "kernels.h"
 
 namespace infsa::cpu {
 
-enum class Isa { portable, avx2, avx512 };
-
-// The widest set that this CPU and operating system have, or the one named by INFSA_CPU_ISA=portable|avx2|avx512 (read
-// once, at import; a set that the CPU lacks is an error). Portable code is what NEON machines run.
-Isa isa();
+// Of the widest set that this CPU and operating system have, or of the one named by
+// INFSA_CPU_ISA=portable|avx2|avx512 (read once, at import; a set that the CPU lacks is an error). Portable code is
+// what NEON machines run.
+const Kernels& kernels_for(at::ScalarType dtype);
 const char* isa_name();
 
 }  // namespace infsa::cpu

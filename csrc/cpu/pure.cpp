@@ -4,11 +4,7 @@
 // A head's score matrix is cut into cells (key chunk, query chunk). The cells of one round share no chunk, so they run
 // in parallel and each adds to sums that no other cell of the round touches. The cut and the order of the rounds depend
 // on the shape alone: the bits do not depend on the number of threads.
-//
-// A head whose numbers left the range of the accumulation type on the way is run once more, in units that bring it to
-// order one: q, k, v and dout times powers of two, which change no digit. Nobody else pays for it.
-#include "pure.h"
-
+// A head whose numbers left the range of the accumulation type is run once more (range.h).
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
@@ -20,43 +16,21 @@
 #include <tuple>
 #include <vector>
 
-#include "../check.h"
-#include "alloc.h"
 #include "isa.h"
+#include "memory.h"
+#include "range.h"
 #include "tasks.h"
 
 namespace infsa::cpu {
 namespace {
 
+constexpr const char* kOp = "infsa::pure";
 // The sums of the heads in flight, unless one head alone needs more.
 constexpr int64_t kSumsBytes = 32 << 20;
 // A head whose sums are at most this is left to one thread, which keeps them in its L2, when there are heads for all.
 constexpr int64_t kOwnSumsBytes = 1 << 20;
 // The cells that a round should have, for machines with many cores.
 constexpr int64_t kCells = 32;
-
-const PureKernels& kernels_for(at::ScalarType dtype) {
-  const int row = dtype == at::kFloat ? 0 : dtype == at::kDouble ? 1 : dtype == at::kBFloat16 ? 2 : 3;
-#if defined(__x86_64__)
-  if (isa() == Isa::avx512) return avx512::pure_kernels[row];
-  if (isa() == Isa::avx2) return avx2::pure_kernels[row];
-#endif
-  return portable::pure_kernels[row];
-}
-
-// The stats and head_rho, whichever accumulation type they have.
-double get(const Tensor& t, int64_t at) {
-  return t.scalar_type() == at::kDouble ? t.const_data_ptr<double>()[at] : t.const_data_ptr<float>()[at];
-}
-
-double get(const Tensor& t, int64_t b, int64_t h) { return get(t, b * t.stride(0) + h * t.stride(1)); }
-
-void set(const Tensor& t, int64_t at, double x) {
-  if (t.scalar_type() == at::kDouble)
-    t.mutable_data_ptr<double>()[at] = x;
-  else
-    t.mutable_data_ptr<float>()[at] = static_cast<float>(x);
-}
 
 bool same_mask(const OptTensor& a, const OptTensor& b) {
   if (!a || !b) return !a && !b;
@@ -65,6 +39,7 @@ bool same_mask(const OptTensor& a, const OptTensor& b) {
 
 // What forward and backward have in common.
 struct Call {
+  Arguments arguments;
   const Sizes size;
   const Tensor &q, &k, &v;
   const double rho;
@@ -72,12 +47,14 @@ struct Call {
   const Kept queries, keys;
   const bool symmetric;  // k is q, and the same tokens count on both sides
   const bool partial;    // some outputs are not written by the kernels: they start as 0
-  const PureKernels& kernels;
+  const Kernels& kernels;
+  const bool wide;               // the accumulation type is double
   std::vector<PureUnits> units;  // of the heads, once one needs them
 
-  Call(const char* op, const Tensor& q, const OptTensor& k, const Tensor& v, double eps, double rho,
-       const OptTensor& head_rho, const OptTensor& key_mask, const OptTensor& query_mask)
-      : size(check::forward_arguments(op, q, k, v, eps, rho, head_rho, key_mask, query_mask)),
+  Call(const Tensor& q, const OptTensor& k, const Tensor& v, double eps, double rho, const OptTensor& head_rho,
+       const OptTensor& key_mask, const OptTensor& query_mask)
+      : arguments(attention_arguments(kOp, q, k, v, eps, rho, head_rho, key_mask, query_mask)),
+        size(sizes_of(arguments)),
         q(q),
         k(k ? *k : q),
         v(v),
@@ -87,44 +64,37 @@ struct Call {
         keys(key_mask, size.M),
         symmetric(!k && same_mask(key_mask, query_mask)),
         partial(key_mask || query_mask || empty()),
-        kernels(kernels_for(q.scalar_type())) {}
+        kernels(kernels_for(q.scalar_type())),
+        wide(acc_dtype(q) == at::kDouble) {}
 
   int64_t heads() const { return size.B * size.H; }
   bool empty() const { return heads() * size.N * size.M * size.d == 0; }
 
   Tokens tokens(const Tensor& t, int64_t head, const Kept& kept) const {
-    const int64_t b = head / size.H, h = head % size.H;
-    char* data = static_cast<char*>(t.data_ptr()) + (b * t.stride(0) + h * t.stride(1)) * t.element_size();
-    return {data, t.stride(2), t.stride(3), kept.of(b)};
+    return tokens_of(rows_of(t), head / size.H, head % size.H, t.element_size(), kept.of(head / size.H));
   }
 
   PureHead head(int64_t index) const {
     const int64_t b = index / size.H;
     PureHead p{};
-    p.N = queries.count(b), p.M = keys.count(b), p.d = size.d, p.d_v = size.dv;
+    p.N = queries.count(b), p.M = keys.count(b), p.d = size.d, p.d_v = size.d_v;
     p.q = tokens(q, index, queries), p.k = tokens(k, index, keys), p.v = tokens(v, index, keys);
-    p.tied = symmetric, p.rho = head_rho ? rho * get(*head_rho, b, index % size.H) : rho;
+    p.tied = symmetric, p.rho = rho_of(rho, head_rho, b, index % size.H);
     p.few_keys = p.M <= kFewKeys;
     p.few_scores = std::max(p.N, p.M) <= kPureStride && p.N * p.M <= kFewScores;
     if (!units.empty()) p.unit = units[index];
     return p;
   }
 
-  // Whether |x| is 0 or within 2^-most .. 2^most, for double six times as far. Up to kMostNorm a number may be squared
-  // or divided by in the accumulation type with all its digits kept.
-  static constexpr int kMostNorm = 50, kMostSum = 100;
-  bool within(double x, int most) const {
-    return x == 0 || (std::isfinite(x) && std::abs(std::ilogb(x)) <= (acc_dtype(q) == at::kDouble ? 6 * most : most));
-  }
+  bool is_factor(double x) const { return within(x, kMostFactor, wide); }
+  bool is_sum(double x) const { return within(x, kMostSum, wide); }
 
   // Brings q, k and v of a head to order one, and g = dout / norm where given. False where that is no help: one is not
   // finite.
   bool scale_head(int64_t index, const Tensor* dout = nullptr, double norm = 1) {
     PureHead p = head(index);
     const auto unit = [&](const Tokens& t, int64_t rows, int64_t columns) {
-      const double most = kernels.largest(t, columns, {0, rows});
-      const int limit = acc_dtype(q) == at::kDouble ? 1000 : 120;
-      return !std::isfinite(most) ? 0 : most == 0 ? 1 : std::ldexp(1, std::clamp(-std::ilogb(most), -limit, limit));
+      return unit_of(kernels.tokens.largest(t, columns, {0, rows}), wide);
     };
     PureUnits u{unit(p.q, p.N, p.d), unit(p.k, p.M, p.d), unit(p.v, p.M, p.d_v), 1};
     if (dout) u.dout = unit(tokens(*dout, index, queries), p.N, p.d_v) * std::ldexp(1, std::ilogb(norm * u.q * u.k));
@@ -134,12 +104,6 @@ struct Call {
     return true;
   }
 };
-
-// A scale that overflows would turn a sum of 0 into NaN.
-double finite(double scale, const Tensor& norm) {
-  const double most = norm.scalar_type() == at::kDouble ? 1e308 : 3.4e38;
-  return scale > most ? most : scale < -most ? -most : scale;
-}
 
 // Cells of a head: n query chunks; as many key chunks and rounds, or one.
 struct Cut {
@@ -174,8 +138,8 @@ void run_heads(const Call& call, Range range, Cut cut, int64_t head_bytes, bool 
   const int64_t heads = range.end - range.begin;
   PureHead largest = call.head(0);
   largest.N = call.size.N, largest.M = call.size.M;
-  const int64_t scratch = call.kernels.scratch_bytes(largest, backward);
-  const double head_work = double(call.size.N) * call.size.M * (call.size.d + call.size.dv);
+  const int64_t scratch = call.kernels.pure.scratch_bytes(largest, backward);
+  const double head_work = double(call.size.N) * call.size.M * (call.size.d + call.size.d_v);
   const auto run_cell = [&](int64_t head, int64_t round, int64_t i, char* sums, char* memory) {
     // The pairs i + j = round (mod n): every chunk is in one cell of a round, of which a symmetric head needs one half.
     const int64_t j = rounds == 1 ? i : (round - i + n) % n;
@@ -195,11 +159,11 @@ void run_heads(const Call& call, Range range, Cut cut, int64_t head_bytes, bool 
     return;
   }
   const int64_t together = std::clamp<int64_t>(kSumsBytes / std::max<int64_t>(head_bytes, 1), 1, heads);
-  const Tensor all_sums = with_huge_pages(at::detail::empty_cpu({together * head_bytes}, at::kByte));
+  const Buffer all_sums(together * head_bytes);
   for (int64_t first = range.begin; first < range.end; first += together) {
     const int64_t tasks = std::min(together, range.end - first) * n;
     const double work = tasks / n * head_work;
-    const auto sums = [&](int64_t task) { return static_cast<char*>(all_sums.data_ptr()) + task / n * head_bytes; };
+    const auto sums = [&](int64_t task) { return all_sums.data() + task / n * head_bytes; };
     run_tasks(tasks, work, 0, [&](int64_t task, char*) { begin(first + task / n, task % n); });
     for (int64_t round = 0; round < rounds; ++round) {
       run_tasks(tasks, work, scratch,
@@ -210,29 +174,24 @@ void run_heads(const Call& call, Range range, Cut cut, int64_t head_bytes, bool 
 }
 
 void clear(void* sums, Range rows, int64_t row_bytes) {
-  if (sums) std::memset(static_cast<char*>(sums) + rows.begin * row_bytes, 0, (rows.end - rows.begin) * row_bytes);
-}
-
-double sum(const double* x, int64_t n) {
-  double total = 0;
-  for (int64_t i = 0; i < n; ++i) total += x[i];
-  return total;
+  if (sums) std::memset(static_cast<char*>(sums) + rows.begin * row_bytes, 0, rows.size() * row_bytes);
 }
 
 std::tuple<Tensor, Tensor> pure_fwd(const Tensor& q, const OptTensor& k, const Tensor& v, double eps, double rho,
                                     const OptTensor& head_rho, const OptTensor& key_padding_mask,
                                     const OptTensor& query_padding_mask) {
-  Call call("infsa::pure", q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask);
-  const auto [B, H, N, M, d, dv] = call.size;
+  Call call(q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask);
+  const auto [B, H, N, M, d, d_v] = call.size;
   const bool token_major = q.stride(1) < q.stride(2);
   Tensor out =
-      with_huge_pages(token_major ? at::empty({B, N, H, dv}, q.options()) : at::empty({B, H, N, dv}, q.options()));
+      with_huge_pages(token_major ? at::empty({B, N, H, d_v}, q.options()) : at::empty({B, H, N, d_v}, q.options()));
   if (token_major) out = out.transpose(1, 2);
   const Tensor norm = at::zeros({B, H}, q.options().dtype(acc_dtype(q)));
   if (call.partial) out.zero_();
   if (call.empty()) return {out, norm};
 
-  const int64_t row_bytes = call.kernels.row_length(dv) * norm.element_size();
+  const Numbers F_of(norm);
+  const int64_t stride = round_up(d_v, call.kernels.lanes), row_bytes = stride * norm.element_size();
   const Cut cells = cut(call, N * row_bytes, !call.symmetric);
   const int64_t n = cells.n, squares_per_head = n * cells.rounds;
   std::vector<double> squares(call.heads() * squares_per_head);  // of P, by cell
@@ -248,25 +207,25 @@ std::tuple<Tensor, Tensor> pure_fwd(const Tensor& q, const OptTensor& k, const T
           if (round == 0) clear(sums, queries, row_bytes);
           if (round == 0 && i != j) clear(sums, keys, row_bytes);
           squares[head * squares_per_head + round * n + i] =
-              call.kernels.forward(h, {sums, nullptr, nullptr, nullptr}, keys, queries, i != j, scratch);
+              call.kernels.pure.forward(h, {sums, nullptr, nullptr, nullptr}, keys, queries, i != j, scratch);
         },
         [&](int64_t head, int64_t i, char* sums) {
           const PureHead h = call.head(head);
           const Range queries = chunk(h.N, n, i);
           const PureUnits& u = h.unit;
           const double F = std::sqrt(square_sum(head));
-          call.kernels.finish(call.tokens(out, head, call.queries), sums, dv,
-                              finite(h.rho / (F + eps * u.q * u.k) / u.v, norm), queries);
-          largest[head * n + i] = call.kernels.largest_sum(sums, dv, queries);
-          if (i == 0) set(norm, head, F / u.q / u.k);
+          call.kernels.tokens.store(call.tokens(out, head, call.queries), sums, stride, d_v,
+                                    finite(h.rho / (F + eps * u.q * u.k) / u.v, call.wide), queries);
+          largest[head * n + i] = call.kernels.tokens.largest_sum(sums, stride, queries);
+          if (i == 0) F_of.set(head, F / u.q / u.k);
         });
   };
   run({0, call.heads()});
   for (int64_t head = 0; head < call.heads(); ++head) {
     const double F = std::sqrt(square_sum(head)), most = sum(&largest[head * n], n);
     // F is 0 where no score is positive, and where the squares were too small: then P v is not 0, or eps is as small.
-    const bool lost = F == 0 && (most != 0 || !call.within(eps, Call::kMostNorm));
-    const bool ordinary = !lost && call.within(F, Call::kMostNorm) && call.within(most, Call::kMostSum);
+    const bool lost = F == 0 && (most != 0 || !call.is_factor(eps));
+    const bool ordinary = !lost && call.is_factor(F) && call.is_sum(most);
     if (!ordinary && call.scale_head(head)) run({head, head + 1});
   }
   return {out, norm};
@@ -278,15 +237,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pure_bwd(const Tensor& dout, const Te
                                                     const OptTensor& key_padding_mask,
                                                     const OptTensor& query_padding_mask,
                                                     std::array<bool, 4> output_mask) {
-  const char* op = "infsa::pure";
-  Call call(op, q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask);
-  const auto [B, H, N, M, d, dv] = call.size;
-  for (const auto& [name, t] : {std::pair<const char*, const Tensor&>("dout", dout), {"out", out}}) {
-    check::dtype(op, name, t, q.scalar_type());
-    check::device(op, name, t, q);
-    check::shape(op, name, t, {B, H, N, dv}, "(B, H, N, dv)");
-  }
-  check::statistic(op, "norm", norm, q, {B, H}, "(B, H)");
+  Call call(q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask);
+  const auto [B, H, N, M, d, d_v] = call.size;
+  call.arguments.tensor("dout", dout, q.scalar_type(), "BHNv");
+  call.arguments.tensor("out", out, q.scalar_type(), "BHNv");
+  call.arguments.tensor("norm", norm, acc_dtype(q), "BH");
 
   const bool want_q = output_mask[0], want_k = output_mask[1] && k, want_v = output_mask[2],
              want_rho = output_mask[3] && head_rho;
@@ -294,14 +249,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pure_bwd(const Tensor& dout, const Te
   // before the sum is rounded.
   const bool apart = want_q && !k && !call.symmetric;
   const at::ScalarType half = apart ? acc_dtype(q) : q.scalar_type();
-  const auto finish_half = kernels_for(half).finish;
-  const auto gradient = [&](bool wanted, const Tensor& like, at::ScalarType dtype) {
-    const at::TensorOptions options = like.options().dtype(dtype);
-    const Tensor t = wanted ? with_huge_pages(at::empty_like(like, options)) : at::empty({0}, options);
-    return call.partial ? t.zero_() : t;
-  };
-  const Tensor grad_q = gradient(want_q, q, half), grad_k = gradient(want_k || apart, call.k, half),
-               grad_v = gradient(want_v, v, v.scalar_type());
+  const auto store_half = kernels_for(half).tokens.store;
+  const Tensor grad_q = new_gradient(want_q, q, call.partial, half),
+               grad_k = new_gradient(want_k || apart, call.k, call.partial, half),
+               grad_v = new_gradient(want_v, v, call.partial);
   const Tensor grad_rho = want_rho ? at::zeros({B, H}, norm.options()) : at::empty({0}, norm.options());
   const auto results = [&] {
     if (!apart) return std::make_tuple(grad_q, grad_k, grad_v, grad_rho);
@@ -309,8 +260,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pure_bwd(const Tensor& dout, const Te
   };
   if (call.empty() || !(want_q || want_k || want_v || want_rho)) return results();
 
-  const int64_t row_bytes = call.kernels.row_length(d) * norm.element_size();
-  const int64_t v_row_bytes = call.kernels.row_length(dv) * norm.element_size();
+  const Numbers F_of(norm.contiguous()), drho(grad_rho);
+  const int64_t stride = round_up(d, call.kernels.lanes), v_stride = round_up(d_v, call.kernels.lanes);
+  const int64_t row_bytes = stride * norm.element_size(), v_row_bytes = v_stride * norm.element_size();
   const int64_t q_bytes = want_q ? N * row_bytes : 0;
   const int64_t k_bytes = want_k || apart ? M * row_bytes : 0;
   const int64_t v_bytes = want_v || want_rho ? M * v_row_bytes : 0;
@@ -326,7 +278,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pure_bwd(const Tensor& dout, const Te
   const auto head_of = [&](int64_t index) {
     PureHead h = call.head(index);
     const PureUnits& u = h.unit;
-    const double F = get(norm, index / H, index % H) * u.q * u.k;
+    const double F = F_of[index] * u.q * u.k;
     h.dout = call.tokens(dout, index, call.queries);
     h.eps = eps * u.q * u.k;
     h.inverse_norm = 1 / (F + h.eps);
@@ -338,8 +290,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pure_bwd(const Tensor& dout, const Te
         call, heads, cells, q_bytes + k_bytes + v_bytes, true,
         [&](int64_t head, int64_t i) {
           const Range queries = chunk(call.queries.count(head / H), n, i);
-          dout_out[head * n + i] = call.kernels.dot(call.tokens(dout, head, call.queries),
-                                                    call.tokens(out, head, call.queries), dv, queries);
+          dout_out[head * n + i] = call.kernels.tokens.dot(
+              call.tokens(dout, head, call.queries), call.tokens(out, head, call.queries), nullptr, 0, d_v, queries);
         },
         [&](int64_t head, int64_t round, int64_t i, int64_t j, char* memory, char* scratch) {
           const PureHead h = head_of(head);
@@ -351,7 +303,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pure_bwd(const Tensor& dout, const Te
             clear(sums.dv, keys, v_row_bytes);
             if (call.symmetric && i != j) clear(sums.dq, keys, row_bytes), clear(sums.dv, queries, v_row_bytes);
           }
-          call.kernels.backward(h, sums, keys, queries, i != j, scratch);
+          call.kernels.pure.backward(h, sums, keys, queries, i != j, scratch);
         },
         [&](int64_t head, int64_t i, char* memory) {
           const PureHead h = call.head(head);
@@ -361,23 +313,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pure_bwd(const Tensor& dout, const Te
           // dS came out times (u.dout u.v) / (u.q u.k).
           const double per_v = 1 / u.dout, per_score = per_v / u.v;
           if (want_q)
-            finish_half(call.tokens(grad_q, head, call.queries), sums.dq, d, finite(per_score * u.q, norm), queries);
+            store_half(call.tokens(grad_q, head, call.queries), sums.dq, stride, d, finite(per_score * u.q, call.wide),
+                       queries);
           if (sums.dk)
-            finish_half(call.tokens(grad_k, head, call.keys), sums.dk, d, finite(per_score * u.k, norm), keys);
+            store_half(call.tokens(grad_k, head, call.keys), sums.dk, stride, d, finite(per_score * u.k, call.wide),
+                       keys);
           if (want_v)
-            call.kernels.finish(call.tokens(grad_v, head, call.keys), sums.dv, dv, finite(h.rho * per_v, norm), keys);
-          if (want_rho) v_dv[head * n + i] = per_v * call.kernels.dot_sums(h.v, sums.dv, dv, keys);
+            call.kernels.tokens.store(call.tokens(grad_v, head, call.keys), sums.dv, v_stride, d_v,
+                                      finite(h.rho * per_v, call.wide), keys);
+          if (want_rho) v_dv[head * n + i] = per_v * call.kernels.tokens.dot(h.v, {}, sums.dv, v_stride, d_v, keys);
         });
   };
   run({0, call.heads()});
   for (int64_t head = 0; head < call.heads(); ++head) {
-    const double F = get(norm, head / H, head % H);
+    const double F = F_of[head];
     if (!std::isfinite(F)) continue;  // what it was is lost
-    const bool ordinary = call.within(F, Call::kMostNorm) && call.within(F + eps, Call::kMostNorm) &&
-                          call.within(head_of(head).c, Call::kMostSum);
+    const bool ordinary = call.is_factor(F) && call.is_factor(F + eps) && call.is_sum(head_of(head).c);
     if (!ordinary && call.scale_head(head, &dout, F + eps)) run({head, head + 1});
   }
-  for (int64_t head = 0; want_rho && head < call.heads(); ++head) set(grad_rho, head, rho * sum(&v_dv[head * n], n));
+  for (int64_t head = 0; want_rho && head < call.heads(); ++head) drho.set(head, rho * sum(&v_dv[head * n], n));
   return results();
 }
 

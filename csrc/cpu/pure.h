@@ -1,15 +1,11 @@
-// What pure.cpp and its kernels agree on: plain pointers and sizes, and one table of entry points per instruction set
-// and dtype.
+// What pure.cpp hands to the Pure InfSA kernels of one instruction set (pure_kernels.h).
 #pragma once
-
-#include <stdint.h>
 
 #include "tokens.h"
 
 namespace infsa::cpu {
 
-// Powers of two by which the rows of a head are multiplied as they are read: 1, or what brings a head to order one
-// whose numbers would leave the range of the accumulation type on the way.
+// Powers of two by which the rows of a head are multiplied as they are read (range.h).
 struct PureUnits {
   double q = 1, k = 1, v = 1, dout = 1;
 };
@@ -36,32 +32,12 @@ struct PureSums {
 };
 
 struct PureKernels {
-  int64_t (*row_length)(int64_t columns);                    // of PureSums
   int64_t (*scratch_bytes)(const PureHead&, bool backward);  // of each thread
   // Adds what these keys and queries give each other to the sums; forward returns the sum of their P^2. When tied,
   // `mirrored` says that the two ranges differ and that the cell stands for its mirror image too.
   double (*forward)(const PureHead&, const PureSums&, Range keys, Range queries, bool mirrored, void* scratch);
   void (*backward)(const PureHead&, const PureSums&, Range keys, Range queries, bool mirrored, void* scratch);
-  // to[i] = scale * sums[i], rounded to the dtype, over these tokens.
-  void (*finish)(const Tokens& to, const void* sums, int64_t columns, double scale, Range);
-  // The largest |x|, and of the sums; NaN where one is.
-  double (*largest)(const Tokens& x, int64_t columns, Range);
-  double (*largest_sum)(const void* sums, int64_t columns, Range);
-  // <x, y>, and <x, sums>.
-  double (*dot)(const Tokens& x, const Tokens& y, int64_t columns, Range);
-  double (*dot_sums)(const Tokens& x, const void* sums, int64_t columns, Range);
 };
-
-// In the order float32, float64, bfloat16, float16.
-namespace avx512 {
-extern const PureKernels pure_kernels[4];
-}
-namespace avx2 {
-extern const PureKernels pure_kernels[4];
-}
-namespace portable {
-extern const PureKernels pure_kernels[4];
-}
 
 // Scores are made in squares of this many keys and queries: two of them, and the blocks of q, k, v and dout that they
 // need, stay in a core's L2. The last block takes up to kPureSlack more, so that the 197 tokens of an image of 224 x
@@ -77,6 +53,6 @@ constexpr int64_t kFewScores = 32 * 32;
 constexpr int64_t kFewKeys = 16;
 constexpr int64_t kRun = 8;
 
-constexpr int64_t pure_block(int64_t left) { return left <= kPureStride ? left : kPureBlock; }
+INFSA_INLINE constexpr int64_t pure_block(int64_t left) { return left <= kPureStride ? left : kPureBlock; }
 
 }  // namespace infsa::cpu

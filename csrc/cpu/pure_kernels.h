@@ -12,6 +12,7 @@
 // Included by isa_<set>.cpp only.
 #pragma once
 
+#include "convert.h"
 #include "gemm.h"
 #include "pure.h"
 
@@ -28,28 +29,25 @@ template <typename A> struct PureScratch {
   A *k_rows, *v_rows;      // of the keys' block: k, and v; behind v_j stands g_j when k is q
   A *p, *ds;               // P^T and dS^T, [key][query]
   A* squares;              // sum_j P_ij^2
-  int64_t bytes = 0;
+  Arena arena;
 
-  PureScratch(const PureHead& h, bool backward, void* memory) : wide(row_length<A>(h.d)), wide_v(row_length<A>(h.d_v)) {
+  PureScratch(const PureHead& h, bool backward, void* memory)
+      : wide(row_length<A>(h.d)), wide_v(row_length<A>(h.d_v)), arena(memory) {
     // A tile of rows reads on to its end, a vector of queries to the end of its panel.
     const int64_t queries = least(round_up(kPureStride, kPanel<A>), round_up(h.N, kPanel<A>));
     const int64_t keys = least(kPureStride, round_up(h.M, kTileRows));
     const int64_t sides = backward && h.tied ? 2 : 1;
-    const uintptr_t base = reinterpret_cast<uintptr_t>(memory);
-    const auto take = [&](A*& part, int64_t n) {
-      part = reinterpret_cast<A*>(base + bytes);
-      bytes += round_up(n * int64_t(sizeof(A)), 64);
-    };
-    take(q_rows, queries * wide);
-    take(q_panels, queries * wide);
-    take(k_rows, keys * wide);
-    take(v_rows, keys * wide_v * sides);
-    take(p, keys * kPureStride);
-    take(squares, queries);
-    take(query_rows, backward || h.tied ? queries * wide_v : 0);
-    take(g_panels, backward ? queries * wide_v * sides : 0);
-    take(ds, backward ? keys * kPureStride : 0);
+    q_rows = arena.take<A>(queries * wide);
+    q_panels = arena.take<A>(queries * wide);
+    k_rows = arena.take<A>(keys * wide);
+    v_rows = arena.take<A>(keys * wide_v * sides);
+    p = arena.take<A>(keys * kPureStride);
+    squares = arena.take<A>(queries);
+    query_rows = arena.take<A>(backward || h.tied ? queries * wide_v : 0);
+    g_panels = arena.take<A>(backward ? queries * wide_v * sides : 0);
+    ds = arena.take<A>(backward ? keys * kPureStride : 0);
   }
+  int64_t bytes() const { return arena.bytes; }
 };
 
 // One tile of products over the depth, in runs of kRun where that is asked for.
@@ -195,15 +193,15 @@ double pure_forward(const PureHead& h, const PureSums& sums, Range keys, Range q
   double total = 0;
   for (int64_t i = queries.begin, rows; i < queries.end; i += rows) {
     rows = pure_block(queries.end - i);
-    copy_rows<T>(h.q, i, rows, h.d, A(h.unit.q), s.q_rows, s.wide);
+    load_rows<T>(h.q, i, rows, h.d, A(h.unit.q), s.q_rows, s.wide);
     make_panels(s.q_rows, s.wide, rows, h.d, A(1.0 / h.d), s.q_panels, kPanel<A> * h.d);
-    if (h.tied) copy_rows<T>(h.v, i, rows, h.d_v, A(h.unit.v), s.query_rows, s.wide_v);
+    if (h.tied) load_rows<T>(h.v, i, rows, h.d_v, A(h.unit.v), s.query_rows, s.wide_v);
     const int64_t key_end = diagonal ? i + rows : keys.end;
     for (int64_t j = keys.begin, count; j < key_end; j += count) {
       count = pure_block(key_end - j);
       const bool twice = h.tied && j != i;
-      copy_rows<T>(h.k, j, count, h.d, A(h.unit.k), s.k_rows, s.wide);
-      copy_rows<T>(h.v, j, count, h.d_v, A(h.unit.v), s.v_rows, s.wide_v);
+      load_rows<T>(h.k, j, count, h.d, A(h.unit.k), s.k_rows, s.wide);
+      load_rows<T>(h.v, j, count, h.d_v, A(h.unit.v), s.v_rows, s.wide_v);
       for (int64_t r = 0; r < rows; ++r) s.squares[r] = 0;
       scores<true>(h, count, rows, s.k_rows, s.wide, s.q_panels, s.p, s.squares);
       // float32 holds no longer sum than one query's over one block.
@@ -236,21 +234,21 @@ void pure_backward(const PureHead& h, const PureSums& sums, Range keys, Range qu
   const A* g_rows = s.v_rows + s.wide_v;
   for (int64_t i = queries.begin, rows; i < queries.end; i += rows) {
     rows = pure_block(queries.end - i);
-    copy_rows<T>(h.q, i, rows, h.d, A(h.unit.q), s.q_rows, s.wide);
+    load_rows<T>(h.q, i, rows, h.d, A(h.unit.q), s.q_rows, s.wide);
     make_panels(s.q_rows, s.wide, rows, h.d, q_scale, s.q_panels, kPanel<A> * h.d);
     if (h.tied) {
-      copy_rows<T>(h.v, i, rows, h.d_v, A(h.unit.v), s.query_rows, s.wide_v);
+      load_rows<T>(h.v, i, rows, h.d_v, A(h.unit.v), s.query_rows, s.wide_v);
       make_panels(s.query_rows, s.wide_v, rows, h.d_v, g_scale, s.g_panels + s.wide_v * kPanel<A>, panel);
     }
-    copy_rows<T>(h.dout, i, rows, h.d_v, A(h.unit.dout * h.inverse_norm), s.query_rows, s.wide_v);
+    load_rows<T>(h.dout, i, rows, h.d_v, A(h.unit.dout * h.inverse_norm), s.query_rows, s.wide_v);
     make_panels(s.query_rows, s.wide_v, rows, h.tied ? s.wide_v : h.d_v, g_scale, s.g_panels, panel);
     const int64_t key_end = diagonal ? i + rows : keys.end;
     for (int64_t j = keys.begin, count; j < key_end; j += count) {
       count = pure_block(key_end - j);
       const bool twice = h.tied && j != i;
-      copy_rows<T>(h.k, j, count, h.d, A(h.unit.k), s.k_rows, s.wide);
-      copy_rows<T>(h.v, j, count, h.d_v, A(h.unit.v), s.v_rows, v_stride);
-      if (twice) copy_rows<T>(h.dout, j, count, h.d_v, A(h.unit.dout * h.inverse_norm), s.v_rows + s.wide_v, v_stride);
+      load_rows<T>(h.k, j, count, h.d, A(h.unit.k), s.k_rows, s.wide);
+      load_rows<T>(h.v, j, count, h.d_v, A(h.unit.v), s.v_rows, v_stride);
+      if (twice) load_rows<T>(h.dout, j, count, h.d_v, A(h.unit.dout * h.inverse_norm), s.v_rows + s.wide_v, v_stride);
       scores<false>(h, count, rows, s.k_rows, s.wide, s.q_panels, s.p, s.squares);
       // d(P v): out += P v, and its mirror.
       if (sums.dv) add_to_keys(count, rows, s.p, s.query_rows, s.wide_v, s.wide_v, dv(j));
@@ -269,98 +267,12 @@ void pure_backward(const PureHead& h, const PureSums& sums, Range keys, Range qu
   }
 }
 
-// The end of both passes, once the head's scale is known.
-template <typename T> void finish(const Tokens& to, const void* sums, int64_t columns, double scale, Range range) {
-  using A = Acc<T>;
-  const int64_t stride = row_length<A>(columns);
-  store_rows<T>(to, range.begin, range.end - range.begin, columns, A(scale),
-                static_cast<const A*>(sums) + range.begin * stride, stride);
-}
-
-// The largest |x| of whole vectors, so far and in these rows; NaN once one is.
-template <typename A> double largest_of(const A* rows, int64_t count, int64_t stride) {
-  Vec<A> most = {};
-  for (int64_t i = 0; i < count * stride; i += kLanes<A>) {
-    const Vec<A> x = load(rows + i), size = x < A(0) ? -x : x;
-    most = size <= most ? most : size + most * A(0);
-  }
-  A result = 0;
-  for (int l = 0; l < kLanes<A>; ++l) result = most[l] <= result ? result : most[l] + result * A(0);
-  return result;
-}
-
-template <typename T> double largest(const Tokens& x, int64_t columns, Range range) {
-  using A = Acc<T>;
-  constexpr int64_t kAtOnce = 512;  // columns in a row's part
-  A part[kAtOnce];
-  double most = 0;
-  for (int64_t r = range.begin; r < range.end; ++r) {
-    for (int64_t c = 0; c < columns; c += kAtOnce) {
-      const int64_t n = least(columns - c, kAtOnce);
-      const Tokens from{static_cast<T*>(x.data) + c * x.col, x.row, x.col, x.kept};
-      copy_rows<T>(from, r, 1, n, A(1), part, kAtOnce);
-      const double size = largest_of(part, 1, row_length<A>(n));
-      if (!(size <= most)) most = size;
-      if (most != most) return most;
-    }
-  }
-  return most;
-}
-
-// The products are exact in float64: two float32 factors have 48 bits.
-template <typename A> double dot_rows(const A* x, const A* y, int64_t n) {
-  double sum[8] = {};
-  int64_t i = 0;
-  for (; i + 8 <= n; i += 8) {
-    for (int l = 0; l < 8; ++l) sum[l] += double(x[i + l]) * double(y[i + l]);
-  }
-  for (; i < n; ++i) sum[0] += double(x[i]) * double(y[i]);
-  return ((sum[0] + sum[1]) + (sum[2] + sum[3])) + ((sum[4] + sum[5]) + (sum[6] + sum[7]));
-}
-
-template <typename T, bool kSums>
-double dot(const Tokens& x, const Tokens& y, const void* sums, int64_t columns, Range range) {
-  using A = Acc<T>;
-  constexpr int64_t kAtOnce = 512;  // columns in a row's part
-  A left[kAtOnce], right[kAtOnce];
-  double total = 0;
-  for (int64_t c = 0; c < columns; c += kAtOnce) {
-    const int64_t n = least(columns - c, kAtOnce);
-    const auto part = [&](const Tokens& t) {
-      return Tokens{static_cast<T*>(t.data) + c * t.col, t.row, t.col, t.kept};
-    };
-    for (int64_t r = range.begin; r < range.end; ++r) {
-      copy_rows<T>(part(x), r, 1, n, A(1), left, n);
-      if (!kSums) copy_rows<T>(part(y), r, 1, n, A(1), right, n);
-      const A* other = kSums ? static_cast<const A*>(sums) + r * row_length<A>(columns) + c : right;
-      total += dot_rows(left, other, n);
-    }
-  }
-  return total;
-}
-
-template <typename T> constexpr PureKernels pure_kernels_of() {
+template <typename T> constexpr PureKernels pure_kernels() {
   return {
-      [](int64_t columns) { return row_length<Acc<T>>(columns); },
-      [](const PureHead& h, bool backward) { return PureScratch<Acc<T>>(h, backward, nullptr).bytes; },
+      [](const PureHead& h, bool backward) { return PureScratch<Acc<T>>(h, backward, nullptr).bytes(); },
       pure_forward<T>,
       pure_backward<T>,
-      finish<T>,
-      largest<T>,
-      [](const void* sums, int64_t columns, Range range) {
-        const int64_t stride = row_length<Acc<T>>(columns);
-        return largest_of(static_cast<const Acc<T>*>(sums) + range.begin * stride, range.end - range.begin, stride);
-      },
-      [](const Tokens& x, const Tokens& y, int64_t columns, Range range) {
-        return dot<T, false>(x, y, nullptr, columns, range);
-      },
-      [](const Tokens& x, const void* sums, int64_t columns, Range range) {
-        return dot<T, true>(x, Tokens{}, sums, columns, range);
-      },
   };
 }
-
-extern const PureKernels pure_kernels[4] = {pure_kernels_of<float>(), pure_kernels_of<double>(),
-                                            pure_kernels_of<bf16>(), pure_kernels_of<fp16>()};
 
 }  // namespace infsa::cpu::INFSA_ISA

@@ -1,5 +1,5 @@
 // The CPU backend of infsa::score_pool_fwd and infsa::score_pool_bwd: checks, memory and the division into tasks. The
-// equations are in docs/linear_layer.md, the arithmetic in layer_kernels.h.
+// equations are in docs/pooled_linear.md, the arithmetic in score_pool_kernels.h.
 //
 //   r_j = ReLU(x^_j . key_h + key_bias_h),  R = sum_j r_j,  pooled = sum_j r_j x^_j / (R + eps),  mass = R / (R + eps)
 //
@@ -12,8 +12,7 @@
 #include <cmath>
 #include <tuple>
 
-#include "../check_tokens.h"
-#include "layer_call.h"
+#include "images.h"
 
 namespace infsa::cpu {
 namespace {
@@ -22,100 +21,104 @@ constexpr const char* kOp = "infsa::score_pool";
 
 // Images go through in groups: sums of their parts and packed matrices for all of them at once could be large.
 struct Plan {
-  const LayerCall& call;
+  const Images& images;
   const int64_t H, wide, width;      // heads, padded to vectors; channels, padded to panels
   const int64_t matrix_rows, group;  // of the packed matrix of an image; images
   const int64_t most_parts;
 
-  Plan(const LayerCall& call, int64_t H, int64_t matrices)
-      : call(call),
+  Plan(const Images& images, int64_t H, int64_t matrices)
+      : images(images),
         H(H),
-        wide(round_up(H, call.kernels.lanes)),
-        width(round_up(call.D, call.kernels.panel)),
+        wide(round_up(H, images.kernels.lanes)),
+        width(round_up(images.D, images.kernels.panel)),
         matrix_rows(matrices * wide),
-        group(std::clamp<int64_t>(kWaveBytes / (call.acc_bytes * (H + matrix_rows) * (width + 1) + 1), 1,
-                                  std::max<int64_t>(call.B, 1))),
+        group(std::clamp<int64_t>(kWaveBytes / (images.acc_bytes * (H + matrix_rows) * (width + 1) + 1), 1,
+                                  std::max<int64_t>(images.B, 1))),
         most_parts(ceil_div(kParts, group)) {}
 
-  int64_t sums_bytes() const { return H * width * call.acc_bytes; }
+  int64_t sums_bytes() const { return H * width * images.acc_bytes; }
 
   // run(image, part, sums (H, width), head sums (H), scratch) for every part of every image, then finish(image, total)
   // with the parts' sums added up: total(h, c) and, for c = D, of the head sums.
   template <typename Begin, typename Run, typename Finish>
   void for_images(bool backward, const Begin& begin_image, const Run& run, const Finish& finish) const {
-    const int64_t scratch = call.kernels.score_scratch(call.D, H, backward);
-    for (int64_t begin = 0; begin < call.B; begin += group) {
-      const int64_t end = std::min(begin + group, call.B);
+    const int64_t scratch = images.kernels.score_pool.scratch_bytes(images.D, H, backward);
+    for (int64_t begin = 0; begin < images.B; begin += group) {
+      const int64_t end = std::min(begin + group, images.B);
       for (int64_t image = begin; image < end; ++image) begin_image(image, image - begin);
-      const std::vector<Part> parts = call.parts(begin, end, most_parts);
+      const std::vector<Part> parts = images.parts(begin, end, most_parts);
       const int64_t count = parts.size();
-      const Tensor sums = buffer(count * sums_bytes());
+      const Buffer sums(count * sums_bytes());
       std::vector<double> head_sums(count * H);
-      run_tasks(count, double(end - begin) * call.N * call.D * H, scratch, [&](int64_t part, void* memory) {
-        char* part_sums = bytes_of(sums) + part * sums_bytes();
+      run_tasks(count, double(end - begin) * images.N * images.D * H, scratch, [&](int64_t part, void* memory) {
+        char* part_sums = sums.data() + part * sums_bytes();
         std::memset(part_sums, 0, sums_bytes());
         run(parts[part], parts[part].image - begin, part_sums, &head_sums[part * H], memory);
       });
-      AT_DISPATCH_FLOATING_TYPES(call.acc, "score_pool", [&] {
-        const auto* sum = static_cast<const scalar_t*>(sums.data_ptr());
-        at::parallel_for(0, (end - begin) * H, 1 + (1 << 15) / (call.D + 1), [&](int64_t from, int64_t to) {
-          std::vector<double> total(call.D + 1);
-          for (int64_t head = from; head < to; ++head) {
-            const int64_t image = begin + head / H, h = head % H;
-            std::fill(total.begin(), total.end(), 0.0);
-            for (int64_t part = 0; part < count; ++part) {
-              if (parts[part].image != image) continue;
-              const scalar_t* row = sum + (part * H + h) * width;
-              for (int64_t c = 0; c < call.D; ++c) total[c] += row[c];
-              total[call.D] += head_sums[part * H + h];
-            }
-            finish(image * H + h, total);
+      const Numbers sum = images.numbers(sums);
+      at::parallel_for(0, (end - begin) * H, 1 + (1 << 15) / (images.D + 1), [&](int64_t from, int64_t to) {
+        std::vector<double> total(images.D + 1);
+        for (int64_t head = from; head < to; ++head) {
+          const int64_t image = begin + head / H, h = head % H;
+          std::fill(total.begin(), total.end(), 0.0);
+          for (int64_t part = 0; part < count; ++part) {
+            if (parts[part].image != image) continue;
+            for (int64_t c = 0; c < images.D; ++c) total[c] += sum[(part * H + h) * width + c];
+            total[images.D] += head_sums[part * H + h];
           }
-        });
+          finish(image * H + h, total);
+        }
       });
     }
   }
 
   // A vector of every image padded to `wide`, 0 where there is none.
   Tensor padded(const OptTensor& t) const {
-    Tensor all = at::zeros({call.B, wide + kLayerSlack}, call.x.options().dtype(call.acc));
+    Tensor all = at::zeros({images.B, wide + Buffer::kSlack}, images.x.options().dtype(images.acc));
     if (t) all.narrow(1, 0, H).copy_(*t);
     return all;
   }
 };
 
+Arguments arguments_of(const Tensor& x, const Tensor& keys, const OptTensor& key_bias, std::optional<double> norm_eps,
+                       double eps, const OptTensor& padding_mask) {
+  Arguments a(kOp, "x", x, "BND");
+  a.tensor("keys", keys, acc_dtype(x), "BHD");
+  a.tensor("key_bias", key_bias, acc_dtype(x), "BH");
+  token_options(a, norm_eps, eps, padding_mask);
+  return a;
+}
+
 std::tuple<Tensor, Tensor, Tensor> score_pool_fwd(const Tensor& x, const Tensor& keys_, const OptTensor& key_bias,
                                                   std::optional<double> norm_eps, double eps,
                                                   const OptTensor& padding_mask) {
-  check::score_pool_arguments(kOp, x, keys_, key_bias, norm_eps, eps, padding_mask);
-  const LayerCall call(x, norm_eps, padding_mask);
-  const int64_t H = keys_.size(1), D = call.D;
-  const Plan plan(call, H, 1);
+  arguments_of(x, keys_, key_bias, norm_eps, eps, padding_mask);
+  const Images images(x, norm_eps, padding_mask);
+  const int64_t H = keys_.size(1), D = images.D;
+  const Plan plan(images, H, 1);
   const Tensor keys = keys_.contiguous(), bias = plan.padded(key_bias);
-  const Tensor pooled = at::empty({call.B, H, D}, keys.options());
-  const Tensor mass = at::empty({call.B, H}, keys.options()), score_sum = at::empty({call.B, H}, keys.options());
-  const int64_t panels_bytes = call.panels_bytes(plan.matrix_rows, D);
-  const Tensor panels = buffer(plan.group * panels_bytes);
+  const Tensor pooled = at::empty({images.B, H, D}, keys.options());
+  const Tensor mass = at::empty({images.B, H}, keys.options()), score_sum = at::empty({images.B, H}, keys.options());
+  const Numbers p(pooled);
+  const int64_t panels_bytes = images.panels_bytes(plan.matrix_rows, D);
+  const Buffer panels(plan.group * panels_bytes);
 
   plan.for_images(
       false,
       [&](int64_t image, int64_t slot) {
-        call.pack(call.kernels.pack_sums, {keys.select(0, image).data_ptr(), D, 1, nullptr}, H,
-                  bytes_of(panels) + slot * panels_bytes, nullptr);
+        images.pack(images.kernels.images.pack_sums, {keys.select(0, image).data_ptr(), D, 1}, H,
+                    panels.data() + slot * panels_bytes, nullptr);
       },
       [&](const Part& part, int64_t slot, void* sums, double* score_sums, void* scratch) {
-        const ScoreArgs args{H, bytes_of(panels) + slot * panels_bytes, nullptr, bias.select(0, part.image).data_ptr(),
+        const ScoreArgs args{H, panels.data() + slot * panels_bytes, nullptr, bias.select(0, part.image).data_ptr(),
                              nullptr};
-        call.kernels.score_forward(call.tokens(part.image, {}), args, part.tokens, sums, score_sums, scratch);
+        images.kernels.score_pool.forward(images.image(part.image, {}), args, part.tokens, sums, score_sums, scratch);
       },
       [&](int64_t head, const std::vector<double>& total) {
-        AT_DISPATCH_FLOATING_TYPES(call.acc, "score_pool_fwd", [&] {
-          const double R = total[D];
-          score_sum.mutable_data_ptr<scalar_t>()[head] = static_cast<scalar_t>(R);
-          mass.mutable_data_ptr<scalar_t>()[head] = static_cast<scalar_t>(R / (R + eps));
-          for (int64_t c = 0; c < D; ++c)
-            pooled.mutable_data_ptr<scalar_t>()[head * D + c] = static_cast<scalar_t>(total[c] / (R + eps));
-        });
+        const double R = total[D];
+        Numbers(score_sum).set(head, R);
+        Numbers(mass).set(head, R / (R + eps));
+        for (int64_t c = 0; c < D; ++c) p.set(head * D + c, total[c] / (R + eps));
       });
   return {pooled, mass, score_sum};
 }
@@ -127,25 +130,26 @@ std::tuple<Tensor, Tensor, Tensor> score_pool_bwd(const Tensor& dpooled, const T
                                                   const Tensor& keys, const OptTensor& key_bias, const Tensor& pooled,
                                                   const Tensor& score_sum, std::optional<double> norm_eps, double eps,
                                                   const OptTensor& padding_mask, std::array<bool, 3> output_mask) {
-  check::score_pool_arguments(kOp, x, keys, key_bias, norm_eps, eps, padding_mask);
-  const LayerCall call(x, norm_eps, padding_mask);
-  const int64_t B = call.B, H = keys.size(1), D = call.D;
-  check::statistic(kOp, "dpooled", dpooled, x, {B, H, D}, "(B, H, D)", "x");
-  check::statistic(kOp, "pooled", pooled, x, {B, H, D}, "(B, H, D)", "x");
-  check::statistic(kOp, "dmass", dmass, x, {B, H}, "(B, H)", "x");
-  check::statistic(kOp, "score_sum", score_sum, x, {B, H}, "(B, H)", "x");
+  Arguments arguments = arguments_of(x, keys, key_bias, norm_eps, eps, padding_mask);
+  arguments.tensor("dpooled", dpooled, acc_dtype(x), "BHD");
+  arguments.tensor("pooled", pooled, acc_dtype(x), "BHD");
+  arguments.tensor("dmass", dmass, acc_dtype(x), "BH");
+  arguments.tensor("score_sum", score_sum, acc_dtype(x), "BH");
+  const Images images(x, norm_eps, padding_mask);
+  const int64_t B = images.B, H = keys.size(1), D = images.D;
   const bool want_x = output_mask[0], want_keys = output_mask[1], want_bias = output_mask[2] && key_bias;
-  const Tensor dx = call.gradient(want_x, padding_mask.has_value()), none = at::empty({0}, keys.options());
+  const Tensor dx = new_gradient(want_x, x, padding_mask.has_value()), none = at::empty({0}, keys.options());
   const Tensor dkeys = want_keys ? at::empty({B, H, D}, keys.options()) : none;
   const Tensor dbias = want_bias ? at::empty({B, H}, keys.options()) : none;
   if (!want_x && !want_keys && !want_bias) return {dx, dkeys, dbias};
 
-  const Plan plan(call, H, 2);
+  const Plan plan(images, H, 2);
   const Tensor R = score_sum + eps, g = dpooled / R.unsqueeze(-1);
   const Tensor offset = plan.padded((g * pooled).sum(-1) - dmass * eps / R.square()), bias = plan.padded(key_bias);
-  const int64_t panels_bytes = call.panels_bytes(plan.matrix_rows, D);
-  const int64_t columns_bytes = want_x ? call.panels_bytes(D, plan.matrix_rows) : 0;
-  const Tensor panels = buffer(plan.group * panels_bytes), columns = buffer(plan.group * columns_bytes);
+  const int64_t panels_bytes = images.panels_bytes(plan.matrix_rows, D);
+  const int64_t columns_bytes = want_x ? images.panels_bytes(D, plan.matrix_rows) : 0;
+  const Buffer panels(plan.group * panels_bytes), columns(plan.group * columns_bytes);
+  const Numbers dkeys_of(dkeys);
   const Tensor matrix = at::zeros({2, plan.wide, D}, keys.options());
 
   plan.for_images(
@@ -153,21 +157,18 @@ std::tuple<Tensor, Tensor, Tensor> score_pool_bwd(const Tensor& dpooled, const T
       [&](int64_t image, int64_t slot) {
         matrix.select(0, 0).narrow(0, 0, H).copy_(keys.select(0, image));
         matrix.select(0, 1).narrow(0, 0, H).copy_(g.select(0, image));
-        call.pack(call.kernels.pack_sums, {matrix.data_ptr(), D, 1, nullptr}, plan.matrix_rows,
-                  bytes_of(panels) + slot * panels_bytes, want_x ? bytes_of(columns) + slot * columns_bytes : nullptr);
+        images.pack(images.kernels.images.pack_sums, {matrix.data_ptr(), D, 1}, plan.matrix_rows,
+                    panels.data() + slot * panels_bytes, want_x ? columns.data() + slot * columns_bytes : nullptr);
       },
       [&](const Part& part, int64_t slot, void* sums, double* bias_sums, void* scratch) {
-        const ScoreArgs args{H, bytes_of(panels) + slot * panels_bytes, bytes_of(columns) + slot * columns_bytes,
+        const ScoreArgs args{H, panels.data() + slot * panels_bytes, columns.data() + slot * columns_bytes,
                              bias.select(0, part.image).data_ptr(), offset.select(0, part.image).data_ptr()};
-        call.kernels.score_backward(call.tokens(part.image, dx), args, part.tokens, want_keys ? sums : nullptr,
-                                    want_bias ? bias_sums : nullptr, scratch);
+        images.kernels.score_pool.backward(images.image(part.image, dx), args, part.tokens, want_keys ? sums : nullptr,
+                                           want_bias ? bias_sums : nullptr, scratch);
       },
       [&](int64_t head, const std::vector<double>& total) {
-        AT_DISPATCH_FLOATING_TYPES(call.acc, "score_pool_bwd", [&] {
-          for (int64_t c = 0; c < D && want_keys; ++c)
-            dkeys.mutable_data_ptr<scalar_t>()[head * D + c] = static_cast<scalar_t>(total[c]);
-          if (want_bias) dbias.mutable_data_ptr<scalar_t>()[head] = static_cast<scalar_t>(total[D]);
-        });
+        for (int64_t c = 0; c < D && want_keys; ++c) dkeys_of.set(head * D + c, total[c]);
+        if (want_bias) Numbers(dbias).set(head, total[D]);
       });
   return {dx, want_keys && !keys.is_contiguous() ? at::empty_like(keys).copy_(dkeys) : dkeys,
           want_bias && !key_bias->is_contiguous() ? at::empty_like(*key_bias).copy_(dbias) : dbias};

@@ -1,7 +1,6 @@
 // How the block kernels' callers divide their work: tokens that count, and tasks for threads.
 #pragma once
 
-#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 
 #include <algorithm>
@@ -9,13 +8,13 @@
 #include <vector>
 
 #include "../check.h"
+#include "memory.h"
+#include "tokens.h"
 
 namespace infsa::cpu {
 
 // With fewer multiplications than this, waking other threads costs more than they bring.
 constexpr double kSerialWork = 1 << 19;
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The positions of the tokens that count, batch by batch; all of them without a mask.
 struct Kept {
@@ -24,12 +23,11 @@ struct Kept {
 
   Kept(const OptTensor& mask, int64_t tokens) : all(tokens) {
     if (!mask) return;
-    const Tensor ignored = mask->contiguous();
-    const bool* row = ignored.const_data_ptr<bool>();
-    for (int64_t b = 0; b < ignored.size(0); ++b, row += tokens) {
+    const Mask ignored = mask_of(mask);
+    for (int64_t b = 0; b < mask->size(0); ++b) {
       auto& kept = positions.emplace_back();
       for (int64_t i = 0; i < tokens; ++i) {
-        if (!row[i]) kept.push_back(i);
+        if (!ignored.data[b * ignored.batch + i * ignored.token]) kept.push_back(i);
       }
     }
   }
@@ -43,12 +41,17 @@ template <typename Task> void run_tasks(int64_t count, double work, int64_t byte
   const int64_t threads = work < kSerialWork ? 1 : std::min<int64_t>(count, at::get_num_threads());
   at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t thread = begin; thread < end; ++thread) {
-      const Tensor memory = at::detail::empty_cpu({bytes}, at::kByte);
-      for (int64_t t; (t = next.fetch_add(1, std::memory_order_relaxed)) < count;) {
-        task(t, static_cast<char*>(memory.data_ptr()));
-      }
+      const Buffer memory(bytes);
+      for (int64_t t; (t = next.fetch_add(1, std::memory_order_relaxed)) < count;) task(t, memory.data());
     }
   });
+}
+
+// The sum of numbers in their order.
+inline double sum(const double* x, int64_t n) {
+  double total = 0;
+  for (int64_t i = 0; i < n; ++i) total += x[i];
+  return total;
 }
 
 }  // namespace infsa::cpu

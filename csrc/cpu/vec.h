@@ -1,13 +1,15 @@
 // The vector type of one instruction set, with loads that convert to the accumulation type and stores that round back.
 //
-// Included by isa_<set>.cpp only, which names the set (INFSA_ISA), its register width (INFSA_VEC_BYTES) and the
-// compiler target. Everything lives in that set's namespace and nothing here may use a std:: template: an inline
-// function compiled for AVX-512 must never be the copy that the linker keeps for a machine without it.
+// Included by isa_<set>.cpp only. Everything lives in that set's namespace and nothing here may use a function of
+// std::, since one compiled for AVX-512 must never be the copy that the linker keeps for a machine without it.
 #pragma once
 
 #include <stdint.h>
 
-#include <utility>  // std::integer_sequence: a type, no code
+#include <type_traits>
+#include <utility>
+
+#include "../rows.h"
 
 // 64 and 32 bytes mean AVX-512 and AVX2; 16 is portable. The intrinsics below stand where GCC 12 does not find the one
 // instruction that the vector extensions spell in several.
@@ -30,32 +32,21 @@ struct fp16 {
 };
 
 // Accumulation type: float32, or float64 for float64 input.
-template <typename T> struct AccOf {
-  using type = float;
-};
-template <> struct AccOf<double> {
-  using type = double;
-};
-template <typename T> using Acc = typename AccOf<T>::type;
+template <typename T> using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-typedef float VecF32 __attribute__((vector_size(INFSA_VEC_BYTES)));
-typedef double VecF64 __attribute__((vector_size(INFSA_VEC_BYTES)));
-typedef int32_t VecI32 __attribute__((vector_size(INFSA_VEC_BYTES)));
 typedef uint32_t VecU32 __attribute__((vector_size(INFSA_VEC_BYTES)));
 typedef uint16_t HalfU16 __attribute__((vector_size(INFSA_VEC_BYTES / 2)));
 typedef float HalfF32 __attribute__((vector_size(INFSA_VEC_BYTES / 2)));
 
-template <typename A> struct VecOf;
-template <> struct VecOf<float> {
-  using type = VecF32;
-};
-template <> struct VecOf<double> {
-  using type = VecF64;
+template <typename A> struct VecOf {
+  typedef A type __attribute__((vector_size(INFSA_VEC_BYTES)));
 };
 template <typename A> using Vec = typename VecOf<A>::type;
+using VecF32 = Vec<float>;
+using VecF64 = Vec<double>;
 template <typename A> constexpr int kLanes = INFSA_VEC_BYTES / sizeof(A);
 
-#define INFSA_INLINE inline __attribute__((always_inline))
+#define INFSA_LAMBDA __attribute__((always_inline))
 
 template <typename To, typename From> INFSA_INLINE To bit_cast(From from) {
   static_assert(sizeof(To) == sizeof(From));
@@ -191,6 +182,13 @@ template <typename T> INFSA_INLINE void store_first(T* p, Vec<Acc<T>> v, int64_t
   T lanes[kLanes<Acc<T>>];
   store(lanes, v);
   for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
+}
+
+// The first n lanes, 0 elsewhere; n may be more than there are.
+template <typename A> INFSA_INLINE Vec<A> keep_first(Vec<A> v, int64_t n) {
+  Vec<A> lane;
+  for (int i = 0; i < kLanes<A>; ++i) lane[i] = A(i);
+  return lane < A(n) ? v : Vec<A>{};
 }
 
 // x's sums of neighbours, then y's. A neighbour is one lane within each 16 bytes (a shuffle that stays in its 128-bit

@@ -5,65 +5,10 @@
 // includer provides simt.cuh's primitives.
 #pragma once
 
+#include "lanes.cuh"
 #include "linear.h"
 
 namespace infsa::cuda {
-
-struct alignas(16) Chunk {
-  uint32_t words[4];
-};
-
-// A lane's 8 elements of a row as they are in memory.
-template <typename T> struct alignas(16) Raw {
-  T x[kLaneElements];
-};
-
-// Rows that a thread has on their way at once, of every tensor that a pass reads: enough bytes to cover the memory's
-// latency, in the registers that there are.
-template <typename T, bool kAligned, bool kBackward> constexpr int kRowsAhead =
-    kAligned ? (kBackward ? 32 : 64) / sizeof(Raw<T>) : 1;
-
-// A lane's part of the rows of one head: 16 bytes at a time if aligned, else element by element.
-template <typename T, bool kAligned> struct Lane {
-  T* data;
-  int64_t n, d;
-  int count;  // elements
-
-  INFSA_DEVICE Raw<T> load(int64_t token) const {
-    Raw<T> raw{};
-    const T* p = data + token * n;
-    if constexpr (kAligned) {
-      for (int i = 0; i < kChunks; ++i) {
-        if (count > 0) reinterpret_cast<Chunk*>(raw.x)[i] = reinterpret_cast<const Chunk*>(p)[i];
-      }
-    } else {
-      for (int i = 0; i < kLaneElements; ++i) {
-        if (i < count) raw.x[i] = p[i * d];
-      }
-    }
-    return raw;
-  }
-  INFSA_DEVICE void store(int64_t token, const float* x) const {
-    Raw<T> raw;
-    T* p = data + token * n;
-    for (int i = 0; i < kLaneElements; ++i) round_to(raw.x[i], x[i]);
-    if constexpr (kAligned) {
-      for (int i = 0; i < kChunks; ++i) {
-        if (count > 0) reinterpret_cast<Chunk*>(p)[i] = reinterpret_cast<const Chunk*>(raw.x)[i];
-      }
-    } else {
-      for (int i = 0; i < kLaneElements; ++i) {
-        if (i < count) p[i * d] = raw.x[i];
-      }
-    }
-  }
-  static constexpr int kChunks = sizeof(Raw<T>) / sizeof(Chunk);
-};
-
-template <typename T> INFSA_DEVICE void widen(const Raw<T>& raw, bool live, float* x) {
-  simt::to_floats(raw.x, x);
-  for (int i = 0; i < kLaneElements; ++i) x[i] = live ? x[i] : 0.f;
-}
 
 INFSA_DEVICE float sum_lanes(float x, int lanes) {
   for (int m = 1; m < lanes; m *= 2) x += simt::shuffle_xor(x, m);
@@ -95,11 +40,11 @@ struct Place {
   }
   INFSA_DEVICE int64_t head(const LinearArgs& a) const { return b * a.H + h; }
   template <typename T, bool kAligned> INFSA_DEVICE Lane<T, kAligned> lane_of(const Rows& rows, int size) const {
-    return {static_cast<T*>(rows.data) + b * rows.b + h * rows.h + column * rows.d, rows.n, rows.d,
-            exists ? size - column : 0};
+    return {static_cast<T*>(rows.data) + b * rows.batch + h * rows.head + column * rows.channel, rows.token,
+            rows.channel, exists ? size - column : 0};
   }
   INFSA_DEVICE bool kept(const Mask& mask, int64_t token) const {
-    return !mask.data || !mask.data[b * mask.b + token * mask.n];
+    return !mask.data || !mask.data[b * mask.batch + token * mask.token];
   }
 };
 
@@ -230,7 +175,7 @@ template <typename T, bool kAligned>
 INFSA_DEVICE Sums sum_keys(const LinearArgs& a, const Place& at, int64_t split, const float* qbar, const Raw<T>* kept) {
   constexpr int kAhead = kRowsAhead<T, kAligned, false>;
   const auto k_rows = at.lane_of<T, kAligned>(a.k, a.d);
-  const auto v_rows = at.lane_of<T, kAligned>(a.v, a.dv);
+  const auto v_rows = at.lane_of<T, kAligned>(a.v, a.d_v);
   const int64_t from = split * a.plan.key_span, to = end_of(from, a.plan.key_span, a.M);
   Sums sums;
   for (int64_t base = from; base < to; base += int64_t{at.stride} * kAhead) {
@@ -278,8 +223,8 @@ template <typename T> INFSA_DEVICE void store_result(const LinearArgs& a, const 
   total_row(a.plan, at, shared, x, scores);
   if (at.lane == 0) a.score_sum[at.head(a)] = scores;
   const float rho = rho_of(a, at);
-  for (int i = 0; i < kLaneElements && at.column + i < a.dv; ++i) {
-    const int64_t to = at.head(a) * a.dv + at.column + i;
+  for (int i = 0; i < kLaneElements && at.column + i < a.d_v; ++i) {
+    const int64_t to = at.head(a) * a.d_v + at.column + i;
     const float z = x[i] / (scores + a.eps);
     a.context[to] = z;
     round_to(static_cast<T*>(a.out)[to], rho * z);
@@ -291,13 +236,13 @@ template <typename T, bool kAligned>
 INFSA_DEVICE Sums keys_backward(const LinearArgs& a, const Place& at, int64_t split) {
   constexpr int kAhead = kRowsAhead<T, kAligned, true>;
   const auto k_rows = at.lane_of<T, kAligned>(a.k, a.d);
-  const auto v_rows = at.lane_of<T, kAligned>(a.v, a.dv);
+  const auto v_rows = at.lane_of<T, kAligned>(a.v, a.d_v);
   const auto dk_rows = at.lane_of<T, kAligned>(a.dk, a.d);
-  const auto dv_rows = at.lane_of<T, kAligned>(a.dv_, a.dv);
+  const auto dv_rows = at.lane_of<T, kAligned>(a.dv, a.d_v);
   float qbar[kLaneElements], dz[kLaneElements], z[kLaneElements];
   load_head(a, at, a.central_query, a.d, qbar);
-  load_head(a, at, a.context, a.dv, z);
-  const Raw<T> raw_dz = at.exists ? at.lane_of<T, false>(a.dout, a.dv).load(0) : Raw<T>{};
+  load_head(a, at, a.context, a.d_v, z);
+  const Raw<T> raw_dz = at.exists ? at.lane_of<T, false>(a.dout, a.d_v).load(0) : Raw<T>{};
   widen(raw_dz, at.exists, dz);
   const float dz_z = dot(dz, z, a.plan.lanes), rho = rho_of(a, at);
   if (split == 0 && at.slot == 0 && at.lane == 0 && at.exists && a.dhead_rho) {
@@ -330,7 +275,7 @@ INFSA_DEVICE Sums keys_backward(const LinearArgs& a, const Place& at, int64_t sp
       sums.add(a.scale * dt, x);
       if (token >= to || !at.exists) continue;
       if (a.dscores && at.lane == 0) a.dscores[at.head(a) * a.N + token] = dt;
-      if (a.dv_.data) {
+      if (a.dv.data) {
         for (int i = 0; i < kLaneElements; ++i) y[i] = live[u] ? weight * dz[i] : 0.f;
         dv_rows.store(token, y);
       }

@@ -10,7 +10,6 @@
 
 #include <algorithm>
 #include <array>
-#include <cmath>
 #include <map>
 #include <mutex>
 #include <tuple>
@@ -21,10 +20,6 @@ namespace infsa::cuda {
 namespace {
 
 constexpr const char* kOp = "infsa::linear";
-
-Rows rows_of(const Tensor& t) { return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2), t.stride(3)}; }
-
-Mask mask_of(const OptTensor& t) { return t ? Mask{t->const_data_ptr<bool>(), t->stride(0), t->stride(1)} : Mask{}; }
 
 Element element_of(const Tensor& q) {
   TORCH_CHECK_TYPE(
@@ -39,7 +34,7 @@ Element element_of(const Tensor& q) {
 // What a forward and a backward call share.
 LinearArgs arguments_of(const Sizes& s, const Tensor& q, const OptTensor& k, const Tensor& v, double eps, double rho,
                         const OptTensor& head_rho, const OptTensor& key_mask, const OptTensor& query_mask) {
-  TORCH_CHECK_VALUE(std::max(s.d, s.dv) <= kLargestHeadDim, kOp, ": q and v have ", s.d, " and ", s.dv,
+  TORCH_CHECK_VALUE(std::max(s.d, s.d_v) <= kLargestHeadDim, kOp, ": q and v have ", s.d, " and ", s.d_v,
                     " channels, expected at most ", kLargestHeadDim, " on this backend; use the eager backend");
   LinearArgs a{};
   a.q = rows_of(q), a.k = rows_of(k ? *k : q), a.v = rows_of(v);
@@ -48,8 +43,8 @@ LinearArgs arguments_of(const Sizes& s, const Tensor& q, const OptTensor& k, con
     a.head_rho = head_rho->const_data_ptr<float>(), a.rho_b = head_rho->stride(0), a.rho_h = head_rho->stride(1);
   }
   a.B = s.B, a.H = s.H, a.N = s.N, a.M = s.M;
-  a.d = static_cast<int>(s.d), a.dv = static_cast<int>(s.dv);
-  a.scale = s.d ? static_cast<float>(1 / std::sqrt(static_cast<double>(s.d))) : 1;
+  a.d = static_cast<int>(s.d), a.d_v = static_cast<int>(s.d_v);
+  a.scale = static_cast<float>(scale_of(s.d));
   a.eps = static_cast<float>(eps), a.rho = static_cast<float>(rho);
   a.tied = !k;
   return a;
@@ -81,10 +76,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_fwd(const Tensor& q, c
                                                               double eps, double rho, const OptTensor& head_rho,
                                                               const OptTensor& key_padding_mask,
                                                               const OptTensor& query_padding_mask) {
-  const Sizes s = check::forward_arguments(kOp, q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask);
+  const Sizes s = sizes_of(attention_arguments(kOp, q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask));
   const c10::cuda::CUDAGuard guard(q.device());
   const auto float32 = q.options().dtype(at::kFloat);
-  Tensor out = at::empty({s.B, s.H, s.dv}, q.options()), context = at::empty({s.B, s.H, s.dv}, float32);
+  Tensor out = at::empty({s.B, s.H, s.d_v}, q.options()), context = at::empty({s.B, s.H, s.d_v}, float32);
   Tensor central_query = at::empty({s.B, s.H, s.d}, float32), energy_sum = at::empty({s.B, s.H}, float32),
          score_sum = at::empty({s.B, s.H}, float32);
   LinearArgs a = arguments_of(s, q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask);
@@ -102,14 +97,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_bwd(const Tensor& dout, const 
                                                       const OptTensor& head_rho, const OptTensor& key_padding_mask,
                                                       const OptTensor& query_padding_mask,
                                                       std::array<bool, 4> output_mask) {
-  const Sizes s = check::forward_arguments(kOp, q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask);
-  check::dtype(kOp, "dout", dout, q.scalar_type());
-  check::device(kOp, "dout", dout, q);
-  check::shape(kOp, "dout", dout, {s.B, s.H, s.dv}, "(B, H, dv)");
-  check::statistic(kOp, "context", context_, q, {s.B, s.H, s.dv}, "(B, H, dv)");
-  check::statistic(kOp, "central_query", central_query_, q, {s.B, s.H, s.d}, "(B, H, d)");
-  check::statistic(kOp, "energy_sum", energy_sum_, q, {s.B, s.H}, "(B, H)");
-  check::statistic(kOp, "score_sum", score_sum_, q, {s.B, s.H}, "(B, H)");
+  const Sizes s = linear_backward_sizes(kOp, dout, q, k, v, context_, central_query_, energy_sum_, score_sum_, eps, rho,
+                                        head_rho, key_padding_mask, query_padding_mask);
   const c10::cuda::CUDAGuard guard(q.device());
   const Tensor context = context_.contiguous(), central_query = central_query_.contiguous();
   const Tensor energy_sum = energy_sum_.contiguous(), score_sum = score_sum_.contiguous();
@@ -127,7 +116,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_bwd(const Tensor& dout, const 
   a.dout = {dout.data_ptr(), dout.stride(0), dout.stride(1), 0, dout.stride(2)};
   if (want_dq) a.dq = rows_of(dq);
   if (want_dk) a.dk = rows_of(dk);
-  if (want_dv) a.dv_ = rows_of(dv);
+  if (want_dv) a.dv = rows_of(dv);
   if (want_drho) a.dhead_rho = dhead_rho.mutable_data_ptr<float>();
   const auto dscores = at::empty({a.tied && want_dq ? s.B * s.H * s.N : 0}, float32);
   if (dscores.numel() > 0) a.dscores = dscores.mutable_data_ptr<float>();

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "../rows.h"
+
 namespace infsa::cuda {
 
 constexpr int kThreads = 512;
@@ -49,8 +51,6 @@ struct LinearDevice {
   int64_t wave_bytes;      // of Q between two barriers: the L2 cache holds it and its successor while V passes by
 };
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 inline int64_t power_of_two(int64_t at_least) {
   int64_t n = 1;
   while (n < at_least) n *= 2;
@@ -60,10 +60,10 @@ inline int64_t power_of_two(int64_t at_least) {
 inline int64_t clamp(int64_t x, int64_t least, int64_t most) { return x < least ? least : x > most ? most : x; }
 
 // token_major: the heads of a token lie side by side. keep_queries: a cluster holds Q on chip between its two passes.
-inline LinearPlan linear_plan(int64_t B, int64_t H, int64_t N, int64_t M, int64_t d, int64_t dv, int element_bytes,
+inline LinearPlan linear_plan(int64_t B, int64_t H, int64_t N, int64_t M, int64_t d, int64_t d_v, int element_bytes,
                               bool token_major, bool keep_queries, LinearDevice device) {
   LinearPlan p{};
-  p.lanes = static_cast<int>(power_of_two(ceil_div(d > dv ? d : dv, kLaneElements)));
+  p.lanes = static_cast<int>(power_of_two(ceil_div(d > d_v ? d : d_v, kLaneElements)));
   p.heads = 1;
   // A whole line of 128 bytes of a token.
   while (token_major && p.heads < H && p.heads * 2 * p.lanes <= 32 && p.heads * d * element_bytes < 128) p.heads *= 2;

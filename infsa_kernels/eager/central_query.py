@@ -1,11 +1,10 @@
-"""Projected queries and their central query in torch operations, a block of tokens at a time (docs/linear_layer.md)."""
+"""Projected queries and their central query in torch operations, a block of tokens at a time (docs/pooled_linear.md)."""
 
 import torch
 from torch import Tensor
 
-from ..ops._check import acc_dtype
-from ._common import like
-from ._tokens import Block, blocks
+from .common import acc_dtype
+from .tokens import Block, blocks
 
 
 def forward(x, weight, bias, norm_eps, eps, padding_mask):
@@ -20,19 +19,16 @@ def forward(x, weight, bias, norm_eps, eps, padding_mask):
     return weighted / (energy_sum + eps)[..., None], energy_sum
 
 
-def backward(dcentral_query, x, weight, bias, central_query, energy_sum, norm_eps, eps, padding_mask, output_mask):
+def backward(dcentral_query, x, weight, bias, central_query, energy_sum, norm_eps, eps, padding_mask, gradients):
     B, _, D = x.shape
     H, d, _ = weight.shape
     acc = acc_dtype(x)
-    want_x, want_weight, want_bias = output_mask
-    want_bias = want_bias and bias is not None
+    dx, dweight, dbias = gradients
     s = d**-0.5 if d else 1.0
     scaled = dcentral_query * (s / (energy_sum + eps))[..., None]  # (B, H, d)
     offset = (scaled * central_query).sum(-1)[:, None]  # (B, 1, H)
-    dx = torch.empty_like(x) if want_x else x.new_empty(0)
-    dweight = x.new_zeros(H * d, D, dtype=acc)
-    dbias = x.new_zeros(H, d, dtype=acc)
-    for tokens, block in blocks(x, max(D, H * d), norm_eps, padding_mask) if any(output_mask) else ():
+    weight_sum, bias_sum = x.new_zeros(H * d, D, dtype=acc), x.new_zeros(H, d, dtype=acc)
+    for tokens, block in blocks(x, max(D, H * d), norm_eps, padding_mask):
         u, energy = _queries(block, x.dtype, weight, bias)
         # qbar = sum_i e_i u_i / E,  e_i = ||u_i||
         denergy = torch.einsum("bthc,bhc->bth", u, scaled) - offset
@@ -40,17 +36,16 @@ def backward(dcentral_query, x, weight, bias, central_query, energy_sum, norm_ep
         dq = energy[..., None] * scaled[:, None] + direction[..., None] * u  # (B, T, H, d)
         dq = block.weights(dq.flatten(2))
         low = dq.to(x.dtype)
-        if want_x:
+        if dx is not None:
             dx[:, tokens] = block.input_gradient((low @ weight.flatten(0, 1)).to(acc))
-        if want_weight:
-            dweight += (low.flatten(0, 1).mT @ block.rows.to(x.dtype).flatten(0, 1)).to(acc)
-        if want_bias:
-            dbias += dq.sum((0, 1)).view(H, d)
-    return (
-        dx,
-        like(dweight.view(H, d, D), weight) if want_weight else x.new_empty(0),
-        like(dbias, bias) if want_bias else x.new_empty(0, dtype=acc),
-    )
+        if dweight is not None:
+            weight_sum += (low.flatten(0, 1).mT @ block.rows.to(x.dtype).flatten(0, 1)).to(acc)
+        if dbias is not None:
+            bias_sum += dq.sum((0, 1)).view(H, d)
+    if dweight is not None:
+        dweight.copy_(weight_sum.view(H, d, D))
+    if dbias is not None:
+        dbias.copy_(bias_sum)
 
 
 def _queries(block: Block, dtype: torch.dtype, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:

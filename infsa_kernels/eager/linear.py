@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..ops._check import acc_dtype
-from ._common import effective_rho, like, remove, rows, scale, split, unit
+from .common import acc_dtype, effective_rho, remove, rows, scale, split, unit
 
 
 def forward(q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask):
@@ -25,7 +24,7 @@ def forward(q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask):
 
 def backward(
     dout, q, k, v, context, central_query, energy_sum, score_sum, eps, rho, head_rho, key_padding_mask, query_padding_mask,
-    output_mask,
+    gradients,
 ):  # fmt: skip
     u, kappa, u_unit, k_unit = _inputs(q, k, key_padding_mask, query_padding_mask)
     v_acc = remove(v, key_padding_mask).to(u.dtype)
@@ -36,34 +35,30 @@ def backward(
     # What takes dq and dk back from these units and R's.
     s = scale(q)
     s_u, s_k = (s * (per_score * x_unit[..., None])[..., None] for x_unit in (u_unit, k_unit))
-    want_q, want_k, want_v, want_rho = output_mask
+    dq, dk, dv, dhead_rho = gradients
 
     # z = rho sum_j a_j v_j,  a_j = r_j / R,  r_j = ReLU(qbar . kappa_j)
     scores = _scores(kappa, central_query, key_padding_mask)
     dcontext = effective_rho(rho, head_rho, 1) * dout
-    dv = (scores / R * per_score)[..., None] * dcontext[..., None, :] if want_v else None
-    drho = rho * (dout * context).sum(-1) if want_rho else None
-    dq = dk = None
-    if want_q or want_k:
+    if dv is not None:
+        dv.copy_((scores / R * per_score)[..., None] * dcontext[..., None, :])
+    if dhead_rho is not None:
+        dhead_rho.copy_(rho * (dout * context).sum(-1))
+    if dq is not None or dk is not None:
         dscores = ((v_acc @ dcontext[..., None]).squeeze(-1) - (dcontext * context).sum(-1, keepdim=True)) / R
         dscores = dscores.masked_fill(scores <= 0, 0)  # (B, H, M)
-        dk = s_k * dscores[..., None] * central_query[..., None, :]
-    if want_q:
+        dkappa = s_k * dscores[..., None] * central_query[..., None, :]
+    if dk is not None:
+        dk.copy_(dkappa)
+    if dq is not None:
         # qbar = sum_i e_i u_i / E,  e_i = ||u_i||
         dcentral = (dscores[..., None, :] @ kappa).squeeze(-2)
         energy = torch.linalg.vector_norm(u, dim=-1)
         denergy = ((u - central_query[..., None, :]) @ dcentral[..., None]).squeeze(-1) / E
         direction = torch.where(energy > 0, denergy / energy, 0)
-        dq = s_u * ((energy / E)[..., None] * dcentral[..., None, :] + direction[..., None] * u)
-        dq = remove(dq, query_padding_mask)
-        if k is None:
-            dq = dq + dk
-    return (
-        like(dq, q) if want_q else q.new_empty(0),
-        like(dk, k) if want_k and k is not None else q.new_empty(0),
-        like(dv, v) if want_v else q.new_empty(0),
-        drho if want_rho and head_rho is not None else q.new_empty(0, dtype=u.dtype),
-    )
+        du = s_u * ((energy / E)[..., None] * dcentral[..., None, :] + direction[..., None] * u)
+        du = remove(du, query_padding_mask)
+        dq.copy_(du + dkappa if k is None else du)
 
 
 def _inputs(q, k, key_padding_mask, query_padding_mask) -> tuple[Tensor, Tensor, Tensor, Tensor]:

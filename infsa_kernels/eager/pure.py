@@ -5,8 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..ops._check import acc_dtype
-from ._common import effective_rho, like, remove, rows, scale, split, unit
+from .common import acc_dtype, effective_rho, remove, rows, scale, split, unit
 
 # Scores held at a time, over all heads. Large enough to keep matrix products efficient, small enough that a block's
 # float32 sum of squares is exact to its last digits.
@@ -31,11 +30,11 @@ def forward(q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask):
 
 
 def backward(
-    dout, q, k, v, out, norm, eps, rho, head_rho, key_padding_mask, query_padding_mask, output_mask
+    dout, q, k, v, out, norm, eps, rho, head_rho, key_padding_mask, query_padding_mask, gradients
 ):  # fmt: skip
     u, kappa, v_acc, u_unit, k_unit = _inputs(q, k, v, key_padding_mask, query_padding_mask)
     dout = remove(dout, query_padding_mask).to(u.dtype)
-    want_q, want_k, want_v, want_rho = output_mask
+    dq, dk, dv, dhead_rho = gradients
     s = scale(q)
     norm = norm * u_unit * k_unit
     F = norm + eps * u_unit * k_unit
@@ -45,7 +44,7 @@ def backward(
     gain = effective_rho(rho, head_rho, 2) / mantissa
     few = _few(u, kappa)
     dout_out = (dout * remove(out, query_padding_mask)).sum((-2, -1)) / per_norm[..., 0, 0]
-    du, dkappa, dv = torch.zeros_like(u), torch.zeros_like(kappa), torch.zeros_like(v_acc)
+    du, dkappa, dv_acc = torch.zeros_like(u), torch.zeros_like(kappa), torch.zeros_like(v_acc)
     drho = torch.zeros_like(norm)
     for block in _blocks(u, kappa):
         scores = _scores(u, kappa, block, key_padding_mask, query_padding_mask)
@@ -54,24 +53,25 @@ def backward(
             dout_out = gain[..., 0, 0] * (scores * dout_v).sum((-2, -1))
         c = torch.where(norm > 0, dout_out / F / norm, 0)[..., None, None]
         dscores = (gain * dout_v - c * scores).masked_fill_(scores <= 0, 0)
-        if want_q:
+        if dq is not None:
             du[:, :, block] = dscores @ kappa
-        if want_k or (want_q and k is None):
+        if dk is not None or (dq is not None and k is None):
             dkappa += dscores.mT @ u[:, :, block]
-        if want_v:
-            dv += scores.mT @ dout[:, :, block]
-        if want_rho:
+        if dv is not None:
+            dv_acc += scores.mT @ dout[:, :, block]
+        if dhead_rho is not None:
             drho += (scores * dout_v).sum((-2, -1))
     # dS came out divided by both units, kappa and u multiplied by their own.
     du *= s * per_norm * u_unit[..., None, None]
     dkappa *= s * per_norm * k_unit[..., None, None]
-    dq = du + dkappa if k is None else du
-    return (
-        like(dq, q) if want_q else q.new_empty(0),
-        like(dkappa, k) if want_k and k is not None else q.new_empty(0),
-        like(gain * dv * per_norm, v) if want_v else q.new_empty(0),
-        rho * drho / F if want_rho and head_rho is not None else q.new_empty(0, dtype=u.dtype),
-    )
+    if dq is not None:
+        dq.copy_(du + dkappa if k is None else du)
+    if dk is not None:
+        dk.copy_(dkappa)
+    if dv is not None:
+        dv.copy_(gain * dv_acc * per_norm)
+    if dhead_rho is not None:
+        dhead_rho.copy_(rho * drho / F)
 
 
 def output_like(q: Tensor, v: Tensor) -> Tensor:

@@ -1,11 +1,10 @@
-"""ReLU scores against keys of width D and the tokens pooled by them, a block of tokens at a time (docs/linear_layer.md)."""
+"""ReLU scores against keys of width D and the tokens pooled by them, a block of tokens at a time (docs/pooled_linear.md)."""
 
 import torch
 from torch import Tensor
 
-from ..ops._check import acc_dtype
-from ._common import like
-from ._tokens import Block, blocks
+from .common import acc_dtype
+from .tokens import Block, blocks
 
 
 def forward(x, keys, key_bias, norm_eps, eps, padding_mask):
@@ -19,32 +18,26 @@ def forward(x, keys, key_bias, norm_eps, eps, padding_mask):
     return weighted / R[..., None], score_sum / R, score_sum
 
 
-def backward(
-    dpooled, dmass, x, keys, key_bias, pooled, score_sum, norm_eps, eps, padding_mask, output_mask
-):  # fmt: skip
-    want_x, want_keys, want_bias = output_mask
-    want_bias = want_bias and key_bias is not None
-    acc = acc_dtype(x)
+def backward(dpooled, dmass, x, keys, key_bias, pooled, score_sum, norm_eps, eps, padding_mask, gradients):
+    dx, dkeys, dkey_bias = gradients
     R = score_sum + eps
     dpooled = dpooled / R[..., None]  # (B, H, D)
     # p = sum_j r_j x_j / R and mass = 1 - eps / R: what a score's gradient owes to R.
     offset = ((dpooled * pooled).sum(-1) - dmass * eps / R.square())[:, None]  # (B, 1, H)
-    dx = torch.empty_like(x) if want_x else x.new_empty(0)
-    dkeys, dbias = keys.new_zeros(keys.shape), keys.new_zeros(keys.shape[:2], dtype=acc)
-    for tokens, block in blocks(x, max(keys.shape[1:]), norm_eps, padding_mask) if any(output_mask) else ():
+    keys_sum, bias_sum = keys.new_zeros(keys.shape), keys.new_zeros(keys.shape[:2])
+    for tokens, block in blocks(x, max(keys.shape[1:]), norm_eps, padding_mask):
         scores = _scores(block, keys, key_bias)  # (B, T, H)
         dscores = (block.rows @ dpooled.mT - offset).masked_fill(scores <= 0, 0)
-        if want_x:
+        if dx is not None:
             dx[:, tokens] = block.input_gradient(scores @ dpooled + dscores @ keys)
-        if want_keys:
-            dkeys += dscores.mT @ block.rows
-        if want_bias:
-            dbias += dscores.sum(1)
-    return (
-        dx,
-        like(dkeys, keys) if want_keys else x.new_empty(0, dtype=acc),
-        like(dbias, key_bias) if want_bias else x.new_empty(0, dtype=acc),
-    )
+        if dkeys is not None:
+            keys_sum += dscores.mT @ block.rows
+        if dkey_bias is not None:
+            bias_sum += dscores.sum(1)
+    if dkeys is not None:
+        dkeys.copy_(keys_sum)
+    if dkey_bias is not None:
+        dkey_bias.copy_(bias_sum)
 
 
 def _scores(block: Block, keys: Tensor, key_bias: Tensor | None) -> Tensor:

@@ -5,7 +5,7 @@ from modules would be to write each of them a second time, and would go wrong wi
 in a call of one of four functions, whose arguments are what is attended with:
 
     torch.ops.infsa.pure, torch.ops.infsa.linear     q, k
-    torch.ops.infsa.linear_layer                     the tokens and the projections, which are applied here
+    torch.ops.infsa.pooled_linear                    the tokens and the projections, which are applied here
     torch.nn.functional.scaled_dot_product_attention q, k
     torch.nn.functional.multi_head_attention_forward the same: nn.MultiheadAttention, one function to observers
 
@@ -22,8 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ..eager.common import acc_dtype
 from ..graph import TokenGraph
-from ..ops import _check, linear, linear_layer, pure
+from ..ops.linear import linear
+from ..ops.pooled_linear import pooled_linear
+from ..ops.pure import pure
 from .weights import Graph, LinearGraph, SoftmaxGraph
 
 
@@ -129,10 +132,10 @@ def _linear(q, k, eps, key_padding_mask, query_padding_mask, **_) -> LinearGraph
     return LinearGraph(_by_heads(q), _by_heads(k), key_padding_mask, query_padding_mask, eps)
 
 
-def _linear_layer(
+def _pooled_linear(
     x, num_heads, q_weight, q_bias, k_weight, k_bias, eps, norm_weight, norm_bias, norm_eps, padding_mask, **_
 ) -> LinearGraph:
-    x, norm_weight, norm_bias = (None if t is None else t.to(_check.acc_dtype(x)) for t in (x, norm_weight, norm_bias))
+    x, norm_weight, norm_bias = (None if t is None else t.to(acc_dtype(x)) for t in (x, norm_weight, norm_bias))
     x = x if norm_eps is None else F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, norm_eps)
     q = _heads(x, q_weight, q_bias, num_heads)
     k = q if k_weight is None else _heads(x, k_weight, k_bias, num_heads)
@@ -174,17 +177,6 @@ def _heads(x: Tensor, weight: Tensor, bias: Tensor | None, num_heads: int) -> Te
     return F.linear(x, weight.to(x.dtype), bias).unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
-def _signature_of(op: torch._ops.OpOverload) -> inspect.Signature:
-    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    none = inspect.Parameter.empty
-    return inspect.Signature(
-        [
-            inspect.Parameter(a.name, kind, default=a.default_value if a.has_default_value() else none)
-            for a in op._schema.arguments
-        ]
-    )
-
-
 _SDPA = inspect.signature(
     lambda query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False: None
 )
@@ -192,11 +184,6 @@ _GRAPH_OF = {
     F.scaled_dot_product_attention: (_softmax, _SDPA),
     F.multi_head_attention_forward: (_multihead, inspect.signature(F.multi_head_attention_forward)),
 }
-for make, ops in (
-    (_pure, (pure.operator.tensor_rho, pure.operator.scalar_rho)),
-    (_linear, (linear.operator.tensor_rho, linear.operator.scalar_rho)),
-    (_linear_layer, (linear_layer.tensor_rho, linear_layer.scalar_rho)),
-):
-    packet = getattr(torch.ops.infsa, ops[0]._schema.name.removeprefix("infsa::"))
-    for op in (*ops, packet):
-        _GRAPH_OF[op] = make, _signature_of(ops[0])
+for make, operator in ((_pure, pure), (_linear, linear), (_pooled_linear, pooled_linear)):
+    for op in operator.overloads:
+        _GRAPH_OF[op] = make, inspect.signature(operator.composite)

@@ -6,8 +6,8 @@ So that centralities, maps and rollouts are the same for all three. Neither hold
 import torch
 from torch import Tensor
 
+from ..eager.common import acc_dtype
 from ..graph import TokenGraph, katz_centrality
-from ..ops import _check
 from ..ops.linear import linear_infsa_scores
 
 # Scores of softmax that are held at a time: 64 MB in float32.
@@ -62,7 +62,7 @@ class SoftmaxGraph(_Rows):
     """
 
     def __init__(self, q: Tensor, k: Tensor, scale: float | None = None):
-        acc = _check.acc_dtype(q)
+        acc = acc_dtype(q)
         self.scale = q.shape[-1] ** -0.5 if scale is None else scale
         self.q, self.k = q.to(acc), k.to(acc)
 
@@ -95,7 +95,7 @@ class LinearGraph(_Rows):
     """
 
     def __init__(self, q: Tensor, k: Tensor, key_padding_mask=None, query_padding_mask=None, eps: float = 1e-6):
-        acc = _check.acc_dtype(q)
+        acc = acc_dtype(q)
         self.q = q.to(acc)
         self.k = self.q if k is q else k.to(acc)
         masks = key_padding_mask, query_padding_mask

@@ -6,12 +6,14 @@ A product with A is one call of `torch.ops.infsa.pure`, one with its transpose t
 """
 
 import functools
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
-from ..ops import _check
-from ..ops.pure import operator, pure_infsa_scores
+from ..eager.common import acc_dtype
+from ..ops import qkv
+from ..ops.pure import pure, pure_infsa_scores, raw
 
 
 class TokenGraph:
@@ -46,12 +48,12 @@ class TokenGraph:
         eps: float = 1e-6,
     ):
         k = q if k is None else k
-        operator.check_scores(q, k, 1.0, eps, key_padding_mask, query_padding_mask)
+        qkv.demand_of_scores(pure, raw, q, k, 1.0, eps, key_padding_mask, query_padding_mask)
         if q.dim() != 4:
             raise ValueError(
                 f"TokenGraph: q has shape {list(q.shape)}, expected (B, H, N, d); view it with 4 dimensions"
             )
-        acc = _check.acc_dtype(q)
+        acc = acc_dtype(q)
         self.q = q.to(acc)
         self.k = self.q if k is q else k.to(acc)
         self.key_padding_mask, self.query_padding_mask, self.eps = key_padding_mask, query_padding_mask, eps
@@ -80,7 +82,10 @@ class TokenGraph:
         if x.dim() != 4 or x.shape[:3] != (B, H, M):
             raise ValueError(f"TokenGraph: x has shape {list(x.shape)}, expected (B, H, M, c) = {[B, H, M]} and any c")
         masks = self.key_padding_mask, self.query_padding_mask
-        return torch.ops.infsa.pure(self.q, self.k, x.to(self.q.dtype), self.eps, 1.0, *masks)
+        # Autocast would round q and k once more: a solver's residuals would be those of another matrix.
+        device = self.q.device.type
+        with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+            return torch.ops.infsa.pure(self.q, self.k, x.to(self.q.dtype), self.eps, 1.0, *masks)
 
     def rmatmul(self, x: Tensor) -> Tensor:
         """A^T x for x (B, H, N, c): (B, H, M, c). Differentiable in q, k and x."""
@@ -99,9 +104,8 @@ class TokenGraph:
         """F, (B, H): the Frobenius norm of the ReLU scores. A statistic, without a gradient."""
         with torch.no_grad():
             values = self.q.new_ones(1, 1, 1, 1).expand(*self.k.shape[:3], 1)
-            return operator.statistics(
-                self.q, self.k, values, self.eps, self.key_padding_mask, self.query_padding_mask
-            )[0]
+            masks = self.key_padding_mask, self.query_padding_mask
+            return qkv.statistics(raw, self.q, self.k, values, self.eps, *masks)[0]
 
     def dense(self) -> Tensor:
         """A itself, (B, H, N, M): for looking at small graphs."""
@@ -169,8 +173,7 @@ class TokenGraph:
         return kept if removed is None else kept.masked_fill(removed[:, None, :, None], 0)
 
 
-def check_square(name: str, g: TokenGraph) -> None:
-    _, _, N, M = g.shape
+def check_square(name: str, N: int, M: int) -> None:
     if N != M:
         raise ValueError(
             f"{name}: the graph has {N} queries and {M} keys, expected as many: its tokens have to be the same"

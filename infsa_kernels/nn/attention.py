@@ -1,4 +1,4 @@
-"""`InfSAAttention`: what nn.MultiheadAttention is for softmax, for the two InfSA operators."""
+"""`InfSAAttention`: what nn.MultiheadAttention is for softmax, for InfSA."""
 
 import math
 
@@ -6,16 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import _check
-from ..ops.linear import linear_infsa_scores
-from ..ops.linear_layer import pooled_linear_infsa
-from ..ops.pure import pure_infsa, pure_infsa_scores
-from ._arguments import integer, number
-from ._host import Leaf
-from ._masks import as_bool, refuse_attention_masks
-from ._plain import is_exactly, is_plain
-
-VARIANTS = ("linear_infsa", "pure_infsa")
+from ..ops.pooled_linear import pooled_linear_infsa
+from .checks import fraction, integer, number
+from .functional import attend, check_variant, refuse_dropout
+from .fx import Leaf
+from .masks import multihead_padding, refuse_attention_masks
+from .plain import is_exactly, is_plain
+from .rho import attach_rho, logit, rho_of
 
 
 class InfSAAttention(Leaf):
@@ -25,7 +22,7 @@ class InfSAAttention(Leaf):
 
     Arguments up to ``dtype`` are those of nn.MultiheadAttention, and parameters start as there. What differs:
 
-    * ``need_weights`` defaults to False: the pure variant would hold N x M weights that nobody reads.
+    * ``need_weights`` defaults to False: other variants than linear would hold N x M weights that nobody reads.
     * Self-attention (``key is query``): ``key_padding_mask`` removes tokens as keys and as queries, because both operators
       sum over the queries. Their output rows are 0.
     * ``attn_mask`` and ``is_causal`` raise NotImplementedError: the sums over all queries have no causal form here.
@@ -39,15 +36,19 @@ class InfSAAttention(Leaf):
         add_zero_attn: whether a key and value of zeros joins. It scores 0, so only the weights show it.
         kdim, vdim: sizes of key and value tokens (default: ``embed_dim``).
         batch_first: whether tokens come as (B, N, D) instead of (N, B, D).
-        variant: "linear_infsa", O(N), or "pure_infsa", O(N^2).
+        variant: "linear_infsa", O(N); "pure_infsa", O(N^2); or "multi_hop_infsa", O(N^2) a hop: the sum over hops
+            t = 1, 2, ... of (rho A)^t v with Pure InfSA's A. rho is the discount that the paper calls gamma, and one hop is Pure
+            InfSA. Queries and keys are the same tokens.
         tied: whether keys go through the projection of the queries (the paper's symmetric operator): no ``k_proj`` then.
-        rho_init: rho at the start, between 0 and 1.
+        hops: of multi_hop_infsa: how many; None for all, ((I - rho A)^-1 - I) v, solved by iteration.
+        rho_init: rho at the start, between 0 and 1, where the sigmoid keeps it.
         rho_trainable: whether ``rho_logit`` is a parameter, or a buffer.
         rho_per_head: whether ``rho_logit`` has shape (H,), or (1,).
         eps: added to the operators' denominators.
 
     Raises:
-        ValueError: an argument out of range. TypeError: one of another type.
+        ValueError: an argument out of range. TypeError: one of another type. NotImplementedError: what multi_hop_infsa has no
+            form of: dropout, add_bias_kv, add_zero_attn.
 
     Example::
 
@@ -78,6 +79,7 @@ class InfSAAttention(Leaf):
         *,
         variant: str = "linear_infsa",
         tied: bool = False,
+        hops: int | None = None,
         rho_init: float = 0.95,
         rho_trainable: bool = True,
         rho_per_head: bool = False,
@@ -88,24 +90,27 @@ class InfSAAttention(Leaf):
         vdim = embed_dim if vdim is None else vdim
         for name, size in (("embed_dim", embed_dim), ("num_heads", num_heads), ("kdim", kdim), ("vdim", vdim)):
             integer("InfSAAttention", name, size)
-        for name, value in (("dropout", dropout), ("rho_init", rho_init), ("eps", eps)):
-            number("InfSAAttention", name, value)
+        number("InfSAAttention", "dropout", dropout)
+        number("InfSAAttention", "eps", eps)
+        fraction("InfSAAttention", "rho_init", rho_init)
         if embed_dim % num_heads:
             raise ValueError(
                 f"InfSAAttention: embed_dim is {embed_dim}, expected a multiple of num_heads = {num_heads}; "
                 "every head takes an equal part"
             )
-        if variant not in VARIANTS:
-            raise ValueError(f"InfSAAttention: variant is {variant!r}, expected 'linear_infsa' or 'pure_infsa'")
+        check_variant("InfSAAttention", variant, hops)
         if not 0 <= dropout <= 1:
             raise ValueError(f"InfSAAttention: dropout is {dropout}, expected a probability between 0 and 1")
-        if not 0 < rho_init < 1:
-            raise ValueError(
-                f"InfSAAttention: rho_init is {rho_init}, expected a number between 0 and 1, both excluded"
-            )
-        _check.number("InfSAAttention", "eps", eps)
         if not (math.isfinite(eps) and eps > 0):
             raise ValueError(f"InfSAAttention: eps is {eps}, expected a finite number above 0; the paper's is 1e-6")
+        if variant == "multi_hop_infsa":
+            refuse_dropout("InfSAAttention", dropout)
+            for name, given in (("add_bias_kv", add_bias_kv), ("add_zero_attn", add_zero_attn)):
+                if given:
+                    raise NotImplementedError(
+                        f"InfSAAttention: {name} is True, expected False with variant='multi_hop_infsa': a hop goes on from "
+                        "the token that the one before came to, and from this key, which is no query, there is none"
+                    )
         if tied and kdim != embed_dim:
             raise ValueError(
                 f"InfSAAttention: kdim is {kdim}, expected embed_dim = {embed_dim} with tied=True: "
@@ -116,7 +121,7 @@ class InfSAAttention(Leaf):
         self.kdim, self.vdim = kdim, vdim
         self.dropout, self.batch_first, self.add_zero_attn = dropout, batch_first, add_zero_attn
         self.variant, self.tied, self.rho_init, self.rho_per_head = variant, tied, rho_init, rho_per_head
-        self.eps = float(eps)
+        self.eps, self.hops = float(eps), None if hops is None else int(hops)
 
         factory = {"device": device, "dtype": dtype}
         self.q_proj = nn.Linear(embed_dim, embed_dim, bias, **factory)
@@ -127,12 +132,7 @@ class InfSAAttention(Leaf):
         for name in ("bias_k", "bias_v"):
             token = nn.Parameter(torch.empty(1, 1, embed_dim, **factory)) if add_bias_kv else None
             self.register_parameter(name, token)
-        # (1,) and not (), which FSDP2 cannot shard.
-        rho_logit = torch.empty(num_heads if rho_per_head else 1, **factory)
-        if rho_trainable:
-            self.rho_logit = nn.Parameter(rho_logit)
-        else:
-            self.register_buffer("rho_logit", rho_logit)
+        attach_rho(self, rho_init, rho_trainable, num_heads if rho_per_head else 1, **factory)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -149,12 +149,12 @@ class InfSAAttention(Leaf):
         if self.bias_k is not None:
             nn.init.xavier_normal_(self.bias_k)
             nn.init.xavier_normal_(self.bias_v)
-        self.rho_logit.fill_(math.log(self.rho_init / (1 - self.rho_init)))
+        self.rho_logit.fill_(logit(self.rho_init))
 
     @property
     def rho(self) -> Tensor:
         """The output scale, (1,) or (H,), with its gradient."""
-        return torch.sigmoid(self.rho_logit)
+        return rho_of(self)
 
     def forward(
         self,
@@ -210,11 +210,11 @@ class InfSAAttention(Leaf):
         key = query if key_is_query else self._batch_first(key)
         value = key if value_is_key else self._batch_first(value)
         self._check_sizes(query, key, value)
-        key_padding_mask = as_bool("key_padding_mask", key_padding_mask, key, batched)
+        key_padding_mask = multihead_padding("key_padding_mask", key_padding_mask, key, batched)
         if query_padding_mask is None and key_is_query:
             query_padding_mask = key_padding_mask
         else:
-            query_padding_mask = as_bool("query_padding_mask", query_padding_mask, query, batched)
+            query_padding_mask = multihead_padding("query_padding_mask", query_padding_mask, query, batched)
 
         masks = key_padding_mask, query_padding_mask
         out, weights = self._attend(query, key, value, *masks, need_weights, norm)
@@ -237,15 +237,15 @@ class InfSAAttention(Leaf):
             padding_mask: (B, N) bool, True = remove that token as query and as key.
 
         Raises:
-            NotImplementedError: the pure variant, whose rows differ.
+            NotImplementedError: another variant, whose rows differ.
         """
         if self.variant != "linear_infsa":
             raise NotImplementedError(
-                "InfSAAttention.pooled: variant is 'pure_infsa', expected 'linear_infsa': pure InfSA has a row of its own "
-                "for every token; call the module"
+                f"InfSAAttention.pooled: variant is {self.variant!r}, expected 'linear_infsa': pure InfSA has a row of its "
+                "own for every token, after every hop; call the module"
             )
         self._check_sizes(x, x, x)
-        padding_mask = as_bool("padding_mask", padding_mask, x, batched=True)
+        padding_mask = multihead_padding("padding_mask", padding_mask, x, batched=True)
         return self._attend(x, x, x, padding_mask, padding_mask, False, norm)[0].squeeze(1)
 
     def _pool(self, x: Tensor, norm: nn.Module | None, padding_mask: Tensor | None) -> Tensor | None:
@@ -306,22 +306,10 @@ class InfSAAttention(Leaf):
             )
             key_padding_mask = None if key_padding_mask is None else F.pad(key_padding_mask, (0, 1))
 
-        arguments = self.rho, self.eps, key_padding_mask, query_padding_mask
-        weights = None
-        if need_weights or (self.training and self.dropout > 0):
-            if self.variant == "linear_infsa":
-                weights = linear_infsa_scores(q, k, *arguments).mT
-            else:
-                weights = pure_infsa_scores(q, k, *arguments)
-            weights = F.dropout(weights, self.dropout, self.training)
-            if key_padding_mask is not None:
-                v = v.masked_fill(key_padding_mask[:, None, :, None], 0)
-            context = weights @ v
-        elif self.variant == "linear_infsa":
-            rho, eps, *masks = arguments
-            context = torch.ops.infsa.linear(q, k, v, eps, rho, *masks).unsqueeze(2)
-        else:
-            context = pure_infsa(q, k, v, *arguments)
+        context, weights = attend(
+            q, k, v, self.variant, self.rho, self.eps, key_padding_mask, query_padding_mask,
+            hops=self.hops, dropout_p=self.dropout if self.training else 0.0, need_scores=need_weights,
+        )  # fmt: skip
         out = self._per_token(self.out_proj, context.transpose(1, 2).flatten(2))
         return out, weights if need_weights else None
 
@@ -438,6 +426,7 @@ class InfSAAttention(Leaf):
     def extra_repr(self) -> str:
         text = f"{self.embed_dim}, {self.num_heads}, variant={self.variant!r}, tied={self.tied}"
         shown = {
+            "hops": self.hops,
             "dropout": self.dropout,
             "kdim": self.kdim if self.kdim != self.embed_dim else None,
             "vdim": self.vdim if self.vdim != self.embed_dim else None,

@@ -1,12 +1,12 @@
 """Neumann accumulation: the discounted sum of what every layer's attention gave (paper eqs 9-10, 23)."""
 
-import math
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
-from ._arguments import integer, number
+from .checks import fraction, integer
+from .rho import logit
 
 
 class NeumannSum(nn.Module):
@@ -37,11 +37,7 @@ class NeumannSum(nn.Module):
         integer("NeumannSum", "num_layers", num_layers)
         if num_heads is not None:
             integer("NeumannSum", "num_heads", num_heads)
-        number("NeumannSum", "gamma_init", gamma_init)
-        if not 0 < gamma_init < 1:
-            raise ValueError(
-                f"NeumannSum: gamma_init is {gamma_init}, expected a number between 0 and 1, both excluded"
-            )
+        fraction("NeumannSum", "gamma_init", gamma_init)
         self.num_layers, self.num_heads, self.gamma_init = num_layers, num_heads, gamma_init
         shape = (num_layers,) if num_heads is None else (num_layers, num_heads)
         self.logit = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
@@ -49,7 +45,7 @@ class NeumannSum(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        self.logit.fill_(math.log(self.gamma_init / (1 - self.gamma_init)))
+        self.logit.fill_(logit(self.gamma_init))
 
     @property
     def gamma(self) -> Tensor:

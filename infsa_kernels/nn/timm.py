@@ -1,20 +1,26 @@
-"""timm: attention layers for ``timm.create_model("vit_...", attn_layer=InfSAAttention)``."""
+"""timm: attention layers for ``timm.create_model("vit_...", attn_layer=InfSAAttention)``, and InfViT by timm's names."""
 
 import torch
 from timm.layers import Attention
+from timm.models import is_model, register_model
 from torch import Tensor, nn
 
-from ..ops.attention import infsa_attention
-from ..ops.linear_layer import pooled_linear_infsa
-from ._host import Leaf, attach_rho, padding_of_scores_mask
-from ._plain import is_plain
+from ..ops.pooled_linear import pooled_linear_infsa
+from .checks import NO_CAUSAL
+from .functional import attend
+from .fx import Leaf
+from .masks import padding_of_scores_mask, without
+from .plain import is_plain
+from .rho import attach_rho, rho_of
+from .vit import FACTORIES
 
 
 class InfSAAttention(Leaf, Attention):
     """timm's attention with Linear-InfSA between its projections: same arguments, same parameters, and ``rho_logit``.
 
-    timm calls classes, not functools.partial objects: choose with :class:`PureInfSAAttention`, or with a subclass that sets
-    ``variant``, ``rho_init`` or ``rho_trainable``. State dicts of timm's attention load: rho then stays as it is.
+    timm calls classes, not functools.partial objects: choose with :class:`PureInfSAAttention`, :class:`MultiHopInfSAAttention`,
+    or a subclass that sets ``variant``, ``hops``, ``rho_init`` or ``rho_trainable``. State dicts of timm's attention load: rho
+    then stays as it is.
 
     Example::
 
@@ -22,6 +28,7 @@ class InfSAAttention(Leaf, Attention):
     """
 
     variant = "linear_infsa"
+    hops: int | None = None
     rho_init = 0.95
     rho_trainable = True
 
@@ -41,19 +48,14 @@ class InfSAAttention(Leaf, Attention):
             NotImplementedError: is_causal, or a mask that differs between queries or heads.
         """
         if is_causal:
-            raise NotImplementedError(
-                f"{type(self).__name__}: is_causal is True: InfSA divides by sums over all queries, and a causal form of it does "
-                "not exist yet"
-            )
+            raise NotImplementedError(f"{type(self).__name__}: is_causal is True: {NO_CAUSAL}")
         B, N, _ = x.shape
         ignore = None
         if attn_mask is not None:
             ignore = padding_of_scores_mask(type(self).__name__, attn_mask, (B, self.num_heads, N, N))
         out = (self._pool if self._pools(x.device) else self._attend)(x, ignore).expand(-1, N, -1)
-        if ignore is not None:
-            out = out.masked_fill(ignore[..., None], 0)
         # Linear's one row, written out: what comes next may work in place, as timm's LayerScale does.
-        return self.proj_drop(out.contiguous())
+        return self.proj_drop(without(ignore, out).contiguous())
 
     def _pools(self, device: torch.device) -> bool:
         """Whether all of this is a call of pooled_linear_infsa: the projections are then only data."""
@@ -80,7 +82,7 @@ class InfSAAttention(Leaf, Attention):
             k_bias=biases[1],
             v_bias=biases[2],
             out_bias=self.proj.bias,
-            rho=torch.sigmoid(self.rho_logit),
+            rho=rho_of(self),
             padding_mask=ignore,
         )
         return out.unsqueeze(1)
@@ -88,11 +90,10 @@ class InfSAAttention(Leaf, Attention):
     def _attend(self, x: Tensor, ignore: Tensor | None) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
         q, k = self.q_norm(q), self.k_norm(k)
-        rho, dropout = torch.sigmoid(self.rho_logit), self.attn_drop.p
-        masks = dict(key_padding_mask=ignore, query_padding_mask=ignore)
-        context = infsa_attention(q, k, v, self.variant, rho, dropout, self.training, **masks)
-        if self.variant == "linear_infsa":
-            context = context[:, :, :1]  # the same row for every token: one is normalised and projected
+        dropout = self.attn_drop.p if self.training else 0.0
+        context, _ = attend(
+            q, k, v, self.variant, rho_of(self), 1e-6, ignore, ignore, hops=self.hops, dropout_p=dropout
+        )
         context = self.norm(context.transpose(1, 2).flatten(2))
         if getattr(self, "gate", None) is not None:
             context = context * self.gate(x).sigmoid()
@@ -112,3 +113,37 @@ class PureInfSAAttention(InfSAAttention):
     """timm's attention with Pure InfSA between its projections: O(N^2) time, O(N) memory."""
 
     variant = "pure_infsa"
+
+
+class MultiHopInfSAAttention(InfSAAttention):
+    """timm's attention with multi-hop InfSA between its projections: O(N^2) time a hop, O(N) memory; all hops, or ``hops``."""
+
+    variant = "multi_hop_infsa"
+
+
+CLASS_OF = {c.variant: c for c in (LinearInfSAAttention, PureInfSAAttention, MultiHopInfSAAttention)}
+
+
+def register() -> list[str]:
+    """Registers the factories of InfViT, for ``timm.create_model("infvit_linear_4l")``; returns their names.
+
+    There are no pretrained weights: asking for them raises.
+    """
+
+    def entry(factory):
+        def create(pretrained=False, pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None, **kwargs):
+            if pretrained:
+                raise NotImplementedError(
+                    f"{factory.__name__}: pretrained is True, expected False: no weights have been published; load a "
+                    "checkpoint of your own with checkpoint_path"
+                )
+            return factory(**kwargs)
+
+        # timm files a model under its function's name and module.
+        create.__name__, create.__doc__, create.__module__ = factory.__name__, factory.__doc__, __name__
+        return create
+
+    for factory in FACTORIES:
+        if not is_model(factory.__name__):
+            register_model(entry(factory))
+    return [factory.__name__ for factory in FACTORIES]

@@ -1,4 +1,4 @@
-"""Hugging Face transformers: ``attn_implementation="infsa_pure"`` or ``"infsa_linear"`` after :func:`register`.
+"""Hugging Face transformers: ``attn_implementation="infsa_pure"`` or another name of VARIANT_OF after :func:`register`.
 
 The models keep their own projections, rotary embeddings, grouped keys and caches; what they hand to attention is honoured or
 refused, never dropped. Written for transformers 4.57 and 5.
@@ -8,16 +8,15 @@ import functools
 import inspect
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
 
-from ..ops.attention import infsa_attention
-from ..ops.linear import linear_infsa_scores
-from ..ops.pure import pure_infsa_scores
-from ._host import LEAVE_OUT, NO_CAUSAL, class_path, padding_of_scores_mask, require
+from .checks import LEAVE_OUT, NO_CAUSAL, class_path, require
+from .functional import attend
+from .masks import padding_of_kept, padding_of_scores_mask, without
+from .rho import rho_of
 
-VARIANT_OF = {"infsa_linear": "linear_infsa", "infsa_pure": "pure_infsa"}
+VARIANT_OF = {"infsa_linear": "linear_infsa", "infsa_pure": "pure_infsa", "infsa_multi_hop": "multi_hop_infsa"}
 NAME_OF = {variant: name for name, variant in VARIANT_OF.items()}
 
 RHO = 0.95
@@ -67,16 +66,16 @@ _NO_TOKENS = {
 
 
 def register() -> None:
-    """Registers "infsa_linear" and "infsa_pure" as attention implementations and as the makers of their masks.
+    """Registers "infsa_linear", "infsa_pure" and "infsa_multi_hop" as attention implementations and makers of their masks.
 
     rho is ``sigmoid(module.rho_logit)`` where the attention module has such a tensor of shape (1,) or (H,), as after
     :func:`infsa_kernels.nn.convert`, and 0.95 elsewhere.
 
     Honoured: padding (``attention_mask``, 1 = keep: those tokens are removed as keys and as queries and get an output of 0),
-    grouped-query attention, rotary embeddings, dropout, ``output_attentions``. The scale of the scores has no effect: both
-    operators divide it out. Refused with NotImplementedError when the model is run: causal attention, a cache of keys, sliding
+    grouped-query attention, rotary embeddings, dropout, ``output_attentions``. The scale of the scores has no effect: all
+    variants divide it out. Refused with NotImplementedError when the model is run: causal attention, a cache of keys, sliding
     windows, masks that differ between queries, packed sequences, position biases, soft-capping, attention sinks, head masks,
-    and every argument that is not known.
+    dropout by multi-hop, and every argument that is not known.
 
     Cross-attention is computed where it removes no token, and where the module says what it is by ``is_cross_attention = True``
     if there are more keys than queries: as many could come from a cache.
@@ -86,8 +85,8 @@ def register() -> None:
         >>> register()
         >>> model = transformers.ViTModel(transformers.ViTConfig(attn_implementation="infsa_linear"))
     """
-    for name, attend in (("infsa_linear", _linear_attention), ("infsa_pure", _pure_attention)):
-        AttentionInterface.register(name, attend)
+    for name, variant in VARIANT_OF.items():
+        AttentionInterface.register(name, functools.partial(_attend, variant))
         AttentionMaskInterface.register(name, padding_mask)
 
 
@@ -107,14 +106,6 @@ def padding_mask(*, mask_function, attention_mask: Tensor | None = None, kv_leng
             "masks over cached tokens are not implemented",
         )
     return attention_mask
-
-
-def _linear_attention(module, query, key, value, attention_mask, **kwargs):
-    return _attend("linear_infsa", module, query, key, value, attention_mask, **kwargs)
-
-
-def _pure_attention(module, query, key, value, attention_mask, **kwargs):
-    return _attend("pure_infsa", module, query, key, value, attention_mask, **kwargs)
 
 
 def _attend(
@@ -166,26 +157,15 @@ def _attend(
     else:
         _refuse_packed(kwargs.get("position_ids"), N, module)
 
-    rho = torch.sigmoid(module.rho_logit) if hasattr(module, "rho_logit") else RHO
-    weights = None
-    if output_attentions:
-        weights = _weights(variant, query, key, rho, dropout, ignore)
-        out = weights @ (value if ignore is None else value.masked_fill(ignore[:, None, :, None], 0))
-    else:
-        masks = dict(key_padding_mask=ignore, query_padding_mask=ignore)
-        out = infsa_attention(query, key, value, variant, rho, dropout, training=dropout > 0, **masks)
-    if ignore is not None:
-        out = out.masked_fill(ignore[:, None, :, None], 0)
-    return out.transpose(1, 2).contiguous(), weights
-
-
-def _weights(variant, query, key, rho, dropout, ignore) -> Tensor:
-    scores_of = linear_infsa_scores if variant == "linear_infsa" else pure_infsa_scores
-    scores = scores_of(query, key, rho, key_padding_mask=ignore, query_padding_mask=ignore)
-    if variant == "linear_infsa":
-        scores = scores.mT
-    scores = F.dropout(scores, dropout).expand(*query.shape[:3], -1)
-    return scores if ignore is None else scores.masked_fill(ignore[:, None, :, None], 0)
+    rho = rho_of(module) if hasattr(module, "rho_logit") else RHO
+    out, weights = attend(
+        query, key, value, variant, rho, 1e-6, ignore, ignore, hops=getattr(module, "hops", None), dropout_p=dropout,
+        need_scores=output_attentions,
+    )  # fmt: skip
+    out, weights = (
+        None if t is None else without(ignore, t.expand(*query.shape[:3], t.shape[3])) for t in (out, weights)
+    )
+    return out.transpose(1, 2).contiguous(), weights if output_attentions else None
 
 
 def _refuse_packed(position_ids: Tensor | None, N: int, module: nn.Module) -> None:
@@ -198,13 +178,7 @@ def _refuse_packed(position_ids: Tensor | None, N: int, module: nn.Module) -> No
 def _ignored_tokens(mask: Tensor, scores: tuple[int, int, int, int], module: nn.Module) -> Tensor:
     """A mask of this module's, of flash attention's or over scores as (B, M) bool, True = ignore."""
     if isinstance(mask, Tensor) and mask.dim() == 2:
-        if mask.is_floating_point():
-            raise TypeError(f"infsa: attention_mask has dtype {mask.dtype}, expected bool or integers, 1 = keep")
-        if mask.shape != (scores[0], scores[3]):
-            raise ValueError(
-                f"infsa: attention_mask has shape {list(mask.shape)}, expected (B, M) = {[scores[0], scores[3]]}"
-            )
-        return mask == 0
+        return padding_of_kept("infsa", mask, (scores[0], scores[3]))
     return padding_of_scores_mask(f"infsa attention in {class_path(module)}", mask, scores)
 
 

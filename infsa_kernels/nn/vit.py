@@ -16,18 +16,18 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.utils.checkpoint import checkpoint
 
-from ..ops._public import overridable
-from ._arguments import integer, number
-from ._host import Leaf
-from ._plain import is_plain
 from .attention import InfSAAttention
+from .checks import integer, number
+from .fx import Leaf
 from .neumann import NeumannSum
+from .patches import PatchEmbed, resized_positions, whole_patches
+from .plain import is_plain
 
 # Tokens that patch embedding and MLP take at a time without gradients: enough to fill a GPU with matrix products.
 CHUNK_TOKENS = 4096
 
 # The paper's sizes of a head.
-HEAD_DIM = {"linear_infsa": 16, "pure_infsa": 64, "softmax": 64}
+HEAD_DIM = {"linear_infsa": 16, "pure_infsa": 64, "multi_hop_infsa": 64, "softmax": 64}
 
 
 class InfViT(nn.Module):
@@ -42,13 +42,13 @@ class InfViT(nn.Module):
         depth: number of layers.
         num_heads: heads of a layer (default: of size 16 if linear, else 64).
         mlp_ratio: hidden size of the MLP over D.
-        variant: "linear_infsa", "pure_infsa" or "softmax" (scaled_dot_product_attention).
+        variant: "linear_infsa", "pure_infsa", "multi_hop_infsa" or "softmax" (scaled_dot_product_attention).
         tied: whether keys share the projection of the queries (the paper's symmetric operator).
         pool: "cls", an extra token that the head reads, or "mean" over all tokens and no extra one.
         pos_embed: whether positions are learned. They are resized bicubically to the picture's patches.
         neumann: None, or "layer" or "head": the attention's outputs of all layers, discounted (:class:`NeumannSum`), join the
             last layer's tokens.
-        rho_init, rho_trainable, rho_per_head: as in :class:`InfSAAttention`.
+        hops, rho_init, rho_trainable, rho_per_head: as in :class:`InfSAAttention`.
 
     Raises:
         ValueError: an argument out of range. TypeError: one of another type.
@@ -70,6 +70,7 @@ class InfViT(nn.Module):
         pool: str = "cls",
         pos_embed: bool = True,
         neumann: str | None = None,
+        hops: int | None = None,
         rho_init: float = 0.95,
         rho_trainable: bool = True,
         rho_per_head: bool = False,
@@ -84,6 +85,8 @@ class InfViT(nn.Module):
             raise ValueError(
                 "InfViT: tied is True, expected False with variant='softmax': its keys have their own projection"
             )
+        if variant == "softmax" and hops is not None:
+            raise ValueError(f"InfViT: hops is {hops!r}, expected None with variant='softmax', which has one")
         height, width = (img_size, img_size) if not isinstance(img_size, (tuple, list)) else img_size
         for name, size in (("img_size", height), ("img_size", width), ("patch_size", patch_size), ("in_chans", in_chans),
                            ("embed_dim", embed_dim), ("num_heads", 1 if num_heads is None else num_heads)):  # fmt: skip
@@ -99,14 +102,14 @@ class InfViT(nn.Module):
         self.grad_checkpointing = False
 
         factory = {"device": device, "dtype": dtype}
-        rho = {"tied": tied, "rho_init": rho_init, "rho_trainable": rho_trainable, "rho_per_head": rho_per_head}
+        infsa = dict(tied=tied, hops=hops, rho_init=rho_init, rho_trainable=rho_trainable, rho_per_head=rho_per_head)
         self.patch_embed = PatchEmbed(in_chans, embed_dim, patch_size, patch_size, **factory)
         extra = int(pool == "cls")
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim, **factory)) if extra else None
         positions = extra + math.prod(self.grid)
         self.pos_embed = nn.Parameter(torch.empty(1, positions, embed_dim, **factory)) if pos_embed else None
         self.blocks = nn.ModuleList(
-            Block(embed_dim, self.num_heads, mlp_ratio, variant, **rho, **factory) for _ in range(depth)
+            Block(embed_dim, self.num_heads, mlp_ratio, variant, **infsa, **factory) for _ in range(depth)
         )
         heads = self.num_heads if neumann == "head" else None
         self.neumann = NeumannSum(depth, heads, **factory) if neumann else None
@@ -210,34 +213,17 @@ class InfViT(nn.Module):
         return token.expand(images.shape[0], -1, -1)
 
 
-class PatchEmbed(Leaf, nn.Conv2d):
-    """A convolution whose stride is its kernel, as one matrix product: (B, C, h, w) to (B, N, D).
-
-    As a convolution of dynamic height and width, torch.compile does not take it.
-    """
-
-    def reset_parameters(self) -> None:
-        nn.init.trunc_normal_(self.weight, std=self.weight[0].numel() ** -0.5)
-        nn.init.zeros_(self.bias)
-
-    def forward(self, images: Tensor) -> Tensor:
-        p, _ = self.kernel_size
-        rows, columns = images.shape[2] // p, images.shape[3] // p
-        patches = images.unflatten(3, (columns, p)).unflatten(2, (rows, p)).permute(0, 2, 4, 1, 3, 5)
-        return F.linear(patches.flatten(3).flatten(1, 2), self.weight.flatten(1), self.bias)
-
-
 class Block(nn.Module):
     """One pre-LN layer of :class:`InfViT`."""
 
-    def __init__(self, embed_dim, num_heads, mlp_ratio, variant, device=None, dtype=None, **rho):
+    def __init__(self, embed_dim, num_heads, mlp_ratio, variant, device=None, dtype=None, **infsa):
         super().__init__()
         factory = {"device": device, "dtype": dtype}
         self.norm1 = nn.LayerNorm(embed_dim, eps=1e-6, **factory)
         if variant == "softmax":
             self.attn = SoftmaxAttention(embed_dim, num_heads, **factory)
         else:
-            self.attn = InfSAAttention(embed_dim, num_heads, batch_first=True, variant=variant, **rho, **factory)
+            self.attn = InfSAAttention(embed_dim, num_heads, batch_first=True, variant=variant, **infsa, **factory)
         self.norm2 = nn.LayerNorm(embed_dim, eps=1e-6, **factory)
         self.mlp = Mlp(embed_dim, int(embed_dim * mlp_ratio), **factory)
 
@@ -337,65 +323,6 @@ def _all_at_once(x: Tensor) -> bool:
     return torch.is_grad_enabled() or recorded
 
 
-def _certainly(condition: bool) -> bool:
-    """Whether a condition on sizes holds; in a graph for many sizes, whether it holds for all of them."""
-    if not torch.compiler.is_compiling():
-        return condition
-    # Slow to import, and imported where anything compiles.
-    from torch.fx.experimental.symbolic_shapes import statically_known_true
-
-    return statically_known_true(condition)
-
-
-@overridable
-def whole_patches(images: Tensor, channels: int, p: int) -> Tensor:
-    """Images of the expected shape, padded with zeros to a whole number of patches of p x p pixels."""
-    if images.dim() != 4 or images.shape[1] != channels:
-        raise ValueError(
-            f"InfViT: images has shape {list(images.shape)}, expected (B, {channels}, height, width), channels first"
-        )
-    height, width = images.shape[2:]
-    if _certainly(height % p == 0) and _certainly(width % p == 0):
-        return images
-    rows, columns = (height + p - 1) // p, (width + p - 1) // p
-    if not torch.compiler.is_compiling():
-        return F.pad(images, (0, columns * p - width, 0, rows * p - height))
-    # A padded side, as a sum, would not be known to be a multiple of p: it would be made a condition on the picture.
-    y, x = (torch.arange(n * p, device=images.device) for n in (rows, columns))
-    outside = (y >= height)[:, None] | (x >= width)
-    return images[:, :, y.clamp(max=height - 1)[:, None], x.clamp(max=width - 1)].masked_fill(outside, 0)
-
-
-@overridable
-def resized_positions(learned: Tensor, learned_grid: tuple[int, int], grid: tuple[int, int], rows: slice) -> Tensor:
-    """Positions (h, w, D) resized to a grid of patches: some of its rows, (1, rows * columns, D).
-
-    The bicubic resize is a matrix per side. It is applied as the nearest position plus the rest, which vanishes where the
-    grids are equal: there a graph for many sizes gives what was learned to the last bit, whatever the products round to.
-    """
-    if all(_certainly(size == to) for size, to in zip(learned_grid, grid)):
-        return learned[rows].flatten(0, 1)[None]
-    (down, above), (across, left) = (_resize(size, to, learned) for size, to in zip(learned_grid, grid))
-    x = learned[above[rows]] + (down[rows] @ learned.flatten(1)).unflatten(1, learned.shape[1:])  # (rows, w, D)
-    x = x[:, left] + across @ x
-    return x.flatten(0, 1)[None]
-
-
-def _resize(size: int, to: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """One side of F.interpolate(mode="bicubic", antialias=True), which torch.compile has no dynamic sizes for.
-
-    Returns the resize less the nearest positions, (to, size), and the indices of these, (to,).
-    """
-    index = torch.arange(to, device=like.device)
-    points = torch.arange(size, device=like.device)
-    x = (points + 0.5 - (index.double()[:, None] + 0.5) * (size / to)).abs() / torch.sym_max(1.0, size / to)
-    # Keys' cubic kernel with a = -0.5.
-    weights = torch.where(x < 1, (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2).masked_fill(x >= 2, 0)
-    nearest = (2 * index + 1) * size // (2 * to)
-    rest = weights / weights.sum(1, keepdim=True) - (points == nearest[:, None]).double()
-    return rest.to(like.dtype), nearest
-
-
 def _one_of(name: str, value, expected) -> None:
     if value not in expected:
         raise ValueError(f"InfViT: {name} is {value!r}, expected {' or '.join(map(repr, expected))}")
@@ -434,29 +361,3 @@ def infvit_softmax_24l(**kwargs) -> InfViT:
 FACTORIES = (
     infvit_linear_4l, infvit_pure_4l, infvit_softmax_4l, infvit_linear_24l, infvit_pure_24l, infvit_softmax_24l,
 )  # fmt: skip
-
-
-def register_with_timm() -> list[str]:
-    """Registers the factories with timm, for ``timm.create_model("infvit_linear_4l")``; returns their names.
-
-    timm must be installed; nothing here imports it before. There are no pretrained weights: asking for them raises.
-    """
-    from timm.models import is_model, register_model
-
-    def entry(factory):
-        def create(pretrained=False, pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None, **kwargs):
-            if pretrained:
-                raise NotImplementedError(
-                    f"{factory.__name__}: pretrained is True, expected False: no weights have been published; load a "
-                    "checkpoint of your own with checkpoint_path"
-                )
-            return factory(**kwargs)
-
-        # timm files a model under its function's name and module.
-        create.__name__, create.__doc__, create.__module__ = factory.__name__, factory.__doc__, __name__
-        return create
-
-    for factory in FACTORIES:
-        if not is_model(factory.__name__):
-            register_model(entry(factory))
-    return [factory.__name__ for factory in FACTORIES]

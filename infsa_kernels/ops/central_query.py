@@ -3,78 +3,36 @@
     u_i = s (W_h x^_i + b_h),  e_i = ||u_i||,  qbar_h = sum_i e_i u_i / (sum_i e_i + eps)        s = 1/sqrt(d)
 
 with x^ the tokens (B, N, D), or these normalised to mean 0 and variance 1, without an affine part, where norm_eps is given.
-Half of the pooled layer (linear_layer.py); the gradients, what is saved and why: docs/linear_layer.md.
+Half of the pooled layer (pooled_linear.py); the gradients, what is saved and why: docs/pooled_linear.md.
 """
-
-import torch
 
 from .. import reference
 from ..eager import central_query as eager
-from . import _check
-from ._check_tokens import central_query_arguments
-from ._raw import RawOps
-
-OP = "infsa::central_query"
-
-
-def _fake_forward(x, weight, bias, norm_eps, eps, padding_mask):
-    central_query_arguments(OP, x, weight, bias, norm_eps, eps, padding_mask)
-    B, (H, d, _) = x.shape[0], weight.shape
-    acc = _check.acc_dtype(x)
-    return x.new_empty(B, H, d, dtype=acc), x.new_empty(B, H, dtype=acc)
-
-
-def _check_backward(dcentral_query, x, weight, bias, central_query, energy_sum, norm_eps, eps, padding_mask):
-    central_query_arguments(OP, x, weight, bias, norm_eps, eps, padding_mask)
-    B, (H, d, _) = x.shape[0], weight.shape
-    _check.statistic(OP, "dcentral_query", dcentral_query, x, (B, H, d), "(B, H, d)", "x")
-    _check.statistic(OP, "central_query", central_query, x, (B, H, d), "(B, H, d)", "x")
-    _check.statistic(OP, "energy_sum", energy_sum, x, (B, H), "(B, H)", "x")
-
-
-def _fake_backward(*args):
-    _check_backward(*args[:-1])
-    _, x, weight, bias, *_, output_mask = args
-    return (
-        torch.empty_like(x) if output_mask[0] else x.new_empty(0),
-        torch.empty_like(weight) if output_mask[1] else x.new_empty(0),
-        torch.empty_like(bias) if output_mask[2] and bias is not None else x.new_empty(0, dtype=_check.acc_dtype(x)),
-    )
+from ..eager.common import acc_dtype
+from .register import RawOps
 
 
 def _formula(x, weight, bias, norm_eps, eps, padding_mask):
-    acc = _check.acc_dtype(x)
+    acc = acc_dtype(x)
     return (reference.central_query(x.to(acc), weight.to(acc), bias, norm_eps, eps, padding_mask),)
 
 
-def _flops(products):
-    return lambda x, weight, bias: 2 * products * x[0] * x[1] * weight[0] * weight[1] * weight[2]
-
-
-def _eager_forward(*args):
-    central_query_arguments(OP, *args)
-    return eager.forward(*args)
-
-
-def _eager_backward(*args):
-    _check_backward(*args[:-1])
-    return eager.backward(*args)
-
-
 raw = RawOps(
-    "central_query",
-    tensors="Tensor x, Tensor weight, Tensor? bias",
-    rest="float? norm_eps, float eps, Tensor? padding_mask",
-    dims={
-        "x": "BND", "weight": "HdD", "bias": "Hd", "padding_mask": "BN", "central_query": "BHd", "energy_sum": "BH"
+    forward="central_query_fwd(Tensor x, Tensor weight, Tensor? bias, float? norm_eps, float eps, Tensor? padding_mask) -> "
+    "(Tensor central_query, Tensor energy_sum)",
+    backward="central_query_bwd(Tensor dcentral_query, Tensor x, Tensor weight, Tensor? bias, Tensor central_query, "
+    "Tensor energy_sum, float? norm_eps, float eps, Tensor? padding_mask, bool[3] output_mask) -> "
+    "(Tensor dx, Tensor dweight, Tensor dbias)",
+    tensors={
+        "x": "(B, N, D)",
+        "weight": "(H, d, D)",
+        "bias": "(H, d) acc",
+        "padding_mask": "(B, N) bool",
+        "central_query": "(B, H, d) acc",
+        "energy_sum": "(B, H) acc",
     },
-    wrt=["x", "weight", "bias"],
-    outputs=["central_query", "energy_sum"],
-    saved=["central_query", "energy_sum"],
+    kernels={"cpu": "csrc/cpu/central_query.cpp", "eager": eager},
     formula=_formula,
-    fake_forward=_fake_forward,
-    fake_backward=_fake_backward,
-    flops_forward=_flops(1),
-    flops_backward=_flops(3),
-)  # fmt: skip
-raw.implement("eager", "CompositeExplicitAutograd", _eager_forward, _eager_backward)
+    flops_forward=lambda B, N, D, H, d: 2 * B * N * H * d * D,
+    flops_backward=lambda B, N, D, H, d: 6 * B * N * H * d * D,
+)

@@ -10,12 +10,9 @@ from torch import Tensor
 
 from .. import reference
 from ..eager import linear as eager
-from . import _check
-from ._library import triton_kernels
-from ._operator import Operator
-from ._public import overridable
-
-OP = "infsa::linear"
+from ..eager.common import acc_dtype
+from . import qkv
+from .register import RawOps, overridable, public
 
 
 @overridable
@@ -52,9 +49,7 @@ def linear_infsa(
         >>> linear_infsa(q, q, torch.randn(1, 64, 4096, 16)).shape
         torch.Size([1, 64, 4096, 16])
     """
-    _check.python_types(OP, q, k, v, rho, eps, key_padding_mask, query_padding_mask)
-    op = operator.overload(rho)
-    context = op(q, k, v, eps, rho, key_padding_mask, query_padding_mask)
+    context = linear(q, k, v, eps, rho, key_padding_mask, query_padding_mask)
     return context.unsqueeze(-2).expand(*q.shape[:-1], context.shape[-1])
 
 
@@ -71,43 +66,26 @@ def linear_infsa_scores(
 
     In torch operations, for analysis and for dropout on the scores; sums in float32 or wider whatever the dtype of ``q``.
     """
-    operator.check_scores(q, k, rho, eps, key_padding_mask, query_padding_mask)
-    acc = _check.acc_dtype(q)
+    qkv.demand_of_scores(linear, raw, q, k, rho, eps, key_padding_mask, query_padding_mask)
+    acc = acc_dtype(q)
     scores = reference.linear_scores(q.to(acc), k.to(acc), rho, eps, key_padding_mask, query_padding_mask)
     return scores.to(q.dtype).unsqueeze(-1)
 
 
-def _fake_forward(q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask):
-    _check.forward_arguments(OP, q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask)
-    B, H, _, d = q.shape
-    dv = v.shape[3]
-    acc = _check.acc_dtype(q)
-    return (
-        q.new_empty(B, H, dv),
-        q.new_empty(B, H, dv, dtype=acc),
-        q.new_empty(B, H, d, dtype=acc),
-        q.new_empty(B, H, dtype=acc),
-        q.new_empty(B, H, dtype=acc),
-    )
-
-
-def _check_backward(
-    dout, q, k, v, context, central_query, energy_sum, score_sum, eps, rho, head_rho, key_padding_mask, query_padding_mask
-):  # fmt: skip
-    _check.forward_arguments(OP, q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask)
-    B, H, _, d = q.shape
-    dv = v.shape[3]
-    _check.like_q(OP, "dout", dout, q, (B, H, dv), "(B, H, dv)")
-    _check.statistic(OP, "context", context, q, (B, H, dv), "(B, H, dv)")
-    _check.statistic(OP, "central_query", central_query, q, (B, H, d), "(B, H, d)")
-    _check.statistic(OP, "energy_sum", energy_sum, q, (B, H), "(B, H)")
-    _check.statistic(OP, "score_sum", score_sum, q, (B, H), "(B, H)")
-
-
-def _fake_backward(dout, q, k, v, *rest):
-    *rest, output_mask = rest
-    _check_backward(dout, q, k, v, *rest)
-    return _check.empty_gradients(q, k, v, rest[-3], output_mask)
+TENSORS = {
+    "q": "(B, H, N, d)",
+    "k": "(B, H, M, d)",
+    "v": "(B, H, M, dv)",
+    "head_rho": "(B, H) acc",
+    "key_padding_mask": "(B, M) bool",
+    "query_padding_mask": "(B, N) bool",
+    "out": "(B, H, dv)",
+    "context": "(B, H, dv) acc",
+    "central_query": "(B, H, d) acc",
+    "energy_sum": "(B, H) acc",
+    "score_sum": "(B, H) acc",
+    "dhead_rho": "(B, H) acc",
+}
 
 
 def _flops_forward(B, H, N, M, d, dv):
@@ -118,36 +96,34 @@ def _flops_backward(B, H, N, M, d, dv):
     return B * H * (8 * N * d + 5 * M * d + 3 * M * dv)
 
 
-def _eager_forward(*args):
-    _check.forward_arguments(OP, *args)
-    return eager.forward(*args)
-
-
-def _eager_backward(*args):
-    _check_backward(*args[:-1])
-    return eager.backward(*args)
-
-
-def _triton_forward(*args):
-    _check.forward_arguments(OP, *args)
-    return triton_kernels(OP, args[0]).forward(*args)
-
-
-def _triton_backward(*args):
-    _check_backward(*args[:-1])
-    return triton_kernels(OP, args[1]).backward(*args)
-
-
-operator = Operator(
-    "linear",
-    reference=reference.linear,
-    outputs={"out": "BHv", "context": "BHv", "central_query": "BHd", "energy_sum": "BH", "score_sum": "BH"},
-    saved=("context", "central_query", "energy_sum", "score_sum"),
-    fake_forward=_fake_forward,
-    fake_backward=_fake_backward,
+raw = RawOps(
+    forward="linear_fwd(Tensor q, Tensor? k, Tensor v, float eps, float rho, Tensor? head_rho, "
+    "Tensor? key_padding_mask, Tensor? query_padding_mask) -> "
+    "(Tensor out, Tensor context, Tensor central_query, Tensor energy_sum, Tensor score_sum)",
+    backward="linear_bwd(Tensor dout, Tensor q, Tensor? k, Tensor v, Tensor context, Tensor central_query, "
+    "Tensor energy_sum, Tensor score_sum, float eps, float rho, Tensor? head_rho, Tensor? key_padding_mask, "
+    "Tensor? query_padding_mask, bool[4] output_mask) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dhead_rho)",
+    tensors=TENSORS,
+    stand_ins={"k": "q"},
+    kernels={
+        "cpu": "csrc/cpu/linear.cpp",
+        "cuda": "csrc/cuda/linear_op.cpp",
+        "triton": "infsa_kernels.triton.linear",
+        "eager": eager,
+    },
+    formula=qkv.formula(reference.linear),
     flops_forward=_flops_forward,
     flops_backward=_flops_backward,
 )
-operator.implement("eager", "CompositeExplicitAutograd", _eager_forward, _eager_backward)
-for key in ("CUDA", "CPU"):
-    operator.implement("triton", key, _triton_forward, _triton_backward)
+
+
+@public(
+    "linear(Tensor q, Tensor k, Tensor v, float eps=1e-6, Tensor? rho=None, Tensor? key_padding_mask=None, "
+    "Tensor? query_padding_mask=None, str backend='') -> Tensor",
+    TENSORS,
+    raw=[raw],
+    cast=qkv.cast,
+)
+def linear(q, k, v, eps=1e-6, rho=None, key_padding_mask=None, query_padding_mask=None, backend=""):
+    """`torch.ops.infsa.linear`: the context (B, H, dv), or (B*H, dv)."""
+    return qkv.attend(raw, q, k, v, eps, rho, key_padding_mask, query_padding_mask, backend)

@@ -9,12 +9,9 @@ from torch import Tensor
 
 from .. import reference
 from ..eager import pure as eager
-from . import _check
-from ._library import triton_kernels
-from ._operator import Operator
-from ._public import overridable
-
-OP = "infsa::pure"
+from ..eager.common import acc_dtype
+from . import qkv
+from .register import RawOps, overridable, public
 
 
 @overridable
@@ -51,9 +48,7 @@ def pure_infsa(
         >>> pure_infsa(q, k, v).shape
         torch.Size([1, 16, 197, 64])
     """
-    _check.python_types(OP, q, k, v, rho, eps, key_padding_mask, query_padding_mask)
-    op = operator.overload(rho)
-    return op(q, k, v, eps, rho, key_padding_mask, query_padding_mask)
+    return pure(q, k, v, eps, rho, key_padding_mask, query_padding_mask)
 
 
 @overridable
@@ -69,29 +64,22 @@ def pure_infsa_scores(
 
     In torch operations, for analysis and for dropout on the scores; sums in float32 or wider whatever the dtype of ``q``.
     """
-    operator.check_scores(q, k, rho, eps, key_padding_mask, query_padding_mask)
-    acc = _check.acc_dtype(q)
+    qkv.demand_of_scores(pure, raw, q, k, rho, eps, key_padding_mask, query_padding_mask)
+    acc = acc_dtype(q)
     return reference.pure_scores(q.to(acc), k.to(acc), rho, eps, key_padding_mask, query_padding_mask).to(q.dtype)
 
 
-def _fake_forward(q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask):
-    _check.forward_arguments(OP, q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask)
-    return eager.output_like(q, v), q.new_empty(q.shape[:2], dtype=_check.acc_dtype(q))
-
-
-def _check_backward(dout, q, k, v, out, norm, eps, rho, head_rho, key_padding_mask, query_padding_mask):
-    _check.forward_arguments(OP, q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask)
-    B, H, N, _ = q.shape
-    dv = v.shape[3]
-    _check.like_q(OP, "dout", dout, q, (B, H, N, dv), "(B, H, N, dv)")
-    _check.like_q(OP, "out", out, q, (B, H, N, dv), "(B, H, N, dv)")
-    _check.statistic(OP, "norm", norm, q, (B, H), "(B, H)")
-
-
-def _fake_backward(dout, q, k, v, *rest):
-    *rest, output_mask = rest
-    _check_backward(dout, q, k, v, *rest)
-    return _check.empty_gradients(q, k, v, rest[-3], output_mask)
+TENSORS = {
+    "q": "(B, H, N, d)",
+    "k": "(B, H, M, d)",
+    "v": "(B, H, M, dv)",
+    "head_rho": "(B, H) acc",
+    "key_padding_mask": "(B, M) bool",
+    "query_padding_mask": "(B, N) bool",
+    "out": "(B, H, N, dv)",
+    "norm": "(B, H) acc",
+    "dhead_rho": "(B, H) acc",
+}
 
 
 def _flops_forward(B, H, N, M, d, dv):
@@ -102,36 +90,29 @@ def _flops_backward(B, H, N, M, d, dv):
     return B * H * N * M * (6 * d + 4 * dv)
 
 
-def _eager_forward(*args):
-    _check.forward_arguments(OP, *args)
-    return eager.forward(*args)
-
-
-def _eager_backward(*args):
-    _check_backward(*args[:-1])
-    return eager.backward(*args)
-
-
-def _triton_forward(*args):
-    _check.forward_arguments(OP, *args)
-    return triton_kernels(OP, args[0]).forward(*args)
-
-
-def _triton_backward(*args):
-    _check_backward(*args[:-1])
-    return triton_kernels(OP, args[1]).backward(*args)
-
-
-operator = Operator(
-    "pure",
-    reference=reference.pure,
-    outputs={"out": "BHNv", "norm": "BH"},
-    saved=("out", "norm"),
-    fake_forward=_fake_forward,
-    fake_backward=_fake_backward,
+raw = RawOps(
+    forward="pure_fwd(Tensor q, Tensor? k, Tensor v, float eps, float rho, Tensor? head_rho, "
+    "Tensor? key_padding_mask, Tensor? query_padding_mask) -> (Tensor out, Tensor norm)",
+    backward="pure_bwd(Tensor dout, Tensor q, Tensor? k, Tensor v, Tensor out, Tensor norm, float eps, float rho, "
+    "Tensor? head_rho, Tensor? key_padding_mask, Tensor? query_padding_mask, bool[4] output_mask) -> "
+    "(Tensor dq, Tensor dk, Tensor dv, Tensor dhead_rho)",
+    tensors=TENSORS,
+    stand_ins={"k": "q"},
+    like={"out": lambda given: eager.output_like(given["q"], given["v"])},
+    kernels={"cpu": "csrc/cpu/pure.cpp", "triton": "infsa_kernels.triton.pure", "eager": eager},
+    formula=qkv.formula(reference.pure),
     flops_forward=_flops_forward,
     flops_backward=_flops_backward,
 )
-operator.implement("eager", "CompositeExplicitAutograd", _eager_forward, _eager_backward)
-for key in ("CUDA", "CPU"):
-    operator.implement("triton", key, _triton_forward, _triton_backward)
+
+
+@public(
+    "pure(Tensor q, Tensor k, Tensor v, float eps=1e-6, Tensor? rho=None, Tensor? key_padding_mask=None, "
+    "Tensor? query_padding_mask=None, str backend='') -> Tensor",
+    TENSORS,
+    raw=[raw],
+    cast=qkv.cast,
+)
+def pure(q, k, v, eps=1e-6, rho=None, key_padding_mask=None, query_padding_mask=None, backend=""):
+    """`torch.ops.infsa.pure`: the output (B, H, N, dv), or (B*H, N, dv)."""
+    return qkv.attend(raw, q, k, v, eps, rho, key_padding_mask, query_padding_mask, backend)

@@ -69,17 +69,15 @@ class Pure:
     num_warps: int
     num_stages: int
 
-    def options(self) -> dict:
-        options = {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "PRECISION": precision()}
+    def options(self, q: Tensor) -> dict:
+        options = {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "PRECISION": precision(q)}
         return options | {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
-def ieee() -> bool:
-    return torch.get_float32_matmul_precision() == "highest"
-
-
-def precision() -> str:
-    return "ieee" if ieee() else "tf32"
+def precision(q: Tensor) -> str:
+    """Of products of float32, as torch.matmul takes them; asked of 16-bit input too, whose products have but one."""
+    # The getter of torch's older setting raises where a program has used the newer one; this one knows both.
+    return "tf32" if q.element_size() == 4 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def stream_rows(q: Tensor, v: Tensor) -> int:
@@ -174,6 +172,6 @@ def pure(q: Tensor, v: Tensor, kernel: str, described: bool) -> Pure:
         )
     reads = "descriptors" if described else "pointers"
     if q.element_size() == 4:
-        reads = "ieee" if ieee() else "tf32"
+        reads = precision(q)
     tiles = PURE[arch_of(q.device), reads][kernel]
     return next(tile for largest, tile in tiles.items() if max(q.shape[3], v.shape[3]) <= largest)

@@ -18,10 +18,9 @@ import triton
 import triton.language as tl
 
 from ..eager import linear as eager
-from ..eager._common import scale
-from ..ops._check import empty_gradients
+from ..eager.common import scale
 from . import configs
-from ._common import countable, launch, padded, relu, strides
+from .launch import COUNTS, countable, launch, padded, relu, strides
 
 
 @triton.jit
@@ -92,6 +91,13 @@ def load_head(p, b, heads, H, stride_b, stride_h, stride_d, d: tl.constexpr, D: 
 
 
 @triton.jit
+def dot_of_heads(x, y):
+    """x . y of each head, [G, 1]. In float64 the products are exact: an FMA of one with the sum that another thread sends would
+    else leave every thread with other last bits of the same number."""
+    return tl.sum(x.to(tl.float64) * y.to(tl.float64), 1, keep_dims=True).to(tl.float32)
+
+
+@triton.jit
 def effective_rho(rho, head_rho, head_rho_strides, b, heads, H):
     """rho of each head, [G, 1] or one number."""
     if head_rho is not None:
@@ -129,7 +135,7 @@ def sum_queries(
     return tl.sum(central, 0), tl.sum(energy, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def linear_fwd_queries_kernel(
     q, query_mask,  # (B, H, N, d), (B, N)
     central_parts, energy_parts, tickets,  # (B, H, splits, d), (B, H, splits), (B, head groups)
@@ -157,7 +163,7 @@ def store_result(
     store_part(score_sum, score, b, heads, H, 0, 1, 1, 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def linear_fwd_keys_kernel(
     q, k, v, query_mask, key_mask, head_rho,  # (B, H, N, d), (B, H, M, d), (B, H, M, dv), (B, N), (B, M), (B, H)
     out, context, central_query, energy_sum, score_sum,  # (B, H, dv), (B, H, dv), (B, H, d), (B, H), (B, H)
@@ -217,7 +223,7 @@ def linear_fwd_keys_kernel(
             store_result(pooled, score, rho, b, heads, H, scale, eps, out, context, score_sum, dv, DV)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def linear_bwd_keys_kernel(
     dout, k, v, key_mask, head_rho,  # (B, H, dv), (B, H, M, d), (B, H, M, dv), (B, M), (B, H)
     context, central_query, score_sum,  # (B, H, dv), (B, H, d), (B, H)
@@ -231,7 +237,7 @@ def linear_bwd_keys_kernel(
     stride_b, stride_h, stride_d = dout_strides
     dz = load_head(dout, b, heads, H, stride_b, stride_h, stride_d, dv, DV)
     z = load_head(context, b, heads, H, H * dv, dv, 1, dv, DV)
-    dz_z = tl.sum(dz * z, 1, keep_dims=True)  # [G, 1]
+    dz_z = dot_of_heads(dz, z)
     if WANT_RHO and split == 0:
         store_part(dhead_rho, rho * dz_z, b, heads, H, 0, 1, 1, 1)
 
@@ -279,7 +285,7 @@ def linear_bwd_keys_kernel(
         store_part(dcentral_parts, tl.sum(dcentral, 0) * scale, b, heads, H, split, splits, d, D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def linear_bwd_queries_kernel(
     q, query_mask, key_mask, dq,  # (B, H, N, d), (B, N), (B, M), like q
     central_query, energy_sum, dscores, dcentral_parts, key_splits,  # (B, H, d), (B, H), (B, H, M), (B, H, splits, d)
@@ -289,7 +295,7 @@ def linear_bwd_queries_kernel(
     b, heads, split, group = where_am_i(splits, H, G)
     dcentral = sum_of_splits(dcentral_parts, b, heads, H, key_splits, d, D, G, BT)
     central = load_head(central_query, b, heads, H, H * d, d, 1, d, D)
-    central_dcentral = tl.sum(central * dcentral, 1, keep_dims=True)
+    central_dcentral = dot_of_heads(central, dcentral)
     per_energy = scale / (load_head(energy_sum, b, heads, H, H, 1, 0, 1, 1) + eps)
     start = split * split_tokens
     stop = tl.minimum(start + split_tokens, N)
@@ -363,20 +369,18 @@ def forward(q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask):
 
 def backward(
     dout, q, k, v, context, central_query, energy_sum, score_sum, eps, rho, head_rho, key_padding_mask, query_padding_mask,
-    output_mask,
+    gradients,
 ):  # fmt: skip
     B, H, N, d = q.shape
     M, dv_size = v.shape[2:]
     if 0 in (*q.shape, *v.shape):
         return eager.backward(
             dout, q, k, v, context, central_query, energy_sum, score_sum, eps, rho, head_rho, key_padding_mask,
-            query_padding_mask, output_mask,
+            query_padding_mask, gradients,
         )  # fmt: skip
     countable("infsa::linear", q, v)
-    dq, dk, dv, dhead_rho = grads = empty_gradients(q, k, v, head_rho, output_mask)
-    want_q, want_k, want_v, want_rho = (g.dim() > 1 for g in grads)
-    if not any((want_q, want_k, want_v, want_rho)):
-        return grads
+    dq, dk, dv, dhead_rho = gradients
+    want_q = dq is not None
     tied = k is None
     k = q if tied else k
     context, central_query, energy_sum, score_sum = (
@@ -400,10 +404,11 @@ def backward(
     launch(
         linear_bwd_keys_kernel, groups * key_splits, q.device,
         dout, k, v, key_padding_mask, head_rho, context, central_query, score_sum,
-        dk if want_k else None, dv if want_v else None, dhead_rho if want_rho else None, dscores, dcentral_parts,
-        dout.stride(), k.stride(), v.stride(), strides(dk if want_k else None, 4), strides(dv if want_v else None, 4),
+        dk, dv, dhead_rho, dscores, dcentral_parts,
+        dout.stride(), k.stride(), v.stride(), strides(dk, 4), strides(dv, 4),
         strides(key_padding_mask, 2), strides(head_rho, 2), H, M, key_splits, key_split_tokens, scale(q), eps, rho,
-        dv=dv_size, DV=padded(dv_size), WANT_Q=want_q, WANT_K=want_k, WANT_V=want_v, WANT_RHO=want_rho, **sizes,
+        dv=dv_size, DV=padded(dv_size), WANT_Q=want_q, WANT_K=dk is not None, WANT_V=dv is not None,
+        WANT_RHO=dhead_rho is not None, **sizes,
     )  # fmt: skip
     if want_q:
         launch(
@@ -412,4 +417,3 @@ def backward(
             q.stride(), dq.stride(), strides(query_padding_mask, 2), strides(key_padding_mask, 2),
             H, N, splits, split_tokens, scale(q), eps, **sizes,
         )  # fmt: skip
-    return grads

@@ -13,7 +13,7 @@ Untied: one kernel whose programs own rows of dq, one whose programs own rows of
     dq_i = s^2 g sum_j [X_ij > 0] (G_ij + G_ji - 2 c X_ij) q_j,   dv_i = s^2 g sum_j ReLU(X_ij) dO_j,
 five products instead of seven. No kernel transposes the result of a product, which Triton 3.4 to 3.7.0 miscompile on Hopper.
 
-float16 cannot hold every X, G or O that float16 inputs make. There (HALF) q, T and ReLU(X) are scaled by powers of two or by
+float16 cannot hold every X, G or O that float16 inputs make. There (HALF) ReLU(X) and T are scaled by powers of two or by
 per-head bounds before they are rounded, and O is stored with a power of two per row.
 """
 
@@ -22,9 +22,9 @@ import triton
 import triton.language as tl
 
 from ..eager import pure as eager
-from ..eager._common import scale
+from ..eager.common import scale
 from . import configs
-from ._common import countable, launch, padded, relu, strides
+from .launch import COUNTS, countable, launch, padded, relu, strides
 from .pure_backward import backward
 from .tiles import (
     addressable,
@@ -52,15 +52,17 @@ def half_scale(b_q, D: tl.constexpr):
 
 @triton.jit
 def fwd_tiles(
-    acc, squares, b_q, k, v, k_strides, v_strides, key_mask, key_mask_strides, b, h, start, stop, M,
+    acc, squares, b_q, row_scale, k, v, k_strides, v_strides, key_mask, key_mask_strides, b, h, start, stop, M,
     d: tl.constexpr, dv: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr,
-    MASKED: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     for first in range(start, stop, BLOCK_N):
         live = live_rows(first, M, b, key_mask, key_mask_strides, BLOCK_N)
         b_k = load_rows(k, k_strides, b, h, first, live, d, D, BLOCK_N, MASKED, DESCRIPTORS)
         b_v = load_rows(v, v_strides, b, h, first, live, dv, DV, BLOCK_N, MASKED, DESCRIPTORS)
         p = relu(dot(b_q, tl.trans(b_k), None, PRECISION))
+        if HALF:
+            p = p * row_scale[:, None]
         if MASKED:
             p = tl.where(live[None, :], p, 0.0)
         squares += tl.sum(p * p, 1)
@@ -68,7 +70,7 @@ def fwd_tiles(
     return acc, squares
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def pure_fwd_kernel(
     q, k, v, query_mask, key_mask,  # (B, H, N, d), (B, H, M, d), (B, H, M, dv), (B, N), (B, M)
     out, square_parts, row_scales,  # (B, H, N, dv) unnormalised, (B, H, blocks), (B, H, N)
@@ -80,35 +82,33 @@ def pure_fwd_kernel(
     row = block * BLOCK_M
     live = live_rows(row, N, b, query_mask, query_mask_strides, BLOCK_M)
     b_q = load_rows(q, q_strides, b, h, row, live, d, D, BLOCK_M, True, DESCRIPTORS)
-    if HALF:
-        b_q = (b_q.to(tl.float32) * half_scale(b_q, D)[:, None]).to(b_q.dtype)
+    # It scales P and not q: products whose q is made in registers would wait for one another on Hopper.
+    row_scale = half_scale(b_q, D) if HALF else tl.full([BLOCK_M], 1.0, tl.float32)
     acc = tl.zeros([BLOCK_M, DV], tl.float32)
     squares = tl.zeros([BLOCK_M], tl.float32)
     full = 0
     if key_mask is None:
         full = M // BLOCK_N * BLOCK_N
         acc, squares = fwd_tiles(
-            acc, squares, b_q, k, v, k_strides, v_strides, None, key_mask_strides, b, h, 0, full, M,
-            d, dv, D, DV, BLOCK_N, False, PRECISION, DESCRIPTORS,
+            acc, squares, b_q, row_scale, k, v, k_strides, v_strides, None, key_mask_strides, b, h, 0, full, M,
+            d, dv, D, DV, BLOCK_N, False, PRECISION, DESCRIPTORS, HALF,
         )  # fmt: skip
     if TAIL:
         acc, squares = fwd_tiles(
-            acc, squares, b_q, k, v, k_strides, v_strides, key_mask, key_mask_strides, b, h, full, M, M,
-            d, dv, D, DV, BLOCK_N, True, PRECISION, DESCRIPTORS,
+            acc, squares, b_q, row_scale, k, v, k_strides, v_strides, key_mask, key_mask_strides, b, h, full, M, M,
+            d, dv, D, DV, BLOCK_N, True, PRECISION, DESCRIPTORS, HALF,
         )  # fmt: skip
     if HALF:
-        # Once more from memory: kept over the loop, it costs the registers of a second program on the multiprocessor.
-        c = half_scale(load_rows(q, q_strides, b, h, row, live, d, D, BLOCK_M, True, DESCRIPTORS), D)
         t = power_of_two_below_inverse(tl.max(tl.abs(acc), 1))
         acc = acc * t[:, None]
-        squares = squares / (c * c)
+        squares = squares / (row_scale * row_scale)
         rows = row + tl.arange(0, BLOCK_M)
-        tl.store(row_scales + head * N + rows, 1.0 / (c * t), mask=rows < N)
+        tl.store(row_scales + head * N + rows, 1.0 / (row_scale * t), mask=rows < N)
     tl.store(square_parts + head * blocks + block, tl.sum(tl.where(live, squares, 0.0)))
     store_rows(out, out_strides, acc, b, h, row, N, dv, DV, BLOCK_M)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def pure_rescale_kernel(
     out, square_parts, row_scales, query_mask, head_rho, norm,  # as above; (B, N), (B, H), (B, H)
     out_strides, query_mask_strides, head_rho_strides, H, N, blocks, square_blocks, scale, eps, rho,
@@ -158,7 +158,7 @@ def forward(q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask):
         query_padding_mask, key_padding_mask, out, square_parts, row_scales,
         q.stride(), k.stride(), v.stride(), out.stride(), strides(query_padding_mask, 2), strides(key_padding_mask, 2),
         H, N, M, blocks, d=d, D=padded(d, 16), TAIL=key_padding_mask is not None or M % config.block_n != 0,
-        DESCRIPTORS=described, **sizes, **config.options(),
+        DESCRIPTORS=described, **sizes, **config.options(q),
     )  # fmt: skip
     rescale_blocks = triton.cdiv(N, rows)
     launch(

@@ -5,10 +5,9 @@ import triton
 import triton.language as tl
 
 from ..eager import pure as eager
-from ..eager._common import scale
-from ..ops._check import empty_gradients
+from ..eager.common import scale
 from . import configs
-from ._common import countable, launch, padded, relu, strides
+from .launch import COUNTS, countable, launch, padded, relu, strides
 from .tiles import (
     addressable,
     describable,
@@ -26,7 +25,7 @@ from .tiles import (
 FEW_KEYS = tl.constexpr(16)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def pure_bwd_prepare_kernel(
     dout, out, q, k, v, query_mask, key_mask, norm,  # (B, H, N, dv), like dout, (B, H, N, d), ..., (B, N), (B, M), (B, H)
     head_rho, parts,  # (B, H), (3, B, H, blocks)
@@ -113,7 +112,7 @@ def bwd_query_tiles(
     return dq, drho
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def pure_bwd_queries_kernel(
     dout, q, k, v, query_mask, key_mask, head_rho, norm, parts,  # as in the forward pass; (3, B, H, part_blocks)
     dq, drho_parts,  # like q, (B, H, blocks)
@@ -181,7 +180,7 @@ def bwd_key_tiles(
     return dk, dv_acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def pure_bwd_keys_kernel(
     dout, q, k, v, query_mask, key_mask, head_rho, norm, parts,  # as above
     dk, dv_out,  # like k, like v
@@ -263,7 +262,7 @@ def bwd_tied_tiles(
     return dq, dv_acc, drho
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def pure_bwd_tied_kernel(
     dout, q, v, q_tiles, dout_tiles, v_tiles,  # (B, H, N, .), and the same again as the loop reads them
     query_mask, key_mask, head_rho, norm, parts, dq, dv_out, drho_parts,
@@ -311,17 +310,12 @@ def pure_bwd_tied_kernel(
         store_rows(dv_out, dv_strides, b_dv, b, h, row, N, dv, DV, BLOCK_M)
 
 
-def backward(
-    dout, q, k, v, out, norm, eps, rho, head_rho, key_padding_mask, query_padding_mask, output_mask
-):  # fmt: skip
+def backward(dout, q, k, v, out, norm, eps, rho, head_rho, key_padding_mask, query_padding_mask, gradients):
     if 0 in (*q.shape, *v.shape):
         return eager.backward(
-            dout, q, k, v, out, norm, eps, rho, head_rho, key_padding_mask, query_padding_mask, output_mask
+            dout, q, k, v, out, norm, eps, rho, head_rho, key_padding_mask, query_padding_mask, gradients
         )  # fmt: skip
     countable("infsa::pure", q, v)
-    grads = empty_gradients(q, k, v, head_rho, output_mask)
-    if not any(g.dim() > 1 for g in grads):
-        return grads
     dout, q, k, v, out = (addressable(t) for t in (dout, q, k, v, out))
     B, H, N, d = q.shape
     dv = v.shape[3]
@@ -342,77 +336,75 @@ def backward(
     launch(
         pure_bwd_prepare_kernel, B * H * blocks, q.device, dout, out, q, *seen, parts,
         dout.stride(), out.stride(), q.stride(), *(strides(t, 4) for t in seen[:2]), *(strides(t, 2) for t in seen[2:4]),
-        strides(seen[5], 2), H, N, v.shape[2], blocks, *per_head[2:], ROWS=rows, PRECISION=configs.precision(), FEW=few,
+        strides(seen[5], 2), H, N, v.shape[2], blocks, *per_head[2:], ROWS=rows, PRECISION=configs.precision(q), FEW=few,
         num_warps=4, **sizes,
     )  # fmt: skip
     if k is not None:
-        drho_parts = _untied(dout, q, k, v, masks, head_rho, norm, parts, grads, per_head, sizes)
+        drho_parts = _untied(dout, q, k, v, masks, head_rho, norm, parts, gradients, per_head, sizes)
     elif q.element_size() == 2:
-        drho_parts = _tied(dout, q, v, masks, head_rho, norm, parts, grads, per_head, sizes)
+        drho_parts = _tied(dout, q, v, masks, head_rho, norm, parts, gradients, per_head, sizes)
     else:
         # The tied kernel's three resident tiles would not fit into registers in float32.
-        dq, _, dv, dhead_rho = grads
-        dk = torch.empty_like(dq)
+        dq, _, dv, dhead_rho = gradients
+        dk = None if dq is None else torch.empty_like(dq)
         drho_parts = _untied(dout, q, q, v, masks, head_rho, norm, parts, (dq, dk, dv, dhead_rho), per_head, sizes)
-        dq += dk
+        if dq is not None:
+            dq += dk
     if drho_parts is not None:
-        torch.sum(drho_parts, -1, out=grads[3])
-    return grads
+        torch.sum(drho_parts, -1, out=gradients[3])
 
 
-def _tied(dout, q, v, masks, head_rho, norm, parts, grads, per_head, sizes):
-    dq, _, dv, dhead_rho = grads
-    want_q, want_v, want_rho = (g.dim() > 1 for g in (dq, dv, dhead_rho))
+def _tied(dout, q, v, masks, head_rho, norm, parts, gradients, per_head, sizes):
+    dq, _, dv, dhead_rho = gradients
     B, H, N, _ = q.shape
     described = describable(masks, q, dout, v)
     config = configs.pure(q, v, "bwd_tied", described)
     blocks = triton.cdiv(N, config.block_m)
-    drho_parts = q.new_empty(B, H, blocks, dtype=torch.float32) if want_rho else None
+    drho_parts = q.new_empty(B, H, blocks, dtype=torch.float32) if dhead_rho is not None else None
     H, part_blocks, heads, *numbers = per_head
     launch(
         pure_bwd_tied_kernel, B * H * blocks, q.device,
         dout, q, v, *(rows_of(t, config.block_n, described) for t in (q, dout, v)),
-        *masks, head_rho, norm, parts, dq if want_q else None, dv if want_v else None, drho_parts,
-        dout.stride(), q.stride(), v.stride(), strides(dq if want_q else None, 4), strides(dv if want_v else None, 4),
+        *masks, head_rho, norm, parts, dq, dv, drho_parts,
+        dout.stride(), q.stride(), v.stride(), strides(dq, 4), strides(dv, 4),
         *(strides(t, 2) for t in (*masks, head_rho)), H, N, blocks, part_blocks, heads, *numbers,
         TAIL=masks != (None, None) or N % config.block_n != 0, DESCRIPTORS=described,
-        WANT_Q=want_q, WANT_V=want_v, WANT_RHO=want_rho, **sizes, **config.options(),
+        WANT_Q=dq is not None, WANT_V=dv is not None, WANT_RHO=dhead_rho is not None, **sizes, **config.options(q),
     )  # fmt: skip
     return drho_parts
 
 
-def _untied(dout, q, k, v, masks, head_rho, norm, parts, grads, per_head, sizes):
-    dq, dk, dv, dhead_rho = grads
-    want_q, want_k, want_v, want_rho = (g.dim() > 1 for g in grads)
+def _untied(dout, q, k, v, masks, head_rho, norm, parts, gradients, per_head, sizes):
+    dq, dk, dv, dhead_rho = gradients
     B, H, N, _ = q.shape
     M = v.shape[2]
     H, part_blocks, heads, *numbers = per_head
     described = describable(masks, q, dout, k, v)
     drho_parts = None
-    if want_q or want_rho:
+    if dq is not None or dhead_rho is not None:
         config = configs.pure(q, v, "bwd_queries", described)
         blocks = triton.cdiv(N, config.block_m)
-        drho_parts = q.new_empty(B, H, blocks, dtype=torch.float32) if want_rho else None
+        drho_parts = q.new_empty(B, H, blocks, dtype=torch.float32) if dhead_rho is not None else None
         launch(
             pure_bwd_queries_kernel, B * H * blocks, q.device,
             *(rows_of(t, config.block_m, described) for t in (dout, q)), *(rows_of(t, config.block_n, described) for t in (k, v)),
-            *masks, head_rho, norm, parts, dq if want_q else None, drho_parts,
-            dout.stride(), q.stride(), k.stride(), v.stride(), strides(dq if want_q else None, 4),
+            *masks, head_rho, norm, parts, dq, drho_parts,
+            dout.stride(), q.stride(), k.stride(), v.stride(), strides(dq, 4),
             *(strides(t, 2) for t in (*masks, head_rho)), H, N, M, blocks, part_blocks, heads, *numbers,
             TAIL=masks[1] is not None or M % config.block_n != 0, DESCRIPTORS=described,
-            WANT_Q=want_q, WANT_RHO=want_rho, **sizes, **config.options(),
+            WANT_Q=dq is not None, WANT_RHO=dhead_rho is not None, **sizes, **config.options(q),
         )  # fmt: skip
-    if want_k or want_v:
+    if dk is not None or dv is not None:
         config = configs.pure(q, v, "bwd_keys", described)
         blocks = triton.cdiv(M, config.block_n)
         launch(
             pure_bwd_keys_kernel, B * H * blocks, q.device,
             *(rows_of(t, config.block_m, described) for t in (dout, q)), *(rows_of(t, config.block_n, described) for t in (k, v)),
-            *masks, head_rho, norm, parts, dk if want_k else None, dv if want_v else None,
+            *masks, head_rho, norm, parts, dk, dv,
             dout.stride(), q.stride(), k.stride(), v.stride(),
-            strides(dk if want_k else None, 4), strides(dv if want_v else None, 4),
+            strides(dk, 4), strides(dv, 4),
             *(strides(t, 2) for t in (*masks, head_rho)), H, N, M, blocks, part_blocks, heads, *numbers,
             TAIL=masks[0] is not None or N % config.block_m != 0, DESCRIPTORS=described,
-            WANT_K=want_k, WANT_V=want_v, **sizes, **config.options(),
+            WANT_K=dk is not None, WANT_V=dv is not None, **sizes, **config.options(q),
         )  # fmt: skip
     return drho_parts

@@ -6,7 +6,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import configs
-from ._common import INTERPRETED, padded
+from .launch import INTERPRETED, padded
 
 # Rows of the largest tile in configs.py.
 LARGEST_TILE = 256

@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 def _small(monkeypatch):
     monkeypatch.setitem(peers.machine.GEMM_SIZE, "cpu", 64)
     monkeypatch.setattr(timer, "CACHE_BYTES", {"cpu": 1 << 16})
-    monkeypatch.setattr(engine, "_verdicts", {})
+    monkeypatch.setattr(gate, "_verdicts", {})
     monkeypatch.setattr(gate, "_known", {})
     for cached in (peers.machine.matrices, peers.machine.fastest_product):
         cached.cache_clear()
@@ -44,7 +44,7 @@ def test_every_level_measures_and_checks(level, phase):
         assert row["pass"] == "fwd" if phase == "fwd" else row["pass"] in ("bwd", "train")
         assert 0 < row["p20_s"] <= row["median_s"] <= row["p80_s"]
         assert row["error"] <= row["bound"]
-        assert ("gradients" in row["checked"]) == (phase == "train" and level != "model")
+        assert ("gradients" in row["checked"]) == (phase == "train" or level != "operator")
         assert ("linear_infsa" in row["beside"]) == (level != "model" and row["name"] != "linear_infsa")
         assert row["parameters"] > 0
         assert "joules" not in row
@@ -98,7 +98,7 @@ def test_failures_become_rows(monkeypatch):
     )
     assert failure(RuntimeError("std::bad_alloc"))["status"] == "out of memory"
     assert failure(NotImplementedError("no\nway")) == {"status": "unsupported", "reason": "NotImplementedError: no"}
-    monkeypatch.setattr(peers.Mean, "core", lambda *_: 1 / 0)
+    monkeypatch.setattr(peers.mean.Mean, "core", lambda *_: 1 / 0)
     found = {row["name"]: row["status"] for row in measure("mean", "softmax")}
     assert found == {"mean": "unsupported", "softmax": "ok"}  # one that fails costs its own row
 
@@ -107,8 +107,8 @@ def test_failures_become_rows(monkeypatch):
 
 
 def test_a_wrong_mechanism_gets_no_time(monkeypatch):
-    right = peers.MLLA.core
-    monkeypatch.setattr(peers.MLLA, "truth", lambda self, q, k, v, rows: right(self, q, k, v)[:, :, rows] * 1.01)
+    right = peers.mlla.MLLA.core
+    monkeypatch.setattr(peers.mlla.MLLA, "truth", lambda self, q, k, v, rows: right(self, q, k, v)[:, :, rows] * 1.01)
     (row,) = measure("mlla", level="layer")
     assert row["status"] == "wrong"
     assert "allowed" in row["reason"]
@@ -127,6 +127,35 @@ def test_a_wrong_kernel_gets_no_time(monkeypatch, level):
         assert not {"median_s", "bytes_per_s", "flops_per_s", "share_of_limit"} & row.keys()
 
 
+@pytest.mark.parametrize("level", ["layer", "model"])
+@pytest.mark.parametrize("name", ["softmax", "linear_infsa"])
+def test_what_is_wrong_only_at_the_size_that_is_measured_gets_no_time(monkeypatch, level, name):
+    """Layers and models are compared whole at a small size, and at their own as far as float64 is cheap there."""
+    owner, function = (peers.softmax.F, "scaled_dot_product_attention")
+    if name == "linear_infsa":
+        owner, function = peers.infsa.infsa_kernels, "pooled_linear_infsa"
+    right = getattr(owner, function)
+
+    def wrong_for_long(x, *args, **kwargs):
+        return right(x, *args, **kwargs) * (1.001 if x.shape[-2] > 196 else 1)
+
+    monkeypatch.setattr(owner, function, wrong_for_long)
+    assert {row["status"] for row in measure(name, level=level, pixels=224)} == {"ok"}
+    assert {row["status"] for row in measure(name, level=level, pixels=256)} == {"wrong"}
+
+
+def test_a_layer_is_examined_once_for_both_its_passes(monkeypatch):
+    whole = []
+    real = gate._whole
+    monkeypatch.setattr(gate, "_whole", lambda subject, *args: whole.append(subject.tokens) or real(subject, *args))
+    measure("softmax", "linear_infsa", level="layer")
+    assert sorted(whole) == [49, 196, 196]
+    assert all("gradients at 224 pixels" in row["checked"] for row in measure("softmax", level="layer", phase="train"))
+    assert len(whole) == 3
+    measure("softmax", level="layer", way="compile")
+    assert whole[3:] == [49]
+
+
 @pytest.mark.parametrize("name", ["linear_infsa", "pure_infsa"])
 @pytest.mark.parametrize("what", ["out", "dv", "dq"])
 def test_the_gate_sees_one_wrong_number(monkeypatch, name, what):
@@ -141,6 +170,7 @@ def test_the_gate_sees_one_wrong_number(monkeypatch, name, what):
 
     def verdict(*changes):
         spoil[:] = changes
+        gate._verdicts.clear()
         return gate.examine(subject, subject.function())
 
     def one_wrong(t):
@@ -253,7 +283,7 @@ def test_samples_are_taken_in_turn():
     actions = {name: (lambda lap, name=name: calls.append(name) or []) for name in ("a", "b")}
     seen = {name: timer.Observation([[1.0]], None, 0) for name in actions}
     timer.interleave(actions, seen, budget=1.0, device=CPU)
-    assert calls == ["a", "b"] * 3
+    assert calls == ["a", "b"] * 2  # and the one that was observed
     assert all(len(s.samples) == 3 for s in seen.values())
 
 
@@ -292,7 +322,16 @@ def test_the_photograph_has_detail_at_every_size():
         assert picture.min() >= 0
         assert picture.max() <= 1
         assert picture.std() > 0.2
-    q, k, v = image.queries_keys_values(64)
-    assert q.shape == k.shape == v.shape == (16, 1024)
+    q, k, v = image.inputs("operator", 64)
+    assert q.shape == k.shape == v.shape == (1, 16, 1024)
     assert not torch.equal(q, k)
-    assert torch.equal(q, image.queries_keys_values(64)[0])
+    image.inputs.cache_clear()
+    assert torch.equal(q, image.inputs("operator", 64)[0])
+
+
+def test_what_repeats_in_a_large_picture_is_projected_once(monkeypatch):
+    (large,) = image.inputs("layer", 2048)
+    monkeypatch.setattr(image, "PERIOD", 1 << 20)
+    image.inputs.cache_clear()
+    torch.testing.assert_close(large, image.inputs("layer", 2048)[0], rtol=0, atol=1e-4)
+    image.inputs.cache_clear()

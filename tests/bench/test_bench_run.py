@@ -203,6 +203,15 @@ def test_a_run_is_resumed(monkeypatch, tmp_path, capsys):
     assert measured() == 6
 
 
+def test_a_plan_is_listed_without_measuring(tmp_path, capsys):
+    assert bench.main(["--all", "--quick", "--plan", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    for level in cases.LEVELS:
+        assert re.search(rf"^{level}: \d+ turns of \d+ rows, at most 1.5 minutes$", said, re.M)
+    assert "\n  layer 224² x1 fwd eager: linear_infsa, pure_infsa, softmax," in said
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_new_measurement_ends_with_one_screen(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(run, "Worker", FakeWorker)
     assert bench.main(["--device", "cpu", "--out", str(tmp_path)]) == 0
@@ -212,7 +221,7 @@ def test_a_new_measurement_ends_with_one_screen(monkeypatch, tmp_path, capsys):
     assert str(tmp_path / "report.html") in said.out
     assert len(said.out.splitlines()) <= 50
     assert max(map(len, said.out.splitlines())) <= 170
-    assert re.search(r"1/\d+  0:00 gone, \d:\d\d left  operator 1024² fwd", said.err)
+    assert re.search(r"0:00 of at most 3 minutes gone, .* left  1/\d+ operator 1024² x1 fwd eager", said.err)
 
 
 def test_a_tiny_run_from_end_to_end(tmp_path):

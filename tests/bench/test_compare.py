@@ -174,7 +174,7 @@ def test_both_sides_are_measured_in_turn(monkeypatch):
 
 def test_versus_measures_the_operators_and_layers():
     args = bench.parse(["--versus", "HEAD", "--device", "cpu"])
-    plan = bench.chosen(args)
+    plan = bench.versus_plan(args)
     assert {(t["level"], t["pixels"], n) for t in plan for n in t["names"]} == {
         (level, pixels, name)
         for level in ("operator", "layer")

@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.export import Dim
 from torch.testing import assert_close
 
-from infsa_kernels.nn import InfViT, vit
+from infsa_kernels.nn import InfViT, patches
 
 # The grid that positions are learned for, multiples of a patch and others, sides that are equal and not.
 SIZES = ((16, 16), (16, 24), (18, 25), (64, 7), (40, 40), (5, 5), (33, 64), (100, 17), (24, 16), (300, 280), (12, 12))
@@ -83,7 +83,7 @@ def test_an_export_gives_the_learned_positions_to_the_last_bit(autocast):
             self.learned = nn.Parameter(torch.randn(3, 5, 7))
 
         def forward(self, picture):
-            return vit.resized_positions(self.learned, (3, 5), picture.shape, slice(None))
+            return patches.resized_positions(self.learned, (3, 5), picture.shape, slice(None))
 
     made = Positions()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):

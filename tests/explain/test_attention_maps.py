@@ -20,7 +20,7 @@ from infsa_kernels.graph import multi_hop_infsa
 from infsa_kernels.nn import InfSAAttention, InfViT, convert
 
 SIDE, PATCH, GRID = 32, 8, (4, 4)
-VARIANTS = ("linear_infsa", "pure_infsa", "softmax")
+VARIANTS = ("linear_infsa", "pure_infsa", "multi_hop_infsa", "softmax")
 
 
 def infvit(variant="linear_infsa", **kwargs):
@@ -101,7 +101,7 @@ def of_module(module, args, kwargs, variant):
         q, k = (p(x).unflatten(-1, (heads, -1)).transpose(1, 2) for p in (getattr(module, names[0]), key))
     if variant == "softmax":
         return torch.softmax(q @ k.mT / math.sqrt(q.shape[-1]), -1)
-    if variant == "pure_infsa":
+    if variant in ("pure_infsa", "multi_hop_infsa"):
         return reference.pure_scores(q, k)
     return reference.linear_scores(q, k).unsqueeze(2).expand(-1, -1, q.shape[2], -1)
 
@@ -254,6 +254,19 @@ def test_heads_without_a_positive_score():
         assert toy_map(layer, "katz") == [1, 1]
         assert toy_map(layer, "eigenvector") == pytest.approx([0.5**0.5] * 2)
         assert toy_map(layer, "rollout") == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("rho", [0.9, torch.tensor(0.9, dtype=torch.float64)], ids=["number", "tensor"])
+def test_operators_called_by_their_names_are_seen(rho):
+    def layers(x):
+        torch.ops.infsa.pure(x, x, x, rho=rho)
+        torch.ops.infsa.linear(x, x, x, rho=rho)
+        torch.ops.infsa.linear.default(x, x + 0, x)
+        one = x.new_ones(1, 1)
+        torch.ops.infsa.pooled_linear(x[:, 0], one, one, one, 1, rho=rho)
+
+    kinds = [type(graph).__name__ for graph in attention_graphs(Toy(layers), ONE_TWO)]
+    assert kinds == ["TokenGraph", "LinearGraph", "LinearGraph", "LinearGraph"]
 
 
 def test_tokens_without_heads():

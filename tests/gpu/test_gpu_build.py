@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import infsa_kernels
-from infsa_kernels.ops._library import explain_backend, runs_on
+from infsa_kernels.ops.backends import explain_backend, runs_on
 
 _C = pytest.importorskip("infsa_kernels._C", reason="no extension was built here (INFSA_NO_EXT=1)")
 if not _C.cuda_arch_list:

@@ -9,9 +9,7 @@ import pytest
 from helpers.bench_rows import row
 from helpers.interpreter import needs_interpreter
 
-from bench import goals, gpu_check, machine
-
-CEILINGS = {"launch": 2e-6, "read": 4e12, "copy": 4e12, "gemm": 8e14}
+from bench import goals, gpu_check, machine, rows
 
 
 def python(*arguments):
@@ -25,32 +23,29 @@ def python(*arguments):
 def test_a_dry_run_passes_every_part_and_ends_with_the_table(tmp_path):
     run = python("bench.gpu_check", "--dry-run", "--out", tmp_path)
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
-    parts = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
-    assert set(parts) == set(gpu_check.PARTS)
-    for name in ("agreement", "repeatability", "large", "devices", "speed", "suite"):
-        assert parts[name]["passed"] is True, parts[name]
-    assert {r["status"] for r in parts["speed"]["rows"]} == {"ok"}
-    # What raises in a part that measures is there too, as a failed part.
-    assert not [name for name, part in parts.items() if part.get("passed") is False]
+    found = json.loads((tmp_path / "tests.json").read_text())
+    assert found == {"gpu_kernels": {"passed": True, "tests": "8 passed"}}
+    assert {r["status"] for r in rows.load(tmp_path / "rows.jsonl")} == {"ok"}
+    assert json.loads((tmp_path / "tune.json").read_text())["best"]
     assert {line[0] for line in run.stdout.splitlines()[-len(goals.GPU) :]} == set("123456789")
     assert run.stdout.splitlines()[-1].startswith("9 Pure forward")
     assert (tmp_path / "operator_roofline.png").exists()
 
 
-@needs_interpreter
-def test_parts_that_ran_are_not_run_again_and_one_that_failed_makes_the_whole_fail(tmp_path):
-    arguments = "bench.gpu_check", "--dry-run", "--parts", "backends,agreement,large", "--out", tmp_path
-    run = python(*arguments)
-    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
-    parts = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
-    assert set(parts) == {"backends", "agreement", "large"}
-    for name in ("agreement", "large"):
-        assert parts[name]["passed"] is True, parts[name]
-    broken = parts["large"] | {"passed": False, "wrong": ["pure: huge strides"]}
-    (tmp_path / "large.json").write_text(json.dumps(broken))
-    again = python(*arguments)
-    assert again.returncode == 1
-    assert "pure: huge strides" in again.stdout
+def test_what_was_found_wrong_makes_the_whole_fail(tmp_path, capsys):
+    found = {"tables": {"passed": True, "tests": "3 passed"}}
+    wrong = gpu("linear_infsa@cuda", 1.0) | {"status": "wrong", "reason": "far off"}
+    for tests, lines, code in (
+        (found, [gpu("linear_infsa@cuda", 1.0)], 0),
+        (found, [wrong], 1),
+        (found | {"masks": {"passed": False, "tests": "1 failed"}}, [], 1),
+    ):
+        (tmp_path / "tests.json").write_text(json.dumps(tests))
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        assert gpu_check.report(tmp_path) == code
+    said = capsys.readouterr().out
+    assert "WRONG: linear_infsa@cuda N=65536 fwd: far off" in said
+    assert "tests of masks                FAILED: 1 failed" in said
 
 
 def test_it_says_what_is_missing(tmp_path):
@@ -68,21 +63,6 @@ import bench.gpu_check, bench.tune, infsa_kernels.triton.linear, infsa_kernels.t
 """
     run = subprocess.run([sys.executable, "-c", code], cwd=machine.ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-
-
-def test_floors_by_hand():
-    # 65536 tokens of 64 heads of 16 in bfloat16 are 2^27 bytes.
-    sizes = 1, 64, 65536, 16, 2, CEILINGS
-    tokens = 2**27
-    assert gpu_check.floor("linear", "fwd", True, *sizes) == pytest.approx(2 * tokens / 4e12, rel=1e-4)
-    assert gpu_check.floor("linear", "bwd", False, *sizes) == pytest.approx(6 * tokens / 4e12, rel=1e-4)
-    sizes = 2, 16, 4096, 64, 2, CEILINGS
-    products = 4 * 2 * 4096**2 * 1024 / 8e14
-    assert gpu_check.floor("pure", "fwd", True, *sizes) == pytest.approx(products)
-    assert gpu_check.floor("pure", "bwd", True, *sizes) == pytest.approx(2.5 * products)
-    assert gpu_check.predict("pure", "bwd", False, *sizes) > 1.4 * 2.5 * products
-    # At 197 tokens nothing but the one launch counts.
-    assert gpu_check.predict("linear", "fwd", True, 1, 64, 197, 16, 2, CEILINGS) == pytest.approx(2e-6, rel=0.2)
 
 
 def gpu(name, seconds, pixels=4096, which="fwd", **fields):
@@ -115,8 +95,3 @@ def test_goals_from_synthetic_times():
         "linear_infsa@triton fwd, N=196 x32: time / empty launch": 4.0,
         "linear_infsa@cuda fwd, N=196 x32: time / empty launch": 2.0,
     }
-    floors = gpu_check.beside_the_floor(found)
-    assert [r["what"] for r in floors[:3]] == [
-        "linear_infsa@triton fwd N=65536 x1", "linear_infsa@cuda fwd N=65536 x1", "linear_infsa_untied@cuda fwd N=65536 x1",
-    ]  # fmt: skip
-    assert 0 < floors[0]["floor"] < 1

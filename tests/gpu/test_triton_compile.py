@@ -11,7 +11,8 @@ triton = pytest.importorskip("triton")
 if triton.knobs.runtime.interpret:
     pytest.skip("the interpreter does not compile", allow_module_level=True)
 
-from helpers.triton_resources import ARCHITECTURES, read, rows  # noqa: E402
+import torch  # noqa: E402
+from helpers.triton_resources import ARCHITECTURES, Call, compilations, read, rows  # noqa: E402
 
 from infsa_kernels.triton import configs  # noqa: E402
 
@@ -90,3 +91,34 @@ def check_budgets(row: dict[str, str]) -> None:
         widths = {load.split(":")[0] for load in row["loads"].split(",")}
         narrow = ({"8", "16", "32"} if "masked" in row["case"] else set()) | ({"32"} if handed_over else set())
         assert "128" in widths and widths <= {"128"} | narrow, f"{name}: loads of {row['loads']} in the loop"
+
+
+LENGTHS = sorted({rows * columns + 1 for rows in range(14, 65, 3) for columns in range(14, 65, 7)})[::3]
+
+
+@pytest.mark.parametrize(("op", "heads", "d", "most"), [("linear", 64, 16, 7), ("pure", 16, 64, 6)])
+def test_lengths_share_their_kernels(op, heads, d, most):
+    """As many pictures of as many sizes, and 4 kernels forward and backward: each is compiled in seconds, once."""
+    assert len(LENGTHS) >= 40
+    assert len(compilations([Call(op, 8, N, heads, d) for N in LENGTHS])) <= most
+
+
+@pytest.mark.parametrize(("op", "most"), [("linear", 14), ("pure", 7)])
+def test_batches_and_heads_share_their_kernels(op, most):
+    lengths = 16, 50, 196, 197, 256, 577, 785, 1024, 1025, 4096, 4097, 9217, 16384, 65536
+    calls = [Call(op, B, N, H, 64) for B in (1, 2, 3, 8, 16) for N in lengths for H in (1, 3, 6, 12, 16)]
+    assert len(compilations(calls)) <= most
+
+
+@pytest.mark.parametrize("setting", ["tf32", "ieee"])
+def test_products_of_float32_follow_either_setting(setting, monkeypatch):
+    q = torch.empty(1, 1, 1, 64, device="meta")
+    torch.set_float32_matmul_precision("high" if setting == "tf32" else "highest")
+    assert configs.precision(q) == setting
+    torch.set_float32_matmul_precision("highest")
+    try:
+        torch.backends.cuda.matmul.fp32_precision = setting
+        assert configs.precision(q) == setting and configs.precision(q.bfloat16()) == "ieee"
+        configs.pure(q, q, "fwd", False).options(q)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = "ieee"

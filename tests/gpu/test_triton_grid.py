@@ -6,13 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.calls import OPS
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton")
 
 from infsa_kernels.eager import pure as eager
-from infsa_kernels.ops import _check
-from infsa_kernels.triton import _common, configs, linear, pure, pure_backward
+from infsa_kernels.ops import linear as linear_op
+from infsa_kernels.ops import pure as pure_op
+from infsa_kernels.triton import configs, launch, linear, pure, pure_backward
 
+RAW = {"linear": linear_op.raw, "pure": pure_op.raw}
 by_op = pytest.mark.parametrize("op", OPS)
 by_tie = pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 LIMIT = (1 << 31) - 1
@@ -49,7 +52,8 @@ def run(op, B, H, N, d=16, tied=False, layout="bhnd", M=None):
     forward, backward = {"linear": (linear.forward, linear.backward), "pure": (pure.forward, pure.backward)}[op]
     out, *saved = forward(q, k, v, 1e-6, 1.0, None, None, None)
     saved = [out, *saved] if op == "pure" else saved
-    backward(torch.empty_like(out), q, k, v, *saved, 1e-6, 1.0, None, None, None, [True] * 4)
+    arguments = torch.empty_like(out), q, k, v, *saved, 1e-6, 1.0, None, None, None
+    backward(*arguments, RAW[op].gradients((*arguments, [True] * 4)))
 
 
 @by_op
@@ -118,9 +122,9 @@ def test_steps_between_tokens_of_pure_that_tiles_cannot_take(kernels):
 def test_the_largest_grid(hip, largest, monkeypatch, kernels):
     monkeypatch.setattr(torch.version, "hip", hip)
     kernel = Recorder()
-    _common.launch(kernel, largest, torch.device("cpu"), num_warps=8)
+    launch.launch(kernel, largest, torch.device("cpu"), num_warps=8)
     with pytest.raises(ValueError, match=f"needs {largest + 1} programs"):
-        _common.launch(kernel, largest + 1, torch.device("cpu"), num_warps=8)
+        launch.launch(kernel, largest + 1, torch.device("cpu"), num_warps=8)
     assert kernel.grids == [(largest, None)]
 
 
@@ -140,32 +144,35 @@ def test_kernels_start_on_the_device_of_their_tensors(at, guarded, monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "device", Guard)
-    _common.launch(kernel, 1, torch.device(at), num_warps=4)
+    launch.launch(kernel, 1, torch.device(at), num_warps=4)
     assert kernel.grids == [(1, guarded)] and kernel.inside is None
 
 
 def test_every_launch_goes_through_the_checks():
-    for file in Path(_common.__file__).parent.glob("*.py"):
+    for file in Path(launch.__file__).parent.glob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
-                assert file.name == "_common.py", f"{file.name}:{node.lineno} starts a kernel past launch()"
+                assert file.name == "launch.py", f"{file.name}:{node.lineno} starts a kernel past launch()"
 
 
 @by_op
 @pytest.mark.parametrize("name", ["k", "v", "key_padding_mask"])
 def test_tensors_on_different_gpus_are_refused(op, name):
-    class On:
-        def __init__(self, index):
-            self.device = torch.device("cuda", index)
-
-    with pytest.raises(ValueError, match=f"{name} is on cuda:1, expected cuda:0, where q is; move it with .to"):
-        _check.device(f"infsa::{op}", name, On(1), On(0))
+    with FakeTensorMode():
+        sizes = {"q": (1, 2, 5, 4), "k": (1, 2, 6, 4), "v": (1, 2, 6, 4), "key_padding_mask": (1, 6)}
+        tensors = {
+            n: torch.empty(s, dtype=torch.bool if n.endswith("mask") else None, device=f"cuda:{int(n == name)}")
+            for n, s in sizes.items()
+        }
+        q, k, v, mask = tensors.values()
+        with pytest.raises(ValueError, match=f"{name} is on cuda:1, expected cuda:0, where q is; move it with .to"):
+            getattr(torch.ops.infsa, f"{op}_fwd_triton")(q, k, v, 1e-6, 1.0, None, mask, None)
 
 
 def test_no_kernel_transposes_the_result_of_a_product():
     """Triton 3.4 to 3.7.0 silently miscompile it on Hopper: only what came from memory is transposed."""
     transposed = 0
-    for file in Path(_common.__file__).parent.glob("*.py"):
+    for file in Path(launch.__file__).parent.glob("*.py"):
         for function in ast.walk(ast.parse(file.read_text())):
             if not isinstance(function, ast.FunctionDef):
                 continue

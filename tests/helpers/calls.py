@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from infsa_kernels import reference
-from infsa_kernels.ops._library import SUFFIXES
+from infsa_kernels.ops.backends import SUFFIXES
 from infsa_kernels.testing import FORWARD, GRADIENT, assert_within, error_of_eager
 
 OPS = ("linear", "pure")

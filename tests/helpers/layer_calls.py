@@ -75,8 +75,8 @@ def expected(call: dict, dout: Tensor, draws: int = 4) -> dict[str, Expected]:
     dtype, found = call["x"].dtype, {}
     for draw in range(draws):
         near = nearby(call) if draw else call
-        truth = results(reference.linear_layer, to(near, torch.float64), dout)
-        low = results(reference.linear_layer, to(near, plain(dtype)), dout)
+        truth = results(reference.pooled_linear, to(near, torch.float64), dout)
+        low = results(reference.pooled_linear, to(near, plain(dtype)), dout)
         for name, t in truth.items():
             error = error_of_eager(low[name], t, dtype)
             known = found.setdefault(name, Expected(t, error))

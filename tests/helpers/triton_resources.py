@@ -7,17 +7,18 @@ Triton's own specialisation of the arguments, instead of starting.
 """
 
 import argparse
-import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
+from triton.runtime.jit import compute_cache_key
 
 from helpers.triton_sass import CODE, RESOURCES, measure
-from infsa_kernels.triton import configs, linear, pure, pure_backward
+from helpers.triton_target import compiled, launching
+from infsa_kernels.ops import linear as linear_op
+from infsa_kernels.ops import pure as pure_op
+from infsa_kernels.triton import linear, pure, pure_backward
 
 TABLE = Path(__file__).parents[1] / "gpu" / "triton_resources.txt"
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
@@ -48,13 +49,18 @@ class Case:
         k = None if self.tied else token_major()
         rho = torch.empty(q.shape[:2], device="meta")
         mask = torch.empty(1, self.N, dtype=torch.bool, device="meta") if self.masked else None
-        forward, backward = {
-            "linear": (linear.forward, linear.backward),
-            "pure": (pure.forward, pure_backward.backward),
-        }[self.op]
-        out, *saved = forward(q, k, v, 1e-6, 1.0, rho, mask, mask)
-        saved = [out, *saved] if self.op == "pure" else saved
-        backward(torch.empty_like(out), q, k, v, *saved, 1e-6, 1.0, rho, mask, mask, [True] * 4)
+        _forward_and_backward(self.op, q, k, v, rho, mask)
+
+
+def _forward_and_backward(op, q, k, v, rho, mask) -> None:
+    raw, forward, backward = {
+        "linear": (linear_op.raw, linear.forward, linear.backward),
+        "pure": (pure_op.raw, pure.forward, pure_backward.backward),
+    }[op]
+    out, *saved = forward(q, k, v, 1e-6, 1.0, rho, mask, mask)
+    saved = [out, *saved] if op == "pure" else saved
+    arguments = torch.empty_like(out), q, k, v, *saved, 1e-6, 1.0, rho, mask, mask
+    backward(*arguments, raw.gradients((*arguments, [True] * 4)))
 
 
 def cases() -> list[Case]:
@@ -70,64 +76,68 @@ def cases() -> list[Case]:
     return found
 
 
+@dataclass(frozen=True)
+class Call:
+    """A tied call in bfloat16, forward and backward, of which only the compilations count."""
+
+    op: str
+    B: int
+    N: int
+    H: int
+    d: int
+
+    def run(self) -> None:
+        q, v = (
+            torch.empty(self.B, self.N, self.H, self.d, dtype=torch.bfloat16, device="meta").transpose(1, 2)
+            for _ in "qv"
+        )
+        _forward_and_backward(self.op, q, None, v, None, None)
+
+
 def rows(arch: str, once: bool = False) -> list[dict[str, str]]:
     """One row per kernel and case; what compiles alike is not repeated.
 
     ``once``: one row per kernel, tile, head dimension and width of the dtype, and only the kernels with a budget for their
     code disassembled.
     """
-    modules = linear, pure, pure_backward
-    kernels = {f for m in modules for f in vars(m).values() if hasattr(f, "device_caches")}
-    arch_of, launch, precision = configs.arch_of, linear.launch, torch.get_float32_matmul_precision()
     table, seen, case = {}, set(), None
 
-    def record(kernel, programs, device, *args, **options):
+    def record(kernel, programs, args, options):
         row = {"arch": arch, "kernel": kernel.fn.__name__.removesuffix("_kernel"), "case": str(case)}
         row["tile"] = _tile(options)
         key = row["kernel"], row["tile"], case.d, DTYPES[case.dtype].itemsize == 4 and case.dtype
         if once and key in seen:
             return
         seen.add(key)
-        compiled = kernel.warmup(*args, grid=(programs,), enable_fp_fusion=True, **options)
-        if compiled.hash not in table:
+        made = compiled(kernel, programs, args, options)
+        if made.hash not in table:
             disassemble = not once or row["kernel"].startswith(("linear", "pure_fwd"))
-            table[compiled.hash] = row | measure(arch, compiled, disassemble)
+            table[made.hash] = row | measure(arch, made, disassemble)
 
-    driver.set_active(_Driver(arch))
-    configs.arch_of = lambda device: arch
+    precision = torch.get_float32_matmul_precision()
     try:
-        for m in modules:
-            m.launch = record
-        for kernel in kernels:
-            kernel.device_caches.clear()
-        for case in cases():
-            torch.set_float32_matmul_precision("high" if case.dtype == "tf32" else "highest")
-            case.run()
-        return list(table.values())
+        with launching(arch, record):
+            for case in cases():
+                torch.set_float32_matmul_precision("high" if case.dtype == "tf32" else "highest")
+                case.run()
     finally:
         torch.set_float32_matmul_precision(precision)
-        configs.arch_of = arch_of
-        for m in modules:
-            m.launch = launch
-        for kernel in kernels:
-            kernel.device_caches.clear()
-        with contextlib.suppress(RuntimeError):  # without a GPU there is no driver to go back to
-            driver.reset_active()
+    return list(table.values())
 
 
-class _Driver:
-    def __init__(self, arch: str):
-        nvidia = arch.startswith("sm_")
-        self.target = GPUTarget("cuda", int(arch[3:]), 32) if nvidia else GPUTarget("hip", arch, 64)
+def compilations(calls: list[Call], arch: str = "sm_90") -> set:
+    """What Triton would compile for all of these calls together; nothing is compiled."""
+    found = set()
 
-    def get_current_target(self):
-        return self.target
+    def record(kernel, programs, args, options):
+        _, by_specialisation, _, _, binder = kernel.device_caches[0]
+        _, specialisation, chosen = binder(*args, **options)
+        found.add((kernel.fn.__name__, compute_cache_key(by_specialisation, specialisation, chosen)))
 
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device):
-        return 0
+    with launching(arch, record):
+        for call in calls:
+            call.run()
+    return found
 
 
 def _tile(options: dict) -> str:

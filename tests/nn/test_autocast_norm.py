@@ -28,15 +28,16 @@ def outlier(x):
 
 def distance(actual, truth):
     """The error in proportion to the truth, as one number: single elements of two roundings differ by chance."""
-    return ((actual.double() - truth).norm() / truth.norm()).item()
+    # The truth can be 0: gradients where no score is positive.
+    return ((actual.double() - truth).norm() / truth.norm().clamp(min=1e-300)).item()
 
 
-def assert_no_worse(draw):
+def assert_no_worse(draw, draws=25):
     """Of ``draw() -> {name: (actual, plain, truth)}``: the median error of several. One score that changes its sign in
-    rounding moves a gradient more than all else."""
-    found = [{n: (distance(t[0], t[2]), distance(t[1], t[2])) for n, t in draw().items()} for _ in range(9)]
+    rounding moves a gradient more than all else: of 9 draws in some, one time in a hundred in enough to move the median."""
+    found = [{n: (distance(t[0], t[2]), distance(t[1], t[2])) for n, t in draw().items()} for _ in range(draws)]
     for name in found[0]:
-        ours, theirs = (sorted(errors[name][i] for errors in found)[4] for i in range(2))
+        ours, theirs = (sorted(errors[name][i] for errors in found)[draws // 2] for i in range(2))
         assert ours <= FACTOR * theirs, name
 
 
@@ -61,7 +62,7 @@ def test_error_is_that_of_the_plain_path(change, masked, dtype, device, backend)
         call = layer(torch.float32, tied=False, masked=masked)
         call["x"] = change(call["x"].detach()).requires_grad_()
         dout = output_gradient(call)
-        truth = results(reference.linear_layer, to(call, torch.float64), dout.double())
+        truth = results(reference.pooled_linear, to(call, torch.float64), dout.double())
         with torch.autocast(device, dtype):
             actual, plain = results(pooled_linear_infsa, call, dout), results(plain_path, call, dout)
         assert actual["out"].dtype == dtype
@@ -109,7 +110,7 @@ def test_transforms_and_compile(device, backend):
     weights = torch.stack([call["norm_weight"], call["norm_weight"] + 1])
 
     def forward(x, norm_weight):
-        return torch.ops.infsa.linear_layer(x, **{**call, "norm_weight": norm_weight})
+        return torch.ops.infsa.pooled_linear(x, **{**call, "norm_weight": norm_weight})
 
     def gradient(x, norm_weight):
         return torch.func.grad(lambda *args: forward(*args).float().square().sum(), argnums=(0, 1))(x, norm_weight)

@@ -4,16 +4,17 @@ import pytest
 import timm
 import torch
 
-from infsa_kernels.nn import InfViT, vit
+from infsa_kernels.nn import InfViT
+from infsa_kernels.nn.timm import register
 
 SMALL = dict(embed_dim=32, img_size=32, num_classes=7, in_chans=1)
 
 
 def test_models_have_names_of_their_own():
     before = set(timm.list_models())
-    names = vit.register_with_timm()
+    names = register()
     assert before.isdisjoint(names) or before.issuperset(names)
-    assert vit.register_with_timm() == names
+    assert register() == names
     assert set(timm.list_models()) == before | set(names)
     assert set(timm.list_models("infvit_*")) == set(names)
     with pytest.raises(NotImplementedError, match="no weights have been published"):
@@ -21,7 +22,7 @@ def test_models_have_names_of_their_own():
 
 
 def test_timm_creates_them(tmp_path):
-    for name in vit.register_with_timm():
+    for name in register():
         model = timm.create_model(name, **SMALL)
         assert isinstance(model, InfViT) and len(model.blocks) == int(name.split("_")[2][:-1])
         torch.nn.init.normal_(model.head.weight)

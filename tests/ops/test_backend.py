@@ -1,6 +1,7 @@
 """`with infsa_kernels.backend(...)`, choose_backend and explain_backend."""
 
 import threading
+import warnings
 
 import pytest
 import torch
@@ -9,8 +10,8 @@ from helpers.framework_calls import RawCalls, make_call
 from torch.utils.checkpoint import checkpoint
 
 import infsa_kernels
-from infsa_kernels.ops import _library
-from infsa_kernels.ops._library import SUFFIXES
+from infsa_kernels.ops import backends
+from infsa_kernels.ops.backends import SUFFIXES
 
 CPU = torch.device("cpu")
 SHAPE = (2, 3, 5, 8)
@@ -132,10 +133,69 @@ def test_explanation_names_every_backend_and_reason():
 
 
 def test_fallback_warns_once(call, monkeypatch, recwarn):
-    monkeypatch.setattr(_library, "_extension_error", "there is none today")
-    monkeypatch.setattr(_library, "_warned_of_fallback", False)
+    monkeypatch.setattr(backends, "_extension_error", "there is none today")
+    monkeypatch.setattr(backends, "_warned_of_fallback", False)
     for _ in range(3):
         assert backends_of(call.run) == ["eager"]
     (warning,) = [w for w in recwarn if "infsa_kernels" in str(w.message)]
     assert "slower 'eager' backend: 'cpu' cannot run: there is none today" in str(warning.message)
     assert issubclass(warning.category, UserWarning)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU that Triton supports, for whatever only asks about it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.delenv("INFSA_TRITON", raising=False)
+    return torch.device("cuda", 0)
+
+
+def chosen(op, device, dtype=torch.bfloat16, d=64):
+    return infsa_kernels.choose_backend(op, device, dtype, (1, 4, 100, d))
+
+
+@pytest.mark.parametrize("op", ["linear", "pure"])
+def test_gpus_run_triton(op, gpu, monkeypatch):
+    pytest.importorskip("triton")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert chosen(op, gpu) == "triton"
+        assert chosen("pooled_linear", gpu) == "eager"  # it has no other kernels there: nothing is amiss
+        monkeypatch.setenv("INFSA_TRITON", "0")
+        assert chosen(op, gpu) == "eager"
+    assert infsa_kernels.choose_backend(op, gpu, torch.bfloat16, (1, 4, 100, 64), "triton") == "triton"
+
+
+def test_what_triton_does_not_take_is_told(gpu, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(backends, "_warned_of_fallback", False)
+    with pytest.warns(UserWarning, match="slower 'eager' backend: 'triton' cannot run: head_dim 512 is above 256"):
+        assert chosen("pure", gpu, d=512) == "eager"
+
+
+def test_amd_runs_what_is_proven(gpu, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setattr(backends, "_warned_of_fallback", True)
+    assert chosen("pure", gpu) == "triton" and chosen("linear", gpu) == "eager"
+    assert "AMD" in infsa_kernels.explain_backend("linear", gpu, torch.bfloat16, (1, 4, 100, 64))["triton"]
+
+
+@pytest.mark.parametrize(
+    ("capability", "version", "words"),
+    [
+        ((7, 5), "3.9.0", "compute capability 7.5, the kernels need 8.0"),
+        ((9, 0), "3.5.1", "Triton 3.5.1 is older than 3.6"),
+        ((10, 0), "3.8.1", "Triton 3.8.1 is older than 3.9, the oldest these kernels for compute capability 10"),
+        ((10, 3), "3.9.0", None),
+        ((12, 0), "3.6.0", None),
+    ],
+)
+def test_gpus_and_versions_of_triton(capability, version, words, gpu, monkeypatch):
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(triton, "__version__", version)
+    monkeypatch.setattr(backends, "_why_no_triton", backends._why_no_triton.__wrapped__)
+    reason = infsa_kernels.explain_backend("pure", gpu, torch.bfloat16, (1, 4, 100, 64))["triton"]
+    assert reason is None if words is None else words in reason

@@ -1,7 +1,7 @@
 """Whatever is wrong with an argument is refused with the op, the argument, what it is and what it must be.
 
-The same words come from the public function, from torch.ops, from the raw ops of every backend (csrc/check.h and
-ops/_check.py) and from fake tensors.
+The same words come from the public function, from torch.ops, from the raw ops of every backend and from fake tensors:
+those of ops/check.py.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ from helpers.calls import OPS, raw_op
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import infsa_kernels
-from infsa_kernels.ops._library import SUFFIXES
+from infsa_kernels.ops.backends import SUFFIXES
 
 pytestmark = pytest.mark.parametrize("op", OPS)
 
@@ -93,6 +93,13 @@ def test_raw(op, wrong, words, device):
             )
             messages.add(message.replace("is on cuda:0", "is on meta"))
     assert len(messages) == 1
+
+
+@each(EVERYWHERE, RAW)
+def test_raw_below_autograd(op, wrong, words, device, backend):
+    """In inference mode a compiled kernel is called before any Python: its own few words, of the same kind."""
+    with torch.inference_mode(), pytest.raises((words[0], RuntimeError)):
+        raw_op(f"{op}_fwd", backend)(*raw_arguments(**{**good(), **wrong}))
 
 
 @each(EVERYWHERE, PUBLIC)

@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
 
 import infsa_kernels
-from infsa_kernels.ops._library import SUFFIXES
+from infsa_kernels.ops.backends import SUFFIXES
 
 LENGTHS = (16, 33, 7, 50, 64, 65, 100, 2, 31, 1)
 
@@ -103,7 +103,7 @@ def test_backend_choice_inside_and_around(op, device):
         for n, why in infsa_kernels.explain_backend(call.op, call.q.device, call.q.dtype, call.q.shape).items()
         if not why
     ]
-    raw = {name: f"{op}_fwd{infsa_kernels.ops._library.SUFFIXES[name]}" for name in usable}
+    raw = {name: f"{op}_fwd{infsa_kernels.ops.backends.SUFFIXES[name]}" for name in usable}
 
     def inside(q, k, v):
         with infsa_kernels.backend("eager"):

@@ -1,5 +1,9 @@
 """What torch asks of a registered operator: schema, autograd, fake tensors, FLOPs."""
 
+import re
+from importlib.util import find_spec
+from pathlib import Path
+
 import pytest
 import torch
 from functorch.compile import make_boxed_func
@@ -11,7 +15,10 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 import infsa_kernels
-from infsa_kernels.ops._library import SUFFIXES
+from infsa_kernels.ops import central_query, linear, pure, score_pool
+from infsa_kernels.ops.backends import OPERATORS, SUFFIXES
+
+ROOT = Path(__file__).parents[2]
 
 RAW_FORMS = [form for form in FORMS if form != "three_dimensions"]
 OUTPUT_MASKS = [[w == "1" for w in wanted] for wanted in ("1111", "0000", "1010", "0101", "1001")]
@@ -169,3 +176,38 @@ def test_flops_of_compiled_graphs(op, form, device, backend):
     call = make_call(op, form, torch.float32, device).leaves()
     torch.compile(call.run, backend=aot_autograd(fw_compiler=counting), fullgraph=True)().sum().backward()
     assert tuple(flops) == expected_flops(op, form)
+
+
+@pytest.mark.parametrize("raw", [m.raw for m in (linear, pure, central_query, score_pool)], ids=lambda raw: raw.name)
+def test_kernels_are_where_the_operator_says(raw):
+    """The compiled ones that torch knows are those declared; the file or the module is there."""
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    built = {"cpu": "cpu" in usable("cpu"), "cuda": "cuda" in usable("cuda"), "triton": True}
+    for backend, key in (("cpu", "CPU"), ("cuda", "CUDA"), ("triton", "CUDA")):
+        for way in ("fwd", "bwd"):
+            known = has(f"infsa::{raw.name}_{way}{SUFFIXES[backend]}", key)
+            assert known == (backend in raw.kernels and built[backend]), (backend, way)
+    for where in raw.kernels.values():
+        if isinstance(where, str):
+            assert (ROOT / where).is_file() if where.startswith("csrc") else find_spec(where)
+
+
+def usable(device):
+    if device == "cuda" and not torch.cuda.is_available():
+        return []
+    reasons = infsa_kernels.explain_backend("linear", torch.device(device), torch.float32, (B, H, N, D))
+    return [name for name, reason in reasons.items() if reason is None]
+
+
+def test_operators_and_their_backends():
+    everything = {"cpu", "cuda", "triton", "eager"}
+    assert {"linear": everything, "pure": everything - {"cuda"}, "pooled_linear": {"cpu", "eager"}} == OPERATORS
+
+
+def test_private_names_of_torch_are_in_one_file():
+    """Those of the operators; nn/ is outside of them."""
+    package = Path(infsa_kernels.__file__).parent
+    for file in package.rglob("*.py"):
+        if file.name != "torch_private.py" and file.parent.name != "nn":
+            found = re.findall(r"\btorch(?:\.\w+)*\._(?!_)\w+|from torch.* import _\w+|\._schema\b", file.read_text())
+            assert not found, (file, found)

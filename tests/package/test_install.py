@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import infsa_kernels
-from infsa_kernels.ops._library import SUFFIXES
+from infsa_kernels.ops.backends import SUFFIXES
 
 PACKAGE = Path(infsa_kernels.__file__).parent
 

@@ -1,4 +1,4 @@
-"""The locks hold pins and nothing else, for all that pyproject.toml asks for; README names the versions that were tested."""
+"""The locks hold pins and nothing else, for all that pyproject.toml asks for; docs name the versions that were tested."""
 
 import re
 from pathlib import Path
@@ -47,8 +47,8 @@ def test_a_lock_pins_everything_and_names_no_place(lock):
     assert not [name for name in found if name.startswith(("nvidia-", "cuda-")) and name != "nvidia-ml-py"]
 
 
-def test_readme_names_the_oldest_and_the_newest_version():
-    text = " ".join((ROOT / "README.md").read_text().split())
+def test_docs_name_the_oldest_and_the_newest_version():
+    text = " ".join((ROOT / "docs" / "install.md").read_text().split())
     oldest, newest = re.search(
         r"adapters and models also from (.*?) on, up to (.*?) \(`make test-newest`", text
     ).groups()

@@ -5,6 +5,7 @@
 //
 #include "linear_kernels.cuh"
 
+using namespace infsa;
 using namespace infsa::cuda;
 
 namespace {
@@ -51,7 +52,7 @@ extern "C" int run_linear(const int64_t* sizes, int element, int tied, int backw
   const auto s = [&](int i) { return strides + 4 * i; };
   LinearArgs a{};
   a.B = sizes[0], a.H = sizes[1], a.N = sizes[2], a.M = sizes[3];
-  a.d = static_cast<int>(sizes[4]), a.dv = static_cast<int>(sizes[5]);
+  a.d = static_cast<int>(sizes[4]), a.d_v = static_cast<int>(sizes[5]);
   a.scale = a.d ? 1 / std::sqrt(static_cast<float>(a.d)) : 1, a.eps = static_cast<float>(eps),
   a.rho = static_cast<float>(rho);
   a.tied = tied;
@@ -63,7 +64,7 @@ extern "C" int run_linear(const int64_t* sizes, int element, int tied, int backw
   for (int i = 0; i < 4; ++i) *statistics[i] = static_cast<float*>(tensors[6 + i]);
   a.out = tensors[10];
   a.dout = rows_of(tensors[11], s(11));
-  a.dq = rows_of(tensors[12], s(12)), a.dk = rows_of(tensors[13], s(13)), a.dv_ = rows_of(tensors[14], s(14));
+  a.dq = rows_of(tensors[12], s(12)), a.dk = rows_of(tensors[13], s(13)), a.dv = rows_of(tensors[14], s(14));
   a.dhead_rho = static_cast<float*>(tensors[15]), a.dscores = static_cast<float*>(tensors[16]);
 
   const Element type = static_cast<Element>(element);

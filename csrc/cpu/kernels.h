@@ -1,0 +1,36 @@
+// The CPU kernels, by instruction set and dtype. Their callers get them from isa.h.
+#pragma once
+
+#include "central_query.h"
+#include "linear.h"
+#include "pure.h"
+#include "score_pool.h"
+#include "tokens.h"
+
+namespace infsa::cpu {
+
+struct Kernels {
+  int64_t lanes, panel, tile;  // elements of a vector, of a panel's row, of a tile's column
+  TokenKernels tokens;
+  LinearKernels linear;
+  PureKernels pure;
+  ImageKernels images;
+  CentralQueryKernels central_query;
+  ScorePoolKernels score_pool;
+};
+
+// Each isa_<set>.cpp has one.
+struct KernelTable {
+  Kernels float32, float64, bfloat16, float16;
+};
+namespace portable {
+extern const KernelTable kernels;
+}
+namespace avx2 {
+extern const KernelTable kernels;
+}
+namespace avx512 {
+extern const KernelTable kernels;
+}
+
+}  // namespace infsa::cpu

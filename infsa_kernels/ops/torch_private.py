@@ -1,0 +1,64 @@
+"""The private names of torch that the operators use, each with what nothing public does. Tested with torch 2.11 to 2.14."""
+
+import torch
+from torch._functorch.autograd_function import (
+    enable_single_level_autograd_function as enable_single_level_autograd_function,
+)
+from torch._functorch.utils import unwrap_dead_wrappers as unwrap_dead_wrappers
+from torch._ops import OpOverload as OpOverload
+from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
+
+# torch.library.register_autograd differentiates once, and not below two levels of torch.func. Ours records one level at a time,
+# as functorch's own operators do: OpOverload.redispatch goes on to the next, of which these keys are left.
+after_autograd = torch._C._after_autograd_keyset
+
+
+class SingleLevelFunction(_SingleLevelFunction):
+    """An autograd.Function that does not look at functorch's levels, which the Autograd key has sorted out already."""
+
+    _compiled_autograd_key = staticmethod(torch.autograd.Function._compiled_autograd_key)
+
+
+# Autograd's Python is skipped for calls that nothing differentiates. torch.no_grad does not skip it, and torch.inference_mode
+# makes tensors that autograd refuses later.
+below_autograd = torch._C._AutoDispatchBelowAutograd
+in_functorch = torch._C._are_functorch_transforms_active
+
+
+def in_forward_mode() -> bool:
+    return forward_ad._current_level >= 0
+
+
+# Forward-mode AD is off inside an autograd.Function, and the level below has to see it, to refuse it.
+forward_mode = forward_ad._set_fwd_grad_enabled
+
+# torch.autocast(enabled=False) is for one device, and takes microseconds; torch.library.register_autocast casts every argument.
+_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU).add(torch._C.DispatchKey.AutocastCUDA)
+
+
+def below_autocast():
+    return torch._C._ExcludeDispatchKeyGuard(_AUTOCAST)
+
+
+# To say in our words what vmap would say about storages.
+is_batched = torch._C._functorch.is_batchedtensor
+
+
+def set_for_backward(name: str, value: str) -> None:
+    """Kept where autograd carries it over to the threads that it runs backward on; a threading.local stays behind."""
+    torch._C._stash_obj_in_tls(name, value)
+
+
+def get_in_backward(name: str) -> str:
+    return torch._C._get_obj_in_tls(name) if torch._C._is_key_in_tls(name) else ""
+
+
+def sharding_depends_on_all_arguments(op: OpOverload) -> None:
+    """register_sharding caches placements by the tensors alone, and so ignores which are None and which gradients are wanted."""
+    from dataclasses import replace
+
+    from torch.distributed.tensor import DTensor
+
+    infos = DTensor._op_dispatcher.sharding_propagator.op_to_schema_info
+    infos[op] = replace(infos[op], static_argnum=0)

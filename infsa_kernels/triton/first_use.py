@@ -1,0 +1,363 @@
+"""The check that a kernel passes before its first use on a machine.
+
+A kernel that is right in its source, and as compiled where it was tested, may still be wrong on another GPU, driver or compiler.
+So each variant of a kernel first computes what is known: from integers, of which every sum of Pure's forward pass is exact; three
+tiles and one row of them, and a whole number of tiles; the same in every head, where a race shows as heads that differ; in the
+middle of NaN; three times. What fails, or raises, is left to torch operations from then on, with one warning.
+
+A verdict on the numbers is kept on disk, for this GPU, driver, torch, Triton, assembler and these sources: a second process does
+not check again. `INFSA_TRITON=1` trusts every kernel unchecked, `INFSA_TRITON=0` uses none.
+"""
+
+import functools
+import hashlib
+import importlib
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import triton
+from torch import Tensor
+
+from . import configs
+from .tiles import describable
+
+# Where a kernel that fails is to be reported.
+REPORT = "please report it with the output of `python -m infsa_kernels.info --check`"
+
+# Devices whose kernels are checked. The interpreter, on the CPU, is what tests try them in.
+CHECKED = ("cuda",)
+
+# Runs of one call, whose bits have to be equal.
+RUNS = 3
+
+# Batch and heads of a call, and the rows of NaN on either side of every head.
+HEADS, MARGIN = (2, 4), 8
+
+# How many units in the last place of the largest element a result may be off, where 16 bits hold it and where 32 do: its own
+# rounding, that of T, and those of norms and quotients. Every sum of Pure's forward pass is exact.
+UNITS_16, UNITS_32 = 2, 32
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What is compiled to machine code of its own, as far as a call decides it."""
+
+    op: str  # "linear" or "pure"
+    direction: str  # "forward" or "backward"
+    dtype: str
+    precision: str  # of products of float32
+    d: int
+    dv: int
+    tied: bool
+    masked: bool
+    token_major: bool  # q is a view of [B, N, H, d]
+    described: bool  # tiles come by descriptor, which the copy engine reads
+
+    def __str__(self) -> str:
+        words = [f"infsa::{self.op} {self.direction}", self.dtype, f"head dimensions {self.d} and {self.dv}"]
+        words += [word for word, true in (("tied", self.tied), ("masked", self.masked)) if true]
+        words += ["token-major" if self.token_major else "head-major"]
+        words += [self.precision] if self.dtype == "float32" else []
+        return ", ".join([*words, *(["descriptors"] if self.described else [])])
+
+
+_verdicts: dict[tuple[Variant, torch.device], str | None] = {}
+
+
+def failure(op: str, direction: str, arguments: tuple) -> str | None:
+    """Why the Triton kernels are not to make this call of `infsa::<op>_fwd` or `_bwd`; None if they are.
+
+    The first call of a variant is checked here.
+
+    Raises:
+        RuntimeError: that first call is inside the capture of a CUDA graph, where nothing can be compiled, loaded or compared.
+    """
+    device = arguments[0].device
+    if device.type not in CHECKED or os.environ.get("INFSA_TRITON") == "1":
+        return None
+    variant = of(op, direction, arguments)
+    try:
+        return _verdicts[variant, device]
+    except KeyError:
+        pass
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"infsa::{op}: its first call with such arguments is inside the capture of a CUDA graph, where no kernel can be "
+            "loaded; make the same call once before the capture (torch.cuda.graph's documentation calls that a warm-up)"
+        )
+    reason = _verdicts[variant, device] = verdict(variant, device)
+    if reason:
+        warnings.warn(
+            f"infsa_kernels does not use its Triton kernel for {variant} on {_name(device)}, and runs torch operations in its "
+            f"stead, which are slower: {reason}; {REPORT}",
+            stacklevel=2,
+        )
+    return reason
+
+
+def known(device: torch.device) -> dict[str, str | None]:
+    """Every verdict on this device, of any process: what failed, by variant in words; None for what passed."""
+    found = {}
+    for file in sorted(_folder(device).glob("*.json")):
+        try:
+            verdict = json.loads(file.read_text())
+            found[verdict["variant"]] = verdict["failure"]
+        except (OSError, ValueError, KeyError):
+            continue
+    return dict(
+        sorted((found | {str(v): reason for (v, where), reason in _verdicts.items() if where == device}).items())
+    )
+
+
+def check_all(device: torch.device) -> Iterator[tuple[Variant, str | None]]:
+    """Checks the usual variants now, whatever was known. Each in a process of its own: an illegal access ends only that one."""
+    for variant in usual(device):
+        command = [sys.executable, "-m", __name__, str(device), json.dumps(asdict(variant))]
+        run = subprocess.run(command, capture_output=True, text=True)
+        last = (run.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        yield variant, json.loads(run.stdout)["failure"] if run.returncode == 0 else f"its process ended: {last}"
+
+
+def usual(device: torch.device) -> list[Variant]:
+    """The operators as attention layers call them: d = 64, token-major."""
+    described = configs.arch_of(device) in configs.DESCRIBED
+    return [
+        Variant(
+            op, direction, dtype, "ieee" if dtype == "float32" else "", 64, 64, tied, masked, True,
+            described and op == "pure" and not masked and dtype != "float32",
+        )
+        for op, direction, dtype, tied, masked in itertools.product(
+            ("linear", "pure"), ("forward", "backward"), ("bfloat16", "float16", "float32"), (True, False), (False, True)
+        )
+    ]  # fmt: skip
+
+
+def of(op: str, direction: str, arguments) -> Variant:
+    """The variant of a call."""
+    forward = direction == "forward"
+    q, k, v = arguments[:3] if forward else arguments[1:4]
+    masks = arguments[6:8] if forward else arguments[-2:]
+    read = [t for t in (q, k, v, None if forward else arguments[0]) if t is not None]
+    dtype = str(q.dtype).removeprefix("torch.")
+    return Variant(
+        op, direction, dtype, configs.precision(q) if dtype == "float32" else "", q.shape[3], v.shape[3], k is None,
+        any(mask is not None for mask in masks), q.stride(1) < q.stride(2), op == "pure" and describable(masks, *read),
+    )  # fmt: skip
+
+
+def verdict(variant: Variant, device: torch.device) -> str | None:
+    """That of the disk, or of a check now, which is then written there; what raised may be mended at any time, and is not."""
+    file = _file(variant, device)
+    try:
+        return json.loads(file.read_text())["failure"]
+    except (OSError, ValueError, KeyError):
+        return _new_verdict(variant, device)
+
+
+def _new_verdict(variant: Variant, device: torch.device) -> str | None:
+    try:
+        reason = check(variant, device)
+    except Exception as error:
+        return f"it raised {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+    _write(_file(variant, device), {"variant": str(variant), "failure": reason, "machine": _machine(device)})
+    return reason
+
+
+@torch.no_grad()
+def check(variant: Variant, device: torch.device) -> str | None:
+    """Runs a variant on known input: what is wrong, or None.
+
+    Raises:
+        Exception: whatever compiling, loading or running it raised.
+    """
+    kernels, plain = (importlib.import_module(f"infsa_kernels.{room}.{variant.op}") for room in ("triton", "eager"))
+    for number, lengths in enumerate(_lengths(variant, device)):
+        arguments = _arguments(variant, device, *lengths, torch.Generator().manual_seed(number))
+        if variant.direction == "backward":
+            arguments = _backward(variant, arguments, plain)
+        expected = _run(variant, plain, _one_head(arguments))
+        first = None
+        for _ in range(RUNS):
+            results = _run(variant, kernels, arguments)
+            if reason := _wrong(variant, results, expected, first):
+                return f"{reason}, at {lengths[0]} queries and {lengths[1]} keys"
+            first = results
+    return None
+
+
+def _run(variant: Variant, module, arguments: list) -> list[Tensor]:
+    """The results of a call, into memory that holds NaN: what a kernel does not write shows."""
+    if variant.direction == "forward":
+        sizes = [t.numel() * t.element_size() for t in arguments if isinstance(t, Tensor)]
+        held = [torch.full((size // 4 + 1,), torch.nan, device=arguments[0].device) for size in (*sizes, *sizes)]
+        del held  # the next tensors are given this memory
+        return module.forward(*arguments)
+    raw = importlib.import_module(f"infsa_kernels.ops.{variant.op}").raw
+    gradients = raw.gradients((*arguments, [True] * 4))
+    for gradient in filter(lambda t: t is not None, gradients):
+        gradient.fill_(torch.nan)
+    module.backward(*arguments, gradients)
+    return [gradient for gradient in gradients if gradient is not None]
+
+
+def _wrong(variant: Variant, results, expected, first) -> str | None:
+    for number, (result, right) in enumerate(zip(results, expected)):
+        name, head = f"result {number}", result[:1, :1]
+        largest = right.double().abs().max().item()
+        error = (head.double() - right.double()).abs().max().item()
+        if variant.precision == "tf32":
+            bound = UNITS_16 * 2.0**-10
+        else:
+            bound = (UNITS_16 if result.element_size() == 2 else UNITS_32) * torch.finfo(result.dtype).eps
+        if not error <= bound * largest:
+            return f"{name} is off by {error:.3g} where its largest element is {largest:.3g}"
+        if not torch.equal(result, head.expand_as(result)):
+            return f"{name} differs between heads of the same content"
+        if first is not None and not torch.equal(result, first[number]):
+            return f"{name} differs between runs"
+    return None
+
+
+def _lengths(variant: Variant, device: torch.device) -> list[tuple[int, int]]:
+    """Queries and keys of the calls: three tiles and one row, and a whole number of tiles."""
+    if variant.op == "linear":
+        # Short sequences are one program's, long ones are cut into runs. An odd number of queries, so that no score is 0.
+        odd = 3 * 32 + 1, 2 * configs.WHOLE + 1
+        return [(N, N if variant.tied else N - 1) for N in odd]
+    like = torch.empty(1, 1, 1, max(variant.d, variant.dv), dtype=getattr(torch, variant.dtype), device=device)
+    kernels = ("fwd",)
+    if variant.direction == "backward":
+        kernels = ("bwd_tied",) if variant.tied and like.element_size() == 2 else ("bwd_queries", "bwd_keys")
+    tiles = [configs.pure(like, like, kernel, variant.described) for kernel in kernels]
+    tile = max(max(tile.block_m, tile.block_n) for tile in tiles)
+    odd, whole = 3 * tile + 1, 2 * tile
+    return [(odd, odd), (whole, whole)] if variant.tied else [(odd, whole), (whole, odd)]
+
+
+def _arguments(variant: Variant, device: torch.device, N: int, M: int, random: torch.Generator) -> list:
+    """Of the forward pass: q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask. All heads have the same content."""
+    ignored = [torch.arange(length) % 4 == 2 if variant.masked else None for length in (N, M)]
+    queries, keys = (_odd_rows(length, variant, random) for length in (N, M))
+    values = torch.randint(-4, 5, (M, variant.dv), generator=random)
+    rows = [x.to(getattr(torch, variant.dtype)) for x in (queries, keys, values)]
+    if variant.masked:
+        rows = [x.masked_fill(mask[:, None], torch.nan) for x, mask in zip(rows, (*ignored, ignored[1]))]
+    masks = [None if mask is None else mask.expand(*HEADS[:1], -1).contiguous().to(device) for mask in ignored[::-1]]
+    head_rho = torch.full(HEADS, 0.75, device=device)
+    # Rows of a length that the copy engine cannot step over are read through pointers.
+    for gap in (0, 1, 2):
+        q, k, v = (_amid_nan(x.to(device), gap, variant.token_major) for x in rows)
+        arguments = [q, None if variant.tied else k, v, 2.0**-20, 1.0, head_rho, *masks]
+        if of(variant.op, "forward", arguments).described == variant.described:
+            break
+    return arguments
+
+
+def _odd_rows(length: int, variant: Variant, random: torch.Generator) -> Tensor:
+    """Rows of an odd number of 1 and -1, whose products are odd: no score is 0, where either side of the ReLU would be right."""
+    rows = torch.randint(0, 2, (length, variant.d), generator=random) * 2 - 1
+    rows[:, variant.d - 1 + variant.d % 2 :] = 0
+    return rows
+
+
+def _amid_nan(rows: Tensor, gap: int, token_major: bool) -> Tensor:
+    """rows (N, d) as every head of (B, H, N, d), each with NaN before it, after it, and in the gap after each row."""
+    B, H = HEADS
+    N, d = rows.shape
+    sizes = (B, N + 2 * MARGIN, H, d + gap) if token_major else (B, H, N + 2 * MARGIN, d + gap)
+    around = rows.new_full(sizes, torch.nan)
+    inside = (around.transpose(1, 2) if token_major else around)[:, :, MARGIN : MARGIN + N, :d]
+    return inside.copy_(rows)
+
+
+def _backward(variant: Variant, arguments: list, plain) -> list:
+    """The arguments of the backward pass after that forward pass, which torch operations make, once for all heads."""
+    q, k, v, *rest = arguments
+    out, *saved = (t.expand(*HEADS, *t.shape[2:]).contiguous() for t in plain.forward(*_one_head(arguments)))
+    dout = (
+        (torch.arange(out[0, 0].numel(), device=q.device) % 3 - 1)
+        .to(q.dtype)
+        .view(out.shape[2:])
+        .expand_as(out)
+        .contiguous()
+    )
+    return [dout, q, k, v, *([out] if variant.op == "pure" else []), *saved, *rest]
+
+
+def _one_head(arguments: list) -> list:
+    def first(x):
+        if not isinstance(x, Tensor):
+            return x
+        return x[:1] if x.dtype == torch.bool else x[:1, :1]
+
+    return [first(x) for x in arguments]
+
+
+def _file(variant: Variant, device: torch.device) -> Path:
+    return _folder(device) / f"{hashlib.sha256(str(variant).encode()).hexdigest()[:32]}.json"
+
+
+def _folder(device: torch.device) -> Path:
+    """Of the verdicts on this machine: below INFSA_CACHE_DIR, or where caches lie."""
+    given = os.environ.get("INFSA_CACHE_DIR")
+    root = Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "infsa_kernels"
+    key = json.dumps(_machine(device), sort_keys=True)
+    return root / "verdicts" / hashlib.sha256(key.encode()).hexdigest()[:16]
+
+
+@functools.cache
+def _machine(device: torch.device) -> dict[str, str]:
+    """All that a verdict is true for."""
+    found = {"GPU": _name(device), "torch": torch.__version__, "Triton": triton.__version__, "sources": _sources()}
+    found |= {"CUDA": str(torch.version.cuda), "HIP": str(torch.version.hip), "driver": _driver()}
+    if torch.version.cuda:
+        ptxas = triton.knobs.nvidia.ptxas
+        found |= {"ptxas": f"{ptxas.path} {ptxas.version}"}
+    return found | {name: value for name, value in os.environ.items() if name.startswith("TRITON_")}
+
+
+def _name(device: torch.device) -> str:
+    if device.type != "cuda":
+        return str(device)
+    properties = torch.cuda.get_device_properties(device)
+    return f"{properties.name} ({properties.major}.{properties.minor})"
+
+
+def _driver() -> str:
+    """The driver's version, as the kernel module says it."""
+    for file in ("/proc/driver/nvidia/version", "/sys/module/amdgpu/version"):
+        try:
+            return Path(file).read_text().splitlines()[0]
+        except OSError:
+            continue
+    return "unknown"
+
+
+def _sources() -> str:
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+
+
+def _write(file: Path, content: dict) -> None:
+    """At once or not at all, beside other processes that may write the same; not being able to costs another check."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".part", delete=False) as part:
+            json.dump(content, part, indent=1)
+        os.replace(part.name, file)
+    except OSError:
+        pass
+
+
+if __name__ == "__main__":
+    asked = Variant(**json.loads(sys.argv[2]))
+    print(json.dumps({"failure": _new_verdict(asked, torch.device(sys.argv[1]))}))

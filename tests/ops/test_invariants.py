@@ -1,0 +1,147 @@
+"""Whatever reaches a compiled raw operator, with no Python in between, is refused or answered: never a crash.
+
+Random calls with wrong shapes, dtypes, devices, strides, empty and missing arguments, in a process of their own. The eager
+operator, whose arguments Python checks, says which of them are right, and what is then the answer.
+"""
+
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import infsa_kernels  # noqa: F401
+
+OPS = ("linear", "pure", "central_query", "score_pool")
+CALLS = 300
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+OTHER_DTYPES = (*DTYPES, torch.int32, torch.bool, torch.uint8, torch.complex64)
+
+
+def compiled() -> set[str]:
+    """The operators that have C++ kernels for CPUs."""
+    names = torch._C._dispatch_get_registrations_for_dispatch_key("CPU")
+    return {name.removeprefix("infsa::") for name in names if name.startswith("infsa::") and "triton" not in name}
+
+
+@pytest.mark.skipif(not compiled(), reason="there is no extension")
+@pytest.mark.parametrize("seed", range(4))
+def test_no_call_crashes(seed):
+    assert compiled() == {f"{op}_{way}" for op in OPS for way in ("fwd", "bwd")}
+    run = subprocess.run([sys.executable, __file__, str(seed)], capture_output=True, text=True)
+    calls = run.stdout.splitlines()
+    assert run.returncode == 0, f"{calls[-1:]}\n{run.stderr[-2000:]}"
+    answered = sum(call.endswith("answered") for call in calls)
+    assert CALLS // 10 < answered < len(calls) - CALLS // 10, "the calls are all right, or all wrong"
+
+
+def good(op: str, rng: random.Random) -> dict:
+    """Arguments of forward by name, all of them right."""
+    dtype = rng.choice(DTYPES)
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def numbers(*shape, dtype=dtype):
+        return torch.randn(shape, dtype=torch.float64).to(dtype)
+
+    def maybe(t):
+        return t if rng.random() < 0.5 else None
+
+    B, H, N, M, d, v = rng.randint(1, 3), rng.randint(1, 3), *(rng.choice([1, 2, 5, 16, 33]) for _ in range(4))
+    if op in ("linear", "pure"):
+        k = maybe(numbers(B, H, M, d))
+        M = N if k is None else M
+        masks = {"key_padding_mask": maybe(torch.rand(B, M) < 0.3), "query_padding_mask": maybe(torch.rand(B, N) < 0.3)}
+        tensors = {"q": numbers(B, H, N, d), "k": k, "v": numbers(B, H, M, v)}
+        return tensors | {"eps": 1e-3, "rho": 0.9, "head_rho": maybe(numbers(B, H, dtype=acc))} | masks
+    if op == "central_query":
+        tensors = {"weight": numbers(H, d, v), "bias": maybe(numbers(H, d, dtype=acc))}
+    else:
+        tensors = {"keys": numbers(B, H, v, dtype=acc), "key_bias": maybe(numbers(B, H, dtype=acc))}
+    rest = {"norm_eps": maybe(1e-3), "eps": 1e-3, "padding_mask": maybe(torch.rand(B, N) < 0.3)}
+    return {"x": numbers(B, N, v)} | tensors | rest
+
+
+def backward(op, arguments: dict, rng: random.Random) -> dict:
+    """Those of backward: its schema tells what it takes of forward's results, and of which it takes a gradient."""
+    forward, names = (getattr(torch.ops.infsa, f"{op}_{way}").default for way in ("fwd", "bwd"))
+    found = dict(zip((r.name for r in forward._schema.returns), forward(*arguments.values())))
+    found |= {f"d{name}": torch.randn_like(t) for name, t in found.items()} | arguments
+    found["output_mask"] = [rng.random() < 0.7 for _ in names._schema.returns]
+    return {a.name: found[a.name] for a in names._schema.arguments}
+
+
+def another(name: str, value, rng: random.Random):
+    """Something else in the place of an argument: mostly wrong, at times as good."""
+    if isinstance(value, list):
+        return rng.choice([[not x for x in value], value[1:], [*value, True], []])
+    if isinstance(value, float):
+        return rng.choice([0.0, -1.0, 1.0, float("nan"), float("inf"), -float("inf"), 1e-300])
+    if value is None:
+        return None if name.endswith("eps") else torch.zeros([rng.randint(0, 3) for _ in range(rng.randint(0, 5))])
+    shape = list(value.shape)
+    at = rng.randrange(len(shape))
+    other_size = [*shape[:at], rng.choice([0, 1, shape[at] + 1, shape[at] - 1, 7]), *shape[at + 1 :]]
+    freed = value.clone()
+    freed.untyped_storage().resize_(0)
+    return rng.choice(
+        [
+            None,
+            value.to("meta"),
+            value.to(rng.choice(OTHER_DTYPES)),
+            value.new_zeros(other_size),
+            value.new_zeros([rng.randint(0, 6) for _ in range(rng.randint(0, 5))]),
+            value.transpose(at, -1),
+            value.mT.contiguous().mT if value.dim() > 1 else value,
+            value.new_zeros(value.numel() * 3 + 1)[1::3].view(shape).copy_(value),
+            value.flatten()[:1].expand(shape),
+            value[None],
+            value.select(at, 0),
+            value.to_sparse() if value.dtype != torch.bfloat16 else value.new_empty(0),
+            freed,
+        ]
+    )
+
+
+def answer(function, arguments):
+    """The results; None where the call is refused."""
+    try:
+        with torch._C._AutoDispatchBelowAutograd():
+            return function(*arguments)
+    except Exception as refusal:
+        assert not isinstance(refusal, AssertionError) and "INTERNAL ASSERT" not in str(refusal), refusal
+        return None
+
+
+def is_freed(value) -> bool:
+    if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_meta:
+        return False
+    return value.numel() > 0 and value.untyped_storage().nbytes() == 0
+
+
+def main(seed: int):
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    for i in range(CALLS):
+        op, way = rng.choice(OPS), rng.choice(["fwd", "bwd"])
+        arguments = good(op, rng)
+        if way == "bwd":
+            arguments = backward(op, arguments, rng)
+        changed = rng.sample(list(arguments), rng.choice([0, 1, 1, 1, 2, 3]))
+        arguments |= {name: another(name, arguments[name], rng) for name in changed}
+        print(i, op, way, {n: getattr(arguments[n], "shape", arguments[n]) for n in changed}, end=" ", flush=True)
+        actual = answer(getattr(torch.ops.infsa, f"{op}_{way}"), arguments.values())
+        freed = any(map(is_freed, arguments.values()))
+        wanted = None if freed else answer(getattr(torch.ops.infsa, f"{op}_{way}_eager"), arguments.values())
+        assert (actual is None) == (wanted is None), f"the eager operator {'refuses' if wanted is None else 'answers'}"
+        for a, w in zip(actual or (), wanted or ()):
+            assert (a.shape, a.dtype, a.device) == (w.shape, w.dtype, w.device)
+            if not changed:
+                torch.testing.assert_close(
+                    a.double(), w.double(), rtol=0.05, atol=0.05 * float(w.abs().max() if w.numel() else 0)
+                )
+        print("refused" if actual is None else "answered", flush=True)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

@@ -1,0 +1,319 @@
+"""What moves between registers, memory and the lanes of a warp: loads, stores, copies, shuffles, products, atomics."""
+
+import functools
+import re
+from collections.abc import Callable
+
+import numpy as np
+
+from .arithmetic import TYPES, from_bf16
+from .memory import IN_FLIGHT, UINT, WARP, WRITTEN, Fault, Global
+from .parse import Instruction, parts
+
+LANE = np.arange(WARP)
+
+
+def step(m, i: Instruction) -> Callable[[np.ndarray], None] | None:
+    """What an instruction does in the lanes of a mask; None if it is none of these."""
+    make, found = _maker(i.opcode)
+    return make and make(m, i, found)
+
+
+@functools.cache
+def _maker(opcode: str) -> tuple[Callable | None, re.Match | None]:
+    matches = ((make, re.fullmatch(pattern, opcode)) for pattern, make in MADE.items())
+    return next((match for match in matches if match[1]), (None, None))
+
+
+def _move(m, i, found):
+    kind = found["t"]
+    destination, source = i.operands
+    bits = 1 if kind == "pred" else 8 * TYPES[kind].itemsize
+    if destination[0] == "{":
+        value, pieces = m.read(source, f"b{bits}"), parts(destination)
+        width = bits // len(pieces)
+        writes = [m.writer(piece, f"b{width}") for piece in pieces]
+
+        def unpack(mask):
+            for j, write in enumerate(writes):
+                write((value >> value.dtype.type(j * width)).astype(TYPES[f"b{width}"]), mask)
+
+        return unpack
+    write = m.writer(destination, kind)
+    if source[0] == "{":
+        pieces = parts(source)
+        width, whole = bits // len(pieces), TYPES[f"b{bits}"]
+        values = [m.read(piece, f"b{width}") for piece in pieces]
+
+        def pack(mask):
+            packed = [value.astype(whole) << whole.type(j * width) for j, value in enumerate(values)]
+            write(np.bitwise_or.reduce(packed), mask)
+
+        return pack
+    value = m.read(source, kind)
+    return lambda mask: write(value, mask)
+
+
+def _parameter(m, i, found):
+    kind = found["t"]
+    value = np.frombuffer(m.parameters[i.operands[1].strip("[]")], TYPES[kind])[:1]
+    register = m.registers[i.operands[0]]
+
+    def load(mask):
+        register[mask] = _extended(value, kind, register)
+
+    return load
+
+
+def _extended(value: np.ndarray, kind: str, register: np.ndarray) -> np.ndarray:
+    """As a register wider than the value holds it: by its sign, or with zeros."""
+    return value.view(TYPES[kind]).astype(register.dtype)
+
+
+def _load(m, i, found):
+    """Of one to four elements."""
+    kind, targets = found["t"], parts(i.operands[0])
+    width, count = TYPES[kind].itemsize, int(found["count"] or 1)
+    assert len(targets) == count
+    registers = [None if r == "_" else m.registers[r] for r in targets]
+    at = _place(m, i, i.operands[1], found["space"], width * count)
+
+    def load(mask):
+        lanes = np.flatnonzero(mask)
+        offsets = at(lanes)
+        if found["space"] == "shared":
+            m.shared.reads(offsets, width * count, lanes, i)
+            values = m.shared.load(offsets, width, count, i)
+        else:
+            m.history.note(offsets, width * count, lanes, i, writes=False)
+            values = m.memory.load(offsets, width, count, i)
+        for register, value in zip(registers, values):
+            if register is not None:
+                register[lanes] = _extended(value, kind, register)
+
+    return load
+
+
+def _store(m, i, found):
+    kind, sources = found["t"], parts(i.operands[1])
+    width, count = TYPES[kind].itemsize, int(found["count"] or 1)
+    assert len(sources) == count
+    # Of a wider register the low bits.
+    values = [m.registers[source] if source in m.registers else m.read(source, kind) for source in sources]
+    at = _place(m, i, i.operands[0], found["space"], width * count)
+
+    def store(mask):
+        lanes = np.flatnonzero(mask)
+        offsets = at(lanes)
+        stored = [(value[lanes] if value.shape else np.full(len(lanes), value)).astype(UINT[width]) for value in values]
+        if found["space"] == "shared":
+            m.shared.writes(offsets, width * count, lanes, i)
+            m.shared.store(offsets, width, stored, i)
+        else:
+            m.history.note(offsets, width * count, lanes, i, writes=True)
+            m.memory.store(offsets, width, stored, i)
+
+    return store
+
+
+def _place(m, i, operand: str, space: str, length: int) -> Callable[[np.ndarray], np.ndarray]:
+    address = m.address(operand, "b32" if space == "shared" else "b64")
+    if space == "shared":
+        return lambda lanes: m.shared.offsets(address(lanes), m.program[lanes], length, i)
+    return lambda lanes: address(lanes) - Global.BASE
+
+
+class Copies:
+    """cp.async: copies that arrive at some time up to the wait for their group, which each thread does for itself."""
+
+    def __init__(self, m):
+        self.m = m
+        self.groups = np.zeros(len(m.thread), np.int64)  # that each thread has committed
+        self.pending: list[tuple] = []  # lanes, their group, where to, the data, the instruction
+
+    def start(self, i, found):
+        """cp.async to, from, bytes, bytes to read: what is not read becomes 0."""
+        m, length = self.m, int(i.operands[2], 0)
+        to, source = _place(m, i, i.operands[0], "shared", length), _place(m, i, i.operands[1], "global", length)
+        size = m.read(i.operands[3], "b32") if len(i.operands) > 3 else np.full(len(m.thread), length)
+        assert length == 16 or found["cache"] == "ca"
+
+        def start(mask):
+            lanes = np.flatnonzero(mask)
+            if not np.isin(size[lanes], (0, length)).all():
+                raise Fault(f"{i}: reads a part of its {length} bytes")
+            reading = lanes[size[lanes] > 0]
+            data = np.zeros((len(lanes), length // 4), np.uint32)
+            offsets = source(reading)
+            m.history.note(offsets, length, reading, i, writes=False)
+            data[size[lanes] > 0] = np.stack(m.memory.load(offsets, 4, length // 4, i), 1)
+            at = to(lanes)
+            m.shared.writes(at, length, lanes, i)
+            m.shared.store(at, 4, list(data.T), i)
+            self._mark(at, length, IN_FLIGHT)
+            self.pending.append((lanes, self.groups[lanes].copy(), at, length, i))
+
+        return start
+
+    def commit(self, i, found):
+        def commit(mask):
+            self.groups[mask] += 1
+
+        return commit
+
+    def wait(self, i, found):
+        """wait_group n: all but the thread's last n groups have arrived; wait_all: also what is in none yet."""
+        everything = i.opcode == "cp.async.wait_all"
+        left = 0 if everything else int(i.operands[0], 0)
+
+        def wait(mask):
+            pending, self.pending = self.pending, []
+            for lanes, group, at, length, copy in pending:
+                done = mask[lanes] & (everything | (group < self.groups[lanes] - left))
+                self._mark(at[done], length, WRITTEN)
+                # The thread sees them, others do after a barrier.
+                self.m.shared.writes(at[done], length, lanes[done], copy)
+                if not done.all():
+                    self.pending.append((lanes[~done], group[~done], at[~done], length, copy))
+
+        return wait
+
+    def _mark(self, at: np.ndarray, length: int, state: int) -> None:
+        self.m.shared.state[at[:, None] + np.arange(length)] = state
+
+
+def _shuffle(m, i, found):
+    destination, source, other, clamp, members = i.operands
+    if (clamp, members) not in (("31", "-1"), ("31", "0xffffffff")):
+        raise NotImplementedError(f"{i}: only shuffles of whole warps")
+    value, other, write = m.read(source, "b32"), m.read(other, "b32"), m.writer(destination, "b32")
+    lane = m.thread % WARP
+
+    def shuffle(mask):
+        m.whole_warps(mask, i)
+        source = lane ^ other if found["how"] == "bfly" else other
+        write(value[m.thread - lane + (source & 31).astype(np.int64)], mask)
+
+    return shuffle
+
+
+def _warp_barrier(m, i, found):
+    if i.operands not in (("-1",), ("0xffffffff",)):
+        raise NotImplementedError(f"{i}: only barriers of whole warps")
+    return lambda mask: m.shared.warp_barrier(m.whole_warps(mask, i))
+
+
+def _load_matrices(m, i, found):
+    """ldmatrix: lanes 8 j to 8 j + 7 name the rows of 16 bytes of matrix j; lane l gets elements 2 l and 2 l + 1 of each."""
+    count, transposed = int(found["count"]), found["trans"]
+    writes = [m.writer(r, "b32") for r in parts(i.operands[0])]
+    assert len(writes) == count
+    at = _place(m, i, i.operands[1], "shared", 16)
+
+    def load(mask):
+        warps = m.whole_warps(mask, i)
+        naming = (warps[:, None] * WARP + np.arange(8 * count)).reshape(-1)
+        offsets = at(naming)
+        m.shared.reads(offsets, 16, naming, i)
+        matrices = np.stack(m.shared.load(offsets, 2, 8, i), 1)
+        matrices = matrices.reshape(len(warps), count, 8, 8).astype(np.uint32)
+        if transposed:
+            matrices = matrices.swapaxes(2, 3)
+        pairs = matrices.reshape(len(warps), count, WARP, 2)
+        value = np.zeros((len(m.thread) // WARP, WARP), np.uint32)
+        for j, write in enumerate(writes):
+            value[warps] = pairs[:, j, :, 0] | pairs[:, j, :, 1] << np.uint32(16)
+            write(value.reshape(-1), mask)
+
+    return load
+
+
+def _halves(kind: str) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    def split(register):
+        low, high = (register & np.uint32(0xFFFF)).astype(np.uint16), (register >> np.uint32(16)).astype(np.uint16)
+        if kind == "bf16":
+            return from_bf16(low), from_bf16(high)
+        return low.view(np.float16).astype(np.float32), high.view(np.float16).astype(np.float32)
+
+    return split
+
+
+def _multiply(m, i, found):
+    """mma.m16n8k16 of 16-bit types and m16n8k8 of tf32, into float32. Row g = lane / 4, pair q = lane mod 4."""
+    kind, k = found["kind"], int(found["k"])
+    assert k == (8 if kind == "tf32" else 16)
+    a, b, c = ([m.read(r, "b32") for r in parts(operand)] for operand in i.operands[1:])
+    writes = [m.writer(r, "f32") for r in parts(i.operands[0])]
+    g, q = LANE // 4, LANE % 4
+    split = _halves(kind)
+
+    def fill(matrix, row, column, register):
+        """Of matrix [warp, row, column] what a register of each lane holds."""
+        register = register.reshape(-1, WARP)
+        if kind == "tf32":
+            # The multiplier does not see the last 13 bits.
+            matrix[:, row(q), column(q)] = (register & np.uint32(0xFFFFE000)).view(np.float32)
+        else:
+            for half, values in enumerate(split(register)):
+                matrix[:, row(2 * q + half), column(2 * q + half)] = values
+
+    def multiply(mask):
+        m.whole_warps(mask, i)
+        warps = len(m.thread) // WARP
+        A, B, C = (np.empty((warps, *shape), np.float32) for shape in ((16, k), (k, 8), (16, 8)))
+        for j, register in enumerate(a):
+            fill(A, lambda _: g + 8 * (j % 2), lambda at: at + k // 2 * (j // 2), register)
+        for j, register in enumerate(b):
+            fill(B, lambda at: at + k // 2 * j, lambda _: g, register)
+        for j, register in enumerate(c):
+            C[:, g + 8 * (j // 2), 2 * q + j % 2] = register.view(np.float32).reshape(-1, WARP)
+        D = A @ B + C
+        for j, write in enumerate(writes):
+            write(D[:, g + 8 * (j // 2), 2 * q + j % 2].reshape(-1), mask)
+
+    return multiply
+
+
+def _atomic_add(m, i, found):
+    """atom.add of 32-bit integers; it orders other programs unless it is relaxed or of one program's scope."""
+    write = m.writer(i.operands[0], "b32")
+    at, value = _place(m, i, i.operands[1], "global", 4), m.read(i.operands[2], "b32")
+    order = found["order"] if found["scope"] != "cta" else "relaxed"
+
+    def add(mask):
+        before = np.zeros(len(m.thread), np.uint32)
+        for lane in np.flatnonzero(mask):
+            one = np.array([lane])
+            offsets = at(one)
+            (before[lane],) = m.memory.load(offsets, 4, 1, i)[0]
+            added = before[one] + (value[one] if value.shape else value)
+            m.memory.store(offsets, 4, [added.astype(np.uint32)], i)
+            m.history.note(offsets, 4, one, i, writes=True, atomic=True)
+            m.history.synchronise(
+                int(offsets[0]), int(lane), order in ("acquire", "acq_rel"), order in ("release", "acq_rel")
+            )
+        write(before, mask)
+
+    return add
+
+
+def _copies(method: str):
+    return lambda m, i, found: getattr(m.copies, method)(i, found)
+
+
+SPACE = r"(?P<space>global|shared)(?:::cta)?"
+VECTOR = r"(?:\.v(?P<count>2|4))?"
+MADE = {
+    r"mov\.(?P<t>pred|[bsu](?:16|32|64)|f32|f64)": _move,
+    r"ld\.param\.(?P<t>[bsu](?:32|64))": _parameter,
+    rf"ld\.{SPACE}(?:\.c[ag])?{VECTOR}\.(?P<t>[bsu](?:8|16|32|64))": _load,
+    rf"st\.{SPACE}{VECTOR}\.(?P<t>[bsu](?:8|16|32|64))": _store,
+    r"cp\.async\.(?P<cache>c[ag])\.shared\.global": _copies("start"),
+    r"cp\.async\.commit_group": _copies("commit"),
+    r"cp\.async\.(?:wait_group|wait_all)": _copies("wait"),
+    r"shfl\.sync\.(?P<how>bfly|idx)\.b32": _shuffle,
+    r"bar\.warp\.sync": _warp_barrier,
+    r"ldmatrix\.sync\.aligned\.m8n8\.x(?P<count>1|2|4)(?P<trans>\.trans)?\.shared\.b16": _load_matrices,
+    r"mma\.sync\.aligned\.m16n8k(?P<k>8|16)\.row\.col\.f32\.(?P<kind>f16|bf16|tf32)\.(?P=kind)\.f32": _multiply,
+    r"atom\.global\.(?P<scope>cta|gpu|sys)\.(?P<order>relaxed|acquire|release|acq_rel)\.add\.u32": _atomic_add,
+}

@@ -1,0 +1,192 @@
+"""Runs a kernel: one lane per element of an array, all programs of a launch at once or in any other order."""
+
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+from . import arithmetic, exchange
+from .arithmetic import TYPES
+from .memory import UINT, WARP, Fault, Global, Shared
+from .parse import Instruction, Kernel
+from .races import History
+
+# Which programs run for a while, of those (bool) that can. Only atomics make the order matter, or else there is a race: so no
+# other instruction is interrupted.
+Order = Callable[[np.ndarray], np.ndarray]
+
+
+def together(ready: np.ndarray) -> np.ndarray:
+    return ready
+
+
+def ascending(ready: np.ndarray) -> np.ndarray:
+    return np.arange(len(ready)) == ready.argmax()
+
+
+def descending(ready: np.ndarray) -> np.ndarray:
+    return ascending(ready[::-1])[::-1]
+
+
+def shuffled(seed: int) -> Order:
+    random = np.random.default_rng(seed)
+
+    def some(ready: np.ndarray) -> np.ndarray:
+        chosen = ready & (random.random(len(ready)) < 0.5)
+        return chosen if chosen.any() else np.arange(len(ready)) == random.choice(np.flatnonzero(ready))
+
+    return some
+
+
+class Machine:
+    """One launch."""
+
+    def __init__(
+        self, kernel: Kernel, parameters: Iterable[bytes], programs: int, threads: int, shared: int, memory: Global
+    ):
+        self.kernel, self.threads, self.memory = kernel, threads, memory
+        self.parameters = dict(zip(kernel.parameters, parameters, strict=True))
+        lanes = np.arange(programs * threads)
+        self.thread, self.program = lanes, lanes // threads
+        self.special = {
+            "%tid.x": (lanes % threads).astype(np.uint32),
+            "%ctaid.x": self.program.astype(np.uint32),
+            "global_smem": np.uint32(Shared.BASE),
+        }
+        self.registers = {
+            name: np.zeros(len(lanes), bool if bits == 1 else UINT[bits // 8])
+            for name, bits in kernel.registers.items()
+        }
+        self.shared, self.history = Shared(programs, threads, shared), History(programs, threads)
+        self.copies = exchange.Copies(self)
+        self.pc = np.zeros(len(lanes), np.int64)
+        self.alive = np.ones(len(lanes), bool)
+        self.waiting = np.zeros(len(lanes), bool)
+        self.reached = np.zeros(len(kernel.code), bool)
+        self.steps = [self._step(i) for i in kernel.code]
+        self.ends = self._ends()
+
+    def read(self, operand: str, kind: str) -> np.ndarray:
+        """A register, as an array that stays the same one, or an immediate, as an element of the type."""
+        dtype = TYPES[kind]
+        if operand in self.registers or operand in self.special:
+            value = self.registers.get(operand, self.special.get(operand))
+            assert value.dtype.itemsize == dtype.itemsize and (value.dtype.kind == "b") == (kind == "pred"), (
+                operand,
+                kind,
+            )
+            return value.view(dtype)
+        if operand[:2] == "0f":
+            return np.uint32(int(operand[2:], 16)).view(dtype)
+        if kind == "pred":
+            return np.bool_(int(operand))
+        bits = 8 * dtype.itemsize
+        return UINT[dtype.itemsize](int(operand.rstrip("U"), 0) & ((1 << bits) - 1)).view(dtype)
+
+    def writer(self, operand: str, kind: str) -> Callable[[np.ndarray, np.ndarray], None]:
+        """Of values of a type to a register, in the lanes of a mask."""
+        if operand == "_":
+            return lambda value, mask: None
+        register = self.read(operand, kind)
+
+        def write(value, mask):
+            np.copyto(register, value, where=mask)
+
+        return write
+
+    def address(self, operand: str, kind: str) -> Callable[[np.ndarray], np.ndarray]:
+        """Of `[register+offset]`, in some lanes, as int64."""
+        base, _, offset = operand.strip("[]").partition("+")
+        register, offset = self.read(base, kind), int(offset or "0", 0)
+
+        def of(lanes):
+            at = register[lanes] if register.shape else np.full(len(lanes), register)
+            return at.astype(np.int64) + offset
+
+        return of
+
+    def whole_warps(self, mask: np.ndarray, i: Instruction) -> np.ndarray:
+        """The warps that a mask holds: an instruction of a whole warp needs all lanes of it."""
+        warps = mask.reshape(-1, WARP)
+        if (warps.any(1) != warps.all(1)).any():
+            raise Fault(f"{i}: only some lanes of a warp are here")
+        return np.flatnonzero(warps.any(1))
+
+    def run(self, order: Order = together, first_wins: bool = False) -> None:
+        """``first_wins``: where several lanes store to one place of shared memory at once, and not the last."""
+        self.shared.lanes = slice(None, None, -1) if first_wins else slice(None)
+        with np.errstate(all="ignore"):
+            while self.alive.any():
+                ready = (self.alive & ~self.waiting).reshape(-1, self.threads).any(1)
+                lanes = self.alive & ~self.waiting & np.repeat(order(ready), self.threads)
+                pc = int(self.pc[lanes].min())
+                self._block(pc, lanes & (self.pc == pc))
+        self.history.check(len(self.memory.data))
+
+    def _block(self, pc: int, lanes: np.ndarray) -> None:
+        """From an instruction to the next that decides where lanes go on."""
+        while True:
+            i, step = self.kernel.code[pc], self.steps[pc]
+            mask = lanes
+            if i.guard:
+                held = self.registers[i.guard]
+                mask = lanes & (~held if i.negated else held)
+            self.pc[lanes] = pc + 1 if self.ends[pc] else pc
+            if not i.guard or mask.any():
+                self.reached[pc] = True
+                step(mask)
+            if self.ends[pc]:
+                return
+            pc += 1
+
+    def _ends(self) -> np.ndarray:
+        ends = np.zeros(len(self.kernel.code), bool)
+        ends[[at - 1 for at in self.kernel.labels.values() if at]] = True
+        for at, i in enumerate(self.kernel.code):
+            control = i.opcode.startswith(("bra", "ret", "exit", "bar.sync"))
+            atomic = i.opcode.startswith(("atom.", "red."))
+            ends[at] |= control or atomic
+            if atomic and at:
+                ends[at - 1] = True
+        return ends
+
+    def _step(self, i: Instruction) -> Callable[[np.ndarray], None]:
+        if i.opcode in ("bra", "bra.uni"):
+            target = self.kernel.labels[i.operands[0]]
+
+            def branch(mask):
+                self.pc[mask] = target
+
+            return branch
+        if i.opcode in ("ret", "exit"):
+
+            def leave(mask):
+                self.alive &= ~mask
+                self._release(np.unique(self.program[mask]))
+
+            return leave
+        if i.opcode == "bar.sync" and i.operands == ("0",):
+
+            def wait(mask):
+                self.whole_warps(mask, i)
+                self.waiting |= mask
+                self._release(np.unique(self.program[mask]))
+
+            return wait
+        if found := arithmetic.operation(i.opcode):
+            kinds, result, compute = found
+            destination, *sources = i.operands
+            values = [self.read(source, kind) for source, kind in zip(sources, kinds, strict=True)]
+            write = self.writer(destination, result)
+            return lambda mask: write(compute(*values), mask)
+        if step := exchange.step(self, i):
+            return step
+        raise NotImplementedError(f"{self.kernel.name}: {i}")
+
+    def _release(self, programs: np.ndarray) -> None:
+        """Of those whose threads have all come to the barrier, or have left."""
+        here = (self.waiting | ~self.alive).reshape(-1, self.threads)[programs].all(1)
+        over = programs[here & self.waiting.reshape(-1, self.threads)[programs].any(1)]
+        if len(over):
+            self.waiting.reshape(-1, self.threads)[over] = False
+            self.shared.barrier(over)
+            self.history.barrier(over)

@@ -1,0 +1,159 @@
+"""Every Triton kernel as compiled for sm_80, executed: right, in bounds, nothing read that was never written, no race.
+
+What finds the last three is the machine itself, whose own tests are in test_machine.py; that every barrier and every wait is
+needed, or why not, in test_mutants.py.
+"""
+
+import pytest
+import torch
+from helpers.calls import Call, expected, output_gradient
+from helpers.layouts import LAYOUTS
+from helpers.sweep import some
+
+from infsa_kernels.testing import FORWARD, GRADIENT, assert_within
+
+triton = pytest.importorskip("triton")
+if triton.knobs.runtime.interpret:
+    pytest.skip("the interpreter does not compile", allow_module_level=True)
+
+from infsa_kernels.triton import configs  # noqa: E402
+
+from .launches import executing  # noqa: E402
+from .machine import descending, shuffled  # noqa: E402
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+by_op = pytest.mark.parametrize("op", ["linear", "pure"])
+
+
+@pytest.fixture(autouse=True)
+def splits(monkeypatch):
+    """Linear's sequences are cut from 128 tokens on, as those of more than 512 are, into splits of several tiles."""
+    monkeypatch.setattr(configs, "WHOLE", 128)
+    monkeypatch.setattr(configs, "PROGRAMS", {"sm_80": 12})
+
+
+def make(op, dtype, *, tied=False, masks="", N=200, M=131, H=2, d=64, dv=64, layout="token_major") -> Call:
+    M = N if tied else M
+
+    def tensor(length, width):
+        return LAYOUTS[layout](torch.randn(1, H, length, width, dtype=DTYPES[dtype]))
+
+    q, k, v = tensor(N, d), None if tied else tensor(M, d), tensor(M, dv)
+    keys, queries = torch.rand(1, M) < 0.4, torch.rand(1, N) < 0.4
+    if "keys" in masks:
+        # NaN counts as unwritten: it must not even be read.
+        for t in (v,) if tied else (k, v):
+            t.masked_fill_(keys[:, None, :, None], float("nan"))
+    call = Call(op, q, k, v, torch.rand(H) + 0.5, 1.0)
+    call.key_padding_mask = keys if "keys" in masks else None
+    call.query_padding_mask = queries if "queries" in masks else None
+    return call
+
+
+def results(call: Call, dout, **how) -> dict[str, torch.Tensor]:
+    with executing(**how):
+        return {"out": call.run(), **call.gradients(dout)}
+
+
+def check(call: Call) -> None:
+    """The rule, and the same bits whichever program runs first and whichever lane's store stays.
+
+    The last holds where threads read several elements of a row at once. Where each reads one, a product of its own goes into
+    the first sum over the row by FMA, and what the others send has been rounded: the lanes' sums differ in their last bits.
+    """
+    dout = output_gradient(call)
+    before = {name: t.clone() for name, t in call.tensors().items()}
+    found = results(call, dout)
+    for name, wanted in expected(call, dout).items():
+        factor, what = (FORWARD, "out") if name == "out" else (GRADIENT, f"d{name}")
+        assert_within(found[name], wanted.truth, wanted.eager_error, factor, what)
+    for name, t in call.tensors().items():
+        assert torch.equal(t.nan_to_num(), before[name].nan_to_num()), f"{name} was written to"
+    row_at_once = call.q.stride(3) == 1 and call.q.data_ptr() % 16 == call.q.stride(2) * call.q.itemsize % 256 == 0
+    for order in (descending, shuffled(1)) if call.op == "linear" else ():
+        for name, t in results(call, dout, order=order, first_wins=row_at_once).items():
+            assert torch.equal(t, found[name]), f"{name} differs with the order in which programs run"
+
+
+KINDS = [
+    (op, dtype, tied, masks)
+    for op in ("linear", "pure")
+    for dtype in DTYPES
+    for tied in (False, True)
+    for masks in ("", "keys", "queries", "keys, queries")
+]
+IN_MAKE_TEST = [kind for kind in KINDS if not kind[3]] + [
+    ("linear", "bf16", True, "keys, queries"),
+    ("linear", "fp16", False, "keys, queries"),
+    ("linear", "fp32", False, "keys, queries"),
+    ("pure", "fp16", True, "keys, queries"),
+    ("pure", "bf16", False, "keys, queries"),
+    ("pure", "fp32", False, "keys, queries"),
+]
+
+
+@pytest.mark.parametrize(("op", "dtype", "tied", "masks"), some(KINDS, *IN_MAKE_TEST))
+def test_tiles_and_a_tail(op, dtype, tied, masks):
+    sizes = {"N": 600, "M": 530, "H": 3, "d": 16, "dv": 16} if op == "linear" else {}
+    if op == "pure" and dtype == "fp32":
+        sizes = {"N": 70, "M": 65}
+    check(make(op, dtype, tied=tied, masks=masks, **sizes))
+
+
+SHORT = [kind[:3] for kind in KINDS if not kind[3]]
+
+
+@pytest.mark.parametrize(("op", "dtype", "tied"), some(SHORT, ("linear", "bf16", True), ("pure", "fp16", False)))
+def test_short_sequences(op, dtype, tied):
+    """Linear in one program per head group, and so few scores that Pure's backward pass makes them anew."""
+    sizes = {"N": 70, "M": 45, "d": 16, "dv": 16} if op == "linear" else {"N": 32, "M": 29}
+    check(make(op, dtype, tied=tied, **sizes))
+
+
+@by_op
+@pytest.mark.parametrize("dtype", some(DTYPES, "bf16"))
+@pytest.mark.parametrize("layout", some(LAYOUTS, "every_other_channel"))
+def test_layouts(op, dtype, layout):
+    check(make(op, dtype, N=150, M=70, d=16, dv=32, layout=layout))
+
+
+HEAD_DIMS = [(1, 1), (3, 5), (20, 9), (33, 100), (40, 40), (72, 72), (128, 128), (128, 16), (160, 256), (256, 256)]
+
+
+@by_op
+@pytest.mark.parametrize("dtype", some(DTYPES, "fp16"))
+@pytest.mark.parametrize(("d", "dv"), some(HEAD_DIMS, (40, 40)))
+@pytest.mark.parametrize("tied", some([False, True], True))
+def test_head_dims(op, dtype, d, dv, tied):
+    sizes = {"N": 150, "M": 140} if op == "linear" else {"N": 70, "M": 65}
+    check(make(op, dtype, H=1, d=d, dv=dv, tied=tied, **sizes))
+
+
+@pytest.mark.sweep
+@by_op
+@pytest.mark.parametrize(("N", "M"), [(1, 1), (1, 70), (33, 1), (64, 64), (128, 64), (64, 128), (127, 129), (256, 320)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_lengths(op, dtype, N, M):
+    check(make(op, dtype, N=N, M=M, d=16 if op == "linear" else 64, H=3))
+
+
+@pytest.mark.parametrize("tied", some([False, True], False))
+@pytest.mark.parametrize("d", some([64, 128, 256], 64))
+def test_tf32(d, tied):
+    """The matrix instructions of float32. Scores of inputs that TF32 holds exactly are exact; what else is multiplied loses the
+    bits after the tenth."""
+    call = make("pure", "fp32", N=70, M=65, H=1, d=d, dv=d, tied=tied)
+    for t in call.qkv().values():
+        if t is not None:
+            t.copy_(t.bfloat16())
+    dout = output_gradient(call).bfloat16().float()
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        found = results(call, dout)
+    finally:
+        torch.set_float32_matmul_precision(precision)
+    out, gradients = call.reference_results(dout, torch.float64)
+    for name, truth in {"out": out, **gradients}.items():
+        error = (found[name] - truth).abs().max() / truth.abs().max()
+        assert error < 2**-9, f"{name}: {error}"
