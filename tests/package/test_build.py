@@ -73,10 +73,15 @@ def test_unknown_value():
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = clone.make(tmp_path_factory.mktemp("built"))
-    compiled(folder)
-    return folder
+def made(tmp_path_factory):
+    return clone.make(tmp_path_factory.mktemp("built"))
+
+
+@pytest.fixture
+def folder(made):
+    """As a build without options leaves it, whatever the test before did there."""
+    compiled(made)
+    return made
 
 
 def compiled(folder, *command, **environment) -> set[str]:
@@ -123,7 +128,6 @@ def test_other_flags_compile_everything(folder):
 
 @pytest.mark.sweep
 def test_sources_that_changed_without_a_new_time_are_compiled(folder):
-    compiled(folder)
     rewrite(folder / "csrc/facts.h", "\n", "\n\n")
     assert compiled(folder) == EVERYTHING
 
