@@ -80,7 +80,8 @@ def test_rule(form, dtype):
 def test_sizes_by_the_rule(sizes, dtype):
     shape, heads, head, v_head, out = sizes
     call = layer(dtype, tied=False, shape=shape, heads=heads, head=head, v_head=v_head, out=out)
-    check(call, output_gradient(call))
+    # Of many heads and few tokens some have next to no positive score: errors differ tenfold between nearby inputs.
+    check(call, output_gradient(call), draws=25)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
