@@ -36,9 +36,7 @@ template <typename V> struct Pass {
   static constexpr int64_t lanes = kLanes<A>;
   const LinearArgs& args;
   const LinearTask& task;
-  const int64_t d, d_v;                // in whole vectors
-  const int64_t d_vecs, d_v_vecs;      // how many
-  const int64_t d_stride, d_v_stride;  // between the vectors of a group's rows
+  const int64_t d, d_v;  // in whole vectors
   A *const sums, *const d_tile_data, *const d_v_tile_data;
 
   Pass(const LinearArgs& args, const LinearTask& task, const Scratch<A>& layout)
@@ -46,15 +44,16 @@ template <typename V> struct Pass {
         task(task),
         d(layout.d),
         d_v(layout.d_v),
-        d_vecs(V::kVecs ? V::kVecs : d / lanes),
-        d_v_vecs(V::kVecs ? V::kVecs : d_v / lanes),
-        d_stride(V::kOneHead ? 0 : d),
-        d_v_stride(V::kOneHead ? 0 : d_v),
         sums(static_cast<A*>(task.scratch)),
         d_tile_data(sums + layout.sums_size),
         d_v_tile_data(d_tile_data + lanes * d) {}
   Pass(const LinearArgs& args, const LinearTask& task) : Pass(args, task, {task.heads, args.d, args.d_v}) {}
 
+  // Vectors of a row, and what lies between the vectors that a group's rows go with: constants where they can be.
+  INFSA_INLINE int64_t d_vecs() const { return V::kVecs ? V::kVecs : d / lanes; }
+  INFSA_INLINE int64_t d_v_vecs() const { return V::kVecs ? V::kVecs : d_v / lanes; }
+  INFSA_INLINE int64_t d_stride() const { return V::kOneHead ? 0 : d; }
+  INFSA_INLINE int64_t d_v_stride() const { return V::kOneHead ? 0 : d_v; }
   INFSA_INLINE Group<A> d_tile() const { return {d_tile_data, d}; }
   INFSA_INLINE Group<A> d_v_tile() const { return {d_v_tile_data, d_v}; }
 
@@ -96,16 +95,18 @@ template <typename V> struct Pass {
     }
   }
 
-  // Rows of ignored tokens: weight * vector, or 0 without weights. Not hot, so one way for every layout, by the tiles.
-  void write_ignored(const Rows& rows, int64_t begin, int64_t end, int64_t size, const A* weights, const A* vectors,
-                     const void* unit) const {
+  // Rows of ignored tokens: weight * vector, or 0 without weights. Not hot, so one way for every layout, by the tiles,
+  // and by a Pass of its own: that of the hot loop stays in registers.
+  static void write_ignored(const LinearArgs& args, const LinearTask& task, const Rows& rows, int64_t begin,
+                            int64_t end, int64_t size, const A* weights, const A* vectors, const void* unit) {
     if (!rows.data) return;
+    const Pass pass(args, task);
     const int64_t width = row_length<A>(size);
     for (int64_t n = begin; n < end; ++n) {
       for (int64_t h = 0; h < task.heads; ++h) {
         for (int64_t c = 0; c < width; c += lanes)
-          store(d_tile_data + c, weights ? weights[n * task.heads + h] * load(vectors + h * width + c) : Vec<A>{});
-        store_row(group(rows, n, h).data, rows.channel, size, units(unit, h)[0], d_tile_data);
+          store(pass.d_tile_data + c, weights ? weights[n * task.heads + h] * load(vectors + h * width + c) : Vec<A>{});
+        store_row(pass.group(rows, n, h).data, rows.channel, size, pass.units(unit, h)[0], pass.d_tile_data);
       }
     }
   }
@@ -118,7 +119,7 @@ template <typename V, bool kNorm> void forward(const LinearArgs& args, const Lin
   using A = typename V::A;
   const Pass<V> pass(args, task);
   const int64_t width = kNorm ? pass.d : pass.d_v, y_size = kNorm ? args.d : args.d_v;
-  const int64_t y_vecs = kNorm ? pass.d_vecs : pass.d_v_vecs;
+  const int64_t y_vecs = kNorm ? pass.d_vecs() : pass.d_v_vecs();
   const A* vector = pass.of_heads(args.score_query, pass.d);
   A *sums = pass.sums, *weight_sums = sums + task.heads * width;
   const Prefetch<V> prefetch_x(x_rows, task, args.d), prefetch_y(y_rows, task, y_size);
@@ -132,9 +133,9 @@ template <typename V, bool kNorm> void forward(const LinearArgs& args, const Lin
         const auto sum = [&](auto x, auto y) INFSA_LAMBDA {
           Vec<A> weight;
           if constexpr (kNorm) {
-            weight = norms<A>(x, rows, pass.d_vecs);
+            weight = norms<A>(x, rows, pass.d_vecs());
           } else {
-            weight = relu(dots(x, vector + h * pass.d, pass.d_stride, rows, pass.d_vecs));
+            weight = relu(dots(x, vector + h * pass.d, pass.d_stride(), rows, pass.d_vecs()));
           }
           store(weight_sums + h, load(weight_sums + h) + weight);
           add_weighted<V::kOneHead>(sums + h * width, width, y, weight, rows, y_vecs);
@@ -172,13 +173,13 @@ template <typename V> void backward_keys(const LinearArgs& args, const LinearTas
         const Group<A> d_tile = pass.d_tile(), d_v_tile = pass.d_v_tile();
 
         const auto differentiate = [&](auto k, auto v) INFSA_LAMBDA {
-          const Vec<A> score = dots(k, h_score_query, pass.d_stride, rows, pass.d_vecs);
+          const Vec<A> score = dots(k, h_score_query, pass.d_stride(), rows, pass.d_vecs());
           if (want_dscores) {
             if constexpr (V::kPacked) {
               pack(at(args.v), args.v.channel, rows, args.d_v, d_v_tile, pass.units(args.unit.v, h));
             }
             const Vec<A> dweight =
-                dots(v, h_dcontext, pass.d_v_stride, rows, pass.d_v_vecs) - pass.per_row(dcontext_dot, h);
+                dots(v, h_dcontext, pass.d_v_stride(), rows, pass.d_v_vecs()) - pass.per_row(dcontext_dot, h);
             // score <= 0 and not score > 0: a score that is NaN passes its gradient on, as in torch.
             const Vec<A> dscore = score <= 0 ? Vec<A>{} : dweight * pass.per_row(score_scale, h);
             if (dscores) {
@@ -188,23 +189,23 @@ template <typename V> void backward_keys(const LinearArgs& args, const LinearTas
               else
                 store_first(to, dscore, rows);
             }
-            if (task.sums) add_weighted<V::kOneHead>(pass.sums + h * pass.d, pass.d, k, dscore, rows, pass.d_vecs);
+            if (task.sums) add_weighted<V::kOneHead>(pass.sums + h * pass.d, pass.d, k, dscore, rows, pass.d_vecs());
             if (args.dk.data) {
               if constexpr (V::kPacked) {
-                write_rank_one(d_tile, dscore, h_score_query, pass.d_stride, rows, pass.d_vecs);
+                write_rank_one(d_tile, dscore, h_score_query, pass.d_stride(), rows, pass.d_vecs());
                 unpack(d_tile, rows, args.d, at(args.dk), args.dk.channel, pass.units(args.unit.dk, h));
               } else {
-                write_rank_one(at(args.dk), dscore, h_score_query, pass.d_stride, rows, pass.d_vecs);
+                write_rank_one(at(args.dk), dscore, h_score_query, pass.d_stride(), rows, pass.d_vecs());
               }
             }
           }
           if (args.dv.data) {
             const Vec<A> weight = relu(score) * pass.per_row(score_scale, h);
             if constexpr (V::kPacked) {
-              write_rank_one(d_v_tile, weight, h_dcontext, pass.d_v_stride, rows, pass.d_v_vecs);
+              write_rank_one(d_v_tile, weight, h_dcontext, pass.d_v_stride(), rows, pass.d_v_vecs());
               unpack(d_v_tile, rows, args.d_v, at(args.dv), args.dv.channel, pass.units(args.unit.dv, h));
             } else {
-              write_rank_one(at(args.dv), weight, h_dcontext, pass.d_v_stride, rows, pass.d_v_vecs);
+              write_rank_one(at(args.dv), weight, h_dcontext, pass.d_v_stride(), rows, pass.d_v_vecs());
             }
           }
         };
@@ -217,8 +218,8 @@ template <typename V> void backward_keys(const LinearArgs& args, const LinearTas
       },
       [&](int64_t begin, int64_t end) {
         if (dscores) __builtin_memset(dscores + begin * task.heads, 0, (end - begin) * task.heads * sizeof(A));
-        pass.write_ignored(args.dk, begin, end, args.d, nullptr, nullptr, nullptr);
-        pass.write_ignored(args.dv, begin, end, args.d_v, nullptr, nullptr, nullptr);
+        Pass<V>::write_ignored(args, task, args.dk, begin, end, args.d, nullptr, nullptr, nullptr);
+        Pass<V>::write_ignored(args, task, args.dv, begin, end, args.d_v, nullptr, nullptr, nullptr);
       });
 }
 
@@ -226,7 +227,7 @@ template <typename V> void backward_queries(const LinearArgs& args, const Linear
   using A = typename V::A;
   constexpr int64_t lanes = kLanes<A>;
   const Pass<V> pass(args, task);
-  const int64_t vecs = pass.d_vecs, stride = pass.d_stride;
+  const int64_t vecs = pass.d_vecs(), stride = pass.d_stride();
   const A *score_query = pass.of_heads(args.score_query, pass.d),
           *query_vector = pass.of_heads(args.query_vector, pass.d), *query_dot = pass.of_heads(args.query_dot, 1);
   const A* dscores = static_cast<const A*>(task.dscores);
@@ -268,7 +269,7 @@ template <typename V> void backward_queries(const LinearArgs& args, const Linear
         }
       },
       [&](int64_t begin, int64_t end) {
-        pass.write_ignored(args.dq, begin, end, args.d, dscores, score_query, args.unit.dq);
+        Pass<V>::write_ignored(args, task, args.dq, begin, end, args.d, dscores, score_query, args.unit.dq);
       });
 }
 
