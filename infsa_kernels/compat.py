@@ -137,7 +137,7 @@ class InfSAAttention(_nn.InfSAAttention, metaclass=_Converted):
         return super().forward(*arguments, query_padding_mask=query_padding_mask, norm=norm)
 
     def _finish_weights(self, weights, query, query_padding_mask, average):
-        if self.variant == "pure_infsa":
+        if self.variant != "linear_infsa":
             return super()._finish_weights(weights, query, query_padding_mask, average)
         return super()._finish_weights(weights, query[:, :1], None, average).mT
 

@@ -10,7 +10,16 @@ These functions materialise whatever the equations name (Pure: the N x M matrix)
 import torch
 from torch import Tensor
 
-__all__ = ["central_query", "linear", "linear_scores", "pooled_linear", "pure", "pure_scores", "score_pool"]
+__all__ = [
+    "central_query",
+    "linear",
+    "linear_scores",
+    "multi_hop",
+    "pooled_linear",
+    "pure",
+    "pure_scores",
+    "score_pool",
+]
 
 
 def linear_scores(
@@ -80,6 +89,28 @@ def pure(
     """O = rho P v / (||P||_F + eps): (..., N, dv). Rows of ignored queries are 0."""
     scores = pure_scores(q, k, rho, eps, key_padding_mask, query_padding_mask)
     return _remove(scores @ _remove(v, key_padding_mask), query_padding_mask)
+
+
+def multi_hop(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rho: float | Tensor = 1.0,
+    eps: float = 1e-6,
+    key_padding_mask: Tensor | None = None,
+    query_padding_mask: Tensor | None = None,
+    hops: int | None = None,
+) -> Tensor:
+    """sum_{t=1..hops} (rho P / (||P||_F + eps))^t v, or with hops None of all t: (..., N, dv), for M = N. Paper eq 7."""
+    scores = pure_scores(q, k, rho, eps, key_padding_mask, query_padding_mask)
+    v = _remove(v, key_padding_mask)
+    if hops is None:
+        one = torch.eye(scores.shape[-1], dtype=scores.dtype, device=scores.device)
+        return scores @ torch.linalg.solve(one - scores, v)
+    out = scores @ v
+    for _ in range(hops - 1):
+        out = scores @ (v + out)
+    return out
 
 
 def _scale(x: Tensor) -> float:

@@ -20,7 +20,6 @@ import torch
 from torch import nn
 
 from ..nn import convert
-from ..nn.attention import VARIANTS
 from ..nn.vit import FACTORIES
 from .layers import attention_graphs
 from .maps import KINDS
@@ -110,7 +109,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     add("photo", type=Path, metavar="PHOTO")
     add("--model", required=True, help="a factory of InfViT, or MODULE:CALLABLE")
     add("--arguments", type=_json_object, default={}, metavar="JSON", help="keyword arguments of the callable")
-    add("--convert", choices=VARIANTS, help="turn the model's attention into InfSA, with its weights")
+    add("--convert", metavar="VARIANT", help="turn the model's attention into InfSA, with its weights: pure_infsa, ...")
     add("--weights", type=Path, metavar="FILE", help="a state dict, .safetensors or torch.save's")
     add("--kinds", nargs="+", choices=KINDS, help="kinds of maps, all by default")
     add("--layer", type=int, default=-1, help="an attention layer, the last by default")

@@ -57,18 +57,20 @@ def observe(model: nn.Module, images: Tensor, layer: int | None) -> list[Graph]:
         run(images)
     if not observer.count:
         raise ValueError(
-            "attention_maps: model made no call of InfSA, scaled_dot_product_attention or nn.MultiheadAttention, expected a "
+            "explain: model made no call of InfSA, scaled_dot_product_attention or nn.MultiheadAttention, expected a "
             "model with attention; timm's needs fused attention (timm.layers.set_fused_attn), transformers' an "
             "attn_implementation='sdpa'"
         )
-    if layer is not None and not -observer.count <= layer < observer.count:
-        raise ValueError(
-            f"attention_maps: layer is {layer}, expected {-observer.count} to {observer.count - 1}: "
-            f"{observer.count} attention layers ran"
-        )
+    if layer is not None:
+        check_layer(layer, observer.count)
     found = observer.kept if layer is None else [observer.kept[0]]
     with torch.no_grad():
         return [make() for make in found]
+
+
+def check_layer(layer: int, count: int) -> None:
+    if not -count <= layer < count:
+        raise ValueError(f"explain: layer is {layer}, expected {-count} to {count - 1}: {count} attention layers ran")
 
 
 @contextlib.contextmanager
@@ -97,10 +99,10 @@ class _Observer(TorchFunctionMode):
         if func in _GRAPH_OF:
             make, signature = _GRAPH_OF[func]
             given = _arguments(signature, args, kwargs)
-            # Hops of one layer are products with one matrix. The tensors are held, so memory tells.
-            tensors = given.get("q"), given.get("k")
-            another = None in tensors or self.last is None or not all(map(_same, tensors, self.last))
-            self.last = tensors
+            # Hops of one layer are products with one matrix. Its tensors are held, so that memory tells.
+            this = make, given.get("q"), given.get("k")
+            another = not _same_matrix(this, self.last)
+            self.last = this
             if another:
                 if self.layer is None or self.layer < 0 or self.layer == self.count:
                     self.kept.append(lambda: make(**given))
@@ -108,8 +110,10 @@ class _Observer(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _same(a: Tensor, b: Tensor | None) -> bool:
-    return b is not None and (a.data_ptr(), a.shape, a.stride()) == (b.data_ptr(), b.shape, b.stride())
+def _same_matrix(a, b) -> bool:
+    if b is None or a[0] is not b[0] or a[1] is None:
+        return False
+    return all((t.data_ptr(), t.shape, t.stride()) == (u.data_ptr(), u.shape, u.stride()) for t, u in zip(a[1:], b[1:]))
 
 
 def _arguments(signature: inspect.Signature, args, kwargs) -> dict:
@@ -119,11 +123,13 @@ def _arguments(signature: inspect.Signature, args, kwargs) -> dict:
 
 
 def _pure(q, k, eps, key_padding_mask, query_padding_mask, **_) -> TokenGraph:
+    tied, q = k is q, _by_heads(q)
+    k = q if tied else _by_heads(k)
     return TokenGraph(q, k, key_padding_mask=key_padding_mask, query_padding_mask=query_padding_mask, eps=eps)
 
 
 def _linear(q, k, eps, key_padding_mask, query_padding_mask, **_) -> LinearGraph:
-    return LinearGraph(q, k, key_padding_mask, query_padding_mask, eps)
+    return LinearGraph(_by_heads(q), _by_heads(k), key_padding_mask, query_padding_mask, eps)
 
 
 def _pooled_linear(
@@ -139,8 +145,9 @@ def _pooled_linear(
 def _softmax(query, key, attn_mask, is_causal, scale, **_) -> SoftmaxGraph:
     if attn_mask is not None or is_causal:
         raise NotImplementedError(
-            "attention_maps: the model gives scaled_dot_product_attention a mask, expected none: maps are of whole pictures"
+            "explain: the model gives scaled_dot_product_attention a mask, expected none: maps are of whole pictures"
         )
+    query, key = _by_heads(query), _by_heads(key)
     # Grouped keys: each serves as many query heads.
     return SoftmaxGraph(query, key.repeat_interleave(query.shape[1] // key.shape[1], dim=1), scale)
 
@@ -151,12 +158,17 @@ def _multihead(query, key, num_heads, in_proj_weight, in_proj_bias, q_proj_weigh
                         ("add_zero_attn", add_zero_attn or None)):  # fmt: skip
         if given is not None:
             raise NotImplementedError(
-                f"attention_maps: an nn.MultiheadAttention of the model has a {name}, expected none: maps are of whole pictures"
+                f"explain: an nn.MultiheadAttention of the model has a {name}, expected none: maps are of whole pictures"
             )
     biases = [None] * 2 if in_proj_bias is None else in_proj_bias.chunk(3)
     weights = (q_proj_weight, k_proj_weight) if use_separate_proj_weight else in_proj_weight.chunk(3)
     tokens_first = (query.transpose(0, 1), key.transpose(0, 1))  # (B, N, D)
     return SoftmaxGraph(*(_heads(x, w, b, num_heads) for x, w, b in zip(tokens_first, weights, biases)))
+
+
+def _by_heads(t: Tensor) -> Tensor:
+    """(B, N, d), tokens without heads, as (B, 1, N, d)."""
+    return t.unsqueeze(1) if t.dim() == 3 else t
 
 
 def _heads(x: Tensor, weight: Tensor, bias: Tensor | None, num_heads: int) -> Tensor:

@@ -1,13 +1,12 @@
 """Attention maps: what a model's tokens look at, on the grid of its patches."""
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ..graph import eigenvector_centrality
-from .layers import attention_graphs, observe
+from .layers import attention_graphs, check_layer, observe
 from .weights import Graph, katz
 
 KINDS = ("class_token", "in", "out", "katz", "eigenvector", "rollout")
@@ -66,12 +65,8 @@ def attention_maps(
     grid = patch_grid(model, images) if grid is None else _checked_grid(grid)
     if kind == "rollout":
         graphs = attention_graphs(model, images)
-        if not -len(graphs) <= layer < len(graphs):
-            raise ValueError(
-                f"attention_maps: layer is {layer}, expected {-len(graphs)} to {len(graphs) - 1}: "
-                f"{len(graphs)} attention layers ran"
-            )
-        graphs = graphs[: len(graphs) + layer + 1 if layer < 0 else layer + 1]
+        check_layer(layer, len(graphs))
+        graphs = graphs[: layer % len(graphs) + 1]
         extra = [_extra_tokens(graph, images, grid, kind) for graph in graphs][-1]
         values = _rollout(graphs, extra)[:, None]
     else:
@@ -99,9 +94,8 @@ def patch_grid(model: nn.Module, images: Tensor) -> tuple[int, int]:
     """
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
-            stride = module.stride if isinstance(module.stride, Sequence) else (module.stride,) * 2
-            if tuple(stride) == tuple(module.kernel_size):
-                return tuple(math.ceil(size / step) for size, step in zip(images.shape[2:], stride))
+            if module.stride == module.kernel_size:
+                return tuple(math.ceil(size / step) for size, step in zip(images.shape[2:], module.stride))
             break
     raise ValueError(
         "attention_maps: the model's first nn.Conv2d does not cut its picture into patches, expected one whose stride is its "

@@ -96,13 +96,12 @@ def deletion_curve(
         return out.float().softmax(-1)
 
     def curve(maps: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores and area."""
         ranks = maps.flatten(1).argsort(descending=order == "morf", stable=True).argsort().view_as(maps)
-        scores = [first]
-        for count in counts[1:]:
-            deleted = (ranks < count).repeat_interleave(cells[0], 1).repeat_interleave(cells[1], 2)
-            scores.append(chosen(probabilities(torch.where(deleted[:, None], filled, images))))
-        scores = torch.stack(scores, 1)
-        under = torch.trapezoid(scores / scores[:, :1], fractions.to(scores), dim=1)
+        ranks = ranks.repeat_interleave(cells[0], 1).repeat_interleave(cells[1], 2)[:, None]
+        pictures = (torch.where(ranks < count, filled, images) for count in counts[1:])
+        scores = torch.stack([first, *(probabilities(p).gather(1, target[:, None])[:, 0] for p in pictures)], 1)
+        under = torch.trapezoid(scores / first[:, None], fractions.to(scores), dim=1)
         return scores, 1 - under if order == "morf" else under
 
     total = maps[0].numel()
@@ -116,11 +115,7 @@ def deletion_curve(
             raise ValueError(
                 f"deletion_curve: target is {list(target.shape)}, expected (B,) = [{len(images)}] class indices"
             )
-
-        def chosen(p: Tensor) -> Tensor:
-            return p.gather(1, target[:, None])[:, 0]
-
-        first = chosen(whole)
+        first = whole.gather(1, target[:, None])[:, 0]
         found = curve(maps)
         others = {name: curve(make(maps)) for name, make in BASELINES.items()} if baselines else {}
     by_name = {name: DeletionCurve(fractions, *other, target) for name, other in others.items()}

@@ -40,7 +40,7 @@ def eigenvector_centrality(
     Raises:
         RuntimeError: no convergence after ``max_products``; where two eigenvalues lie close together, raise it.
     """
-    check_square("eigenvector_centrality", g)
+    check_square("eigenvector_centrality", *g.shape[2:])
     graph, kept = g.T, g.kept()
     x = kept / torch.linalg.vector_norm(kept, dim=-2, keepdim=True).clamp(min=1)
     for products in range(1, max_products + 1):
@@ -76,7 +76,7 @@ def pagerank(
             A token that no edge leaves leads there too.
         tol: bound of the sum of absolute errors. No gradient.
     """
-    check_square("pagerank", g)
+    check_square("pagerank", *g.shape[2:])
     if not 0 < damping < 1:
         raise ValueError(f"pagerank: damping is {damping}, expected a number between 0 and 1, both excluded")
     B, H, N, _ = g.shape
@@ -114,7 +114,7 @@ def absorption_probability(g: TokenGraph, gamma: float | Tensor = 0.9) -> Tensor
     NaN where that is negative and so no probability: A need not be substochastic, as the paper says it is. The edges of a token
     that scores high with many others, a hub, sum to more than 1.
     """
-    check_square("absorption_probability", g)
+    check_square("absorption_probability", *g.shape[2:])
     left = 1 - per_head_gamma("absorption_probability", gamma, g).squeeze(-1) * g.row_sums()
     return torch.where(left >= 0, left, torch.nan)
 

@@ -6,6 +6,7 @@ A product with A is one call of `torch.ops.infsa.pure`, one with its transpose t
 """
 
 import functools
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -81,7 +82,10 @@ class TokenGraph:
         if x.dim() != 4 or x.shape[:3] != (B, H, M):
             raise ValueError(f"TokenGraph: x has shape {list(x.shape)}, expected (B, H, M, c) = {[B, H, M]} and any c")
         masks = self.key_padding_mask, self.query_padding_mask
-        return torch.ops.infsa.pure(self.q, self.k, x.to(self.q.dtype), self.eps, 1.0, *masks)
+        # Autocast would round q and k once more: a solver's residuals would be those of another matrix.
+        device = self.q.device.type
+        with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+            return torch.ops.infsa.pure(self.q, self.k, x.to(self.q.dtype), self.eps, 1.0, *masks)
 
     def rmatmul(self, x: Tensor) -> Tensor:
         """A^T x for x (B, H, N, c): (B, H, M, c). Differentiable in q, k and x."""
@@ -169,8 +173,7 @@ class TokenGraph:
         return kept if removed is None else kept.masked_fill(removed[:, None, :, None], 0)
 
 
-def check_square(name: str, g: TokenGraph) -> None:
-    _, _, N, M = g.shape
+def check_square(name: str, N: int, M: int) -> None:
     if N != M:
         raise ValueError(
             f"{name}: the graph has {N} queries and {M} keys, expected as many: its tokens have to be the same"

@@ -9,6 +9,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from ..ops.pure import pure_infsa
 from .token_graph import TokenGraph, check_square
 
 # Conjugate directions that an untied system remembers; a symmetric one needs the last.
@@ -49,7 +50,7 @@ def fundamental_matmul(
     Raises:
         ValueError: gamma out of range, a wrong shape. RuntimeError: no convergence; names the products made and the error left.
     """
-    check_square("fundamental_matmul", g)
+    check_square("fundamental_matmul", *g.shape[2:])
     B, H, N, _ = g.shape
     if x.dim() != 4 or x.shape[:3] != (B, H, N):
         raise ValueError(
@@ -62,7 +63,11 @@ def fundamental_matmul(
         x = x.masked_fill(removed[:, None, :, None], 0)
     info: list[SolverInfo] = []
     k = None if g.k is g.q else g.k
-    y = _Fundamental.apply(g.q, k, x, gamma, g.eps, g.key_padding_mask, g.query_padding_mask, tol, info)
+    solve = _Fundamental.apply
+    if torch.compiler.is_compiling():
+        # No graph knows when an iteration ends: it breaks once, here, and not at every step.
+        solve = torch.compiler.disable(solve)
+    y = solve(g.q, k, x, gamma, g.eps, g.key_padding_mask, g.query_padding_mask, tol, info)
     return (y, info[0]) if return_info else y
 
 
@@ -82,26 +87,32 @@ def multi_hop_infsa(
     Args:
         q, k, v: (B, H, N, d), (B, H, N, d), (B, H, N, dv). Pass the same object as q and k for the tied operator.
         gamma: discount of a hop, in (0, 1): a number, or a tensor of shape (), (1,) or (H,), which gets its gradient.
-        hops: how many; None for all of them, ((I - gamma A)^-1 - I) v, solved to ``tol`` as :func:`fundamental_matmul` does.
+        hops: how many; None for all of them, ((I - gamma A)^-1 - I) v, solved to ``tol`` as :func:`fundamental_matmul` does,
+            in float32 or wider. One hop is :func:`infsa_kernels.pure_infsa` with rho = gamma.
         key_padding_mask, query_padding_mask: as :func:`infsa_kernels.pure_infsa`; give padding twice.
 
     Returns:
         (B, H, N, dv) in the dtype of ``q``.
     """
-    g = TokenGraph(q, k, key_padding_mask=key_padding_mask, query_padding_mask=query_padding_mask, eps=eps)
-    check_square("multi_hop_infsa", g)
+    if hops is not None and (isinstance(hops, bool) or not isinstance(hops, int) or hops < 1):
+        raise ValueError(f"multi_hop_infsa: hops is {hops!r}, expected an int of at least 1, or None for all hops")
     if hops is None:
+        g = TokenGraph(q, k, key_padding_mask=key_padding_mask, query_padding_mask=query_padding_mask, eps=eps)
+        if key_padding_mask is not None:
+            v = v.masked_fill(key_padding_mask[:, None, :, None], 0)
         # A fundamental(v) and not fundamental(v) - v, whose terms cancel.
         reached = g.matmul(fundamental_matmul(g, v, gamma, tol))
         return (per_head_gamma("multi_hop_infsa", gamma, g) * reached).to(q.dtype)
-    if isinstance(hops, bool) or not isinstance(hops, int) or hops < 1:
-        raise ValueError(f"multi_hop_infsa: hops is {hops!r}, expected an int of at least 1, or None for all hops")
-    gamma = per_head_gamma("multi_hop_infsa", gamma, g)
-    v = v.to(g.q.dtype)
-    total = gamma * g.matmul(v)
+    if q.dim() != 4:
+        raise ValueError(
+            f"multi_hop_infsa: q has shape {list(q.shape)}, expected (B, H, N, d); view it with 4 dimensions"
+        )
+    check_square("multi_hop_infsa", q.shape[2], k.shape[2])
+    check_gamma("multi_hop_infsa", gamma, q.shape[1], wait=False)
+    total = pure_infsa(q, k, v, gamma, eps, key_padding_mask, query_padding_mask)
     for _ in range(hops - 1):
-        total = gamma * g.matmul(v + total)
-    return total.to(q.dtype)
+        total = pure_infsa(q, k, v + total, gamma, eps, key_padding_mask, query_padding_mask)
+    return total
 
 
 class _Fundamental(torch.autograd.Function):
@@ -192,13 +203,24 @@ def not_converged(name: str, products: int, error: Tensor, tol: float) -> NoRetu
     )
 
 
+def check_gamma(name: str, gamma: float | Tensor, heads: int, wait: bool = True) -> None:
+    """
+    Args:
+        wait: whether to read a tensor's values from a GPU, whose stream that stops.
+    """
+    inside = True
+    if not isinstance(gamma, Tensor):
+        inside = 0 < gamma < 1
+    elif gamma.shape not in ((), (1,), (heads,)):
+        raise ValueError(f"{name}: gamma has shape {list(gamma.shape)}, expected [], [1] or (H,) = [{heads}]")
+    elif not torch.compiler.is_compiling() and (wait or gamma.device.type == "cpu"):
+        inside = bool(((gamma > 0) & (gamma < 1)).all())
+    if not inside:
+        value = gamma.tolist() if isinstance(gamma, Tensor) else gamma
+        raise ValueError(f"{name}: gamma is {value}, expected between 0 and 1, both excluded")
+
+
 def per_head_gamma(name: str, gamma: float | Tensor, g: TokenGraph) -> Tensor:
     """gamma as a tensor that broadcasts over (B, H, N, c)."""
-    H = g.shape[1]
-    if not isinstance(gamma, Tensor):
-        gamma = torch.as_tensor(gamma, dtype=g.q.dtype, device=g.q.device)
-    if gamma.shape not in ((), (1,), (H,)):
-        raise ValueError(f"{name}: gamma has shape {list(gamma.shape)}, expected [], [1] or (H,) = [{H}]")
-    if not torch.compiler.is_compiling() and not ((gamma > 0) & (gamma < 1)).all():
-        raise ValueError(f"{name}: gamma is {gamma.tolist()}, expected between 0 and 1, both excluded")
-    return gamma.to(g.q.dtype).reshape(1, -1, 1, 1)
+    check_gamma(name, gamma, g.shape[1])
+    return torch.as_tensor(gamma, dtype=g.q.dtype, device=g.q.device).reshape(1, -1, 1, 1)

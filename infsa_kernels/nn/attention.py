@@ -1,4 +1,4 @@
-"""`InfSAAttention`: what nn.MultiheadAttention is for softmax, for the two InfSA operators."""
+"""`InfSAAttention`: what nn.MultiheadAttention is for softmax, for InfSA."""
 
 import math
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..ops.pooled_linear import pooled_linear_infsa
 from .checks import fraction, integer, number
-from .functional import VARIANTS, attend
+from .functional import attend, check_variant, refuse_dropout
 from .fx import Leaf
 from .masks import multihead_padding, refuse_attention_masks
 from .plain import is_exactly, is_plain
@@ -22,7 +22,7 @@ class InfSAAttention(Leaf):
 
     Arguments up to ``dtype`` are those of nn.MultiheadAttention, and parameters start as there. What differs:
 
-    * ``need_weights`` defaults to False: the pure variant would hold N x M weights that nobody reads.
+    * ``need_weights`` defaults to False: other variants than linear would hold N x M weights that nobody reads.
     * Self-attention (``key is query``): ``key_padding_mask`` removes tokens as keys and as queries, because both operators
       sum over the queries. Their output rows are 0.
     * ``attn_mask`` and ``is_causal`` raise NotImplementedError: the sums over all queries have no causal form here.
@@ -36,15 +36,19 @@ class InfSAAttention(Leaf):
         add_zero_attn: whether a key and value of zeros joins. It scores 0, so only the weights show it.
         kdim, vdim: sizes of key and value tokens (default: ``embed_dim``).
         batch_first: whether tokens come as (B, N, D) instead of (N, B, D).
-        variant: "linear_infsa", O(N), or "pure_infsa", O(N^2).
+        variant: "linear_infsa", O(N); "pure_infsa", O(N^2); or "multi_hop_infsa", O(N^2) a hop: the sum over hops
+            t = 1, 2, ... of (rho A)^t v with Pure InfSA's A. rho is the discount that the paper calls gamma, and one hop is Pure
+            InfSA. Queries and keys are the same tokens.
         tied: whether keys go through the projection of the queries (the paper's symmetric operator): no ``k_proj`` then.
-        rho_init: rho at the start, between 0 and 1.
+        hops: of multi_hop_infsa: how many; None for all, ((I - rho A)^-1 - I) v, solved by iteration.
+        rho_init: rho at the start, between 0 and 1, where the sigmoid keeps it.
         rho_trainable: whether ``rho_logit`` is a parameter, or a buffer.
         rho_per_head: whether ``rho_logit`` has shape (H,), or (1,).
         eps: added to the operators' denominators.
 
     Raises:
-        ValueError: an argument out of range. TypeError: one of another type.
+        ValueError: an argument out of range. TypeError: one of another type. NotImplementedError: what multi_hop_infsa has no
+            form of: dropout, add_bias_kv, add_zero_attn.
 
     Example::
 
@@ -75,6 +79,7 @@ class InfSAAttention(Leaf):
         *,
         variant: str = "linear_infsa",
         tied: bool = False,
+        hops: int | None = None,
         rho_init: float = 0.95,
         rho_trainable: bool = True,
         rho_per_head: bool = False,
@@ -93,12 +98,19 @@ class InfSAAttention(Leaf):
                 f"InfSAAttention: embed_dim is {embed_dim}, expected a multiple of num_heads = {num_heads}; "
                 "every head takes an equal part"
             )
-        if variant not in VARIANTS:
-            raise ValueError(f"InfSAAttention: variant is {variant!r}, expected 'linear_infsa' or 'pure_infsa'")
+        check_variant("InfSAAttention", variant, hops)
         if not 0 <= dropout <= 1:
             raise ValueError(f"InfSAAttention: dropout is {dropout}, expected a probability between 0 and 1")
         if not (math.isfinite(eps) and eps > 0):
             raise ValueError(f"InfSAAttention: eps is {eps}, expected a finite number above 0; the paper's is 1e-6")
+        if variant == "multi_hop_infsa":
+            refuse_dropout("InfSAAttention", dropout)
+            for name, given in (("add_bias_kv", add_bias_kv), ("add_zero_attn", add_zero_attn)):
+                if given:
+                    raise NotImplementedError(
+                        f"InfSAAttention: {name} is True, expected False with variant='multi_hop_infsa': a hop goes on from "
+                        "the token that the one before came to, and from this key, which is no query, there is none"
+                    )
         if tied and kdim != embed_dim:
             raise ValueError(
                 f"InfSAAttention: kdim is {kdim}, expected embed_dim = {embed_dim} with tied=True: "
@@ -109,7 +121,7 @@ class InfSAAttention(Leaf):
         self.kdim, self.vdim = kdim, vdim
         self.dropout, self.batch_first, self.add_zero_attn = dropout, batch_first, add_zero_attn
         self.variant, self.tied, self.rho_init, self.rho_per_head = variant, tied, rho_init, rho_per_head
-        self.eps = float(eps)
+        self.eps, self.hops = float(eps), None if hops is None else int(hops)
 
         factory = {"device": device, "dtype": dtype}
         self.q_proj = nn.Linear(embed_dim, embed_dim, bias, **factory)
@@ -225,12 +237,12 @@ class InfSAAttention(Leaf):
             padding_mask: (B, N) bool, True = remove that token as query and as key.
 
         Raises:
-            NotImplementedError: the pure variant, whose rows differ.
+            NotImplementedError: another variant, whose rows differ.
         """
         if self.variant != "linear_infsa":
             raise NotImplementedError(
-                "InfSAAttention.pooled: variant is 'pure_infsa', expected 'linear_infsa': pure InfSA has a row of its own "
-                "for every token; call the module"
+                f"InfSAAttention.pooled: variant is {self.variant!r}, expected 'linear_infsa': pure InfSA has a row of its "
+                "own for every token, after every hop; call the module"
             )
         self._check_sizes(x, x, x)
         padding_mask = multihead_padding("padding_mask", padding_mask, x, batched=True)
@@ -296,7 +308,7 @@ class InfSAAttention(Leaf):
 
         context, weights = attend(
             q, k, v, self.variant, self.rho, self.eps, key_padding_mask, query_padding_mask,
-            dropout_p=self.dropout if self.training else 0.0, need_scores=need_weights,
+            hops=self.hops, dropout_p=self.dropout if self.training else 0.0, need_scores=need_weights,
         )  # fmt: skip
         out = self._per_token(self.out_proj, context.transpose(1, 2).flatten(2))
         return out, weights if need_weights else None
@@ -414,6 +426,7 @@ class InfSAAttention(Leaf):
     def extra_repr(self) -> str:
         text = f"{self.embed_dim}, {self.num_heads}, variant={self.variant!r}, tied={self.tied}"
         shown = {
+            "hops": self.hops,
             "dropout": self.dropout,
             "kdim": self.kdim if self.kdim != self.embed_dim else None,
             "vdim": self.vdim if self.vdim != self.embed_dim else None,

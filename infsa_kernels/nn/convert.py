@@ -9,7 +9,7 @@ from torch import nn
 
 from .checks import LEAVE_OUT, class_path, fraction
 from .families import Options, Plan, dispatches, is_known, note_on, plan_of
-from .functional import VARIANTS
+from .functional import check_variant
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ def convert(
     target_types: type | Iterable[type] | None = None,
     inplace: bool = False,
     strict: bool = False,
+    hops: int | None = None,
 ) -> ConversionReport:
     """Turns the attention of a model into InfSA: exactly, or not at all and with the reason.
 
@@ -59,7 +60,7 @@ def convert(
 
     Args:
         model: any module.
-        variant: "linear_infsa" or "pure_infsa".
+        variant: "linear_infsa", "pure_infsa" or "multi_hop_infsa".
         rho_init: rho at the start, between 0 and 1.
         rho_trainable: whether ``rho_logit`` is a parameter, or a buffer.
         copy_weights: whether the converted modules keep their weights, or draw new ones by ``reset_parameters()``.
@@ -69,6 +70,7 @@ def convert(
             the same.
         inplace: whether ``model`` itself is changed, or a copy.
         strict: whether a refused module raises, with nothing changed, instead of being left as it was and reported.
+        hops: of multi_hop_infsa; None for all of them.
 
     Returns:
         A :class:`ConversionReport`: the model, what was converted, and what was refused and why.
@@ -83,7 +85,7 @@ def convert(
         >>> print(report)
         >>> model = report.model
     """
-    options = _checked_options(variant, rho_init, rho_trainable, copy_weights)
+    options = _checked_options(variant, rho_init, rho_trainable, copy_weights, hops)
     include, exclude = _patterns("include_patterns", include_patterns), _patterns("exclude_patterns", exclude_patterns)
     types = (target_types,) if isinstance(target_types, type) else target_types and tuple(target_types)
     for module in model.modules():
@@ -136,6 +138,7 @@ def replace_attention(
     rho_init: float = 0.95,
     rho_trainable: bool = True,
     copy_weights: bool = True,
+    hops: int | None = None,
 ) -> nn.Module:
     """The InfSA counterpart of one attention module, to be put in its place; arguments as :func:`convert`.
 
@@ -145,7 +148,7 @@ def replace_attention(
     Raises:
         NotImplementedError: this module cannot be converted; the message says why. ValueError: as :func:`convert`.
     """
-    options = _checked_options(variant, rho_init, rho_trainable, copy_weights)
+    options = _checked_options(variant, rho_init, rho_trainable, copy_weights, hops)
     plan = "it is no attention that convert() knows"
     if is_known(attention):
         plan = plan_of(attention, options, parents=(), tied=set(), named=False)
@@ -156,11 +159,10 @@ def replace_attention(
     return new
 
 
-def _checked_options(variant, rho_init, rho_trainable, copy_weights) -> Options:
-    if variant not in VARIANTS:
-        raise ValueError(f"convert: variant is {variant!r}, expected 'linear_infsa' or 'pure_infsa'")
+def _checked_options(variant, rho_init, rho_trainable, copy_weights, hops) -> Options:
+    check_variant("convert", variant, hops)
     fraction("convert", "rho_init", rho_init)
-    return Options(variant, rho_init, rho_trainable, copy_weights)
+    return Options(variant, rho_init, rho_trainable, copy_weights, hops)
 
 
 def _patterns(name: str, patterns: str | Iterable[str] | None) -> list[re.Pattern]:

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from .attention import InfSAAttention
-from .checks import LEAVE_OUT, NO_CAUSAL, class_path
+from .checks import LEAVE_OUT, NO_CAUSAL, NO_DROPOUT, class_path
 from .plain import has_forward, is_plain_parameter
 from .rho import attach_rho
 
@@ -25,6 +25,7 @@ class Options:
     rho_init: float
     rho_trainable: bool
     copy_weights: bool
+    hops: int | None
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,10 @@ def _multihead(
         return "its parameters are tensors of a special kind (quantised?), which cannot be split: convert before that"
     if any(p in tied for p in (module.in_proj_weight, module.in_proj_bias)):
         return "another module has the same in_proj_weight or in_proj_bias, and would not share the split ones"
+    try:
+        _like(module, options, "meta")
+    except NotImplementedError as error:
+        return str(error)
     return Plan(lambda: _infsa_of(module, options))
 
 
@@ -125,9 +130,8 @@ def _holds_mask(module: nn.Module) -> bool:
     return isinstance(getattr(module, "attn_mask", None), torch.Tensor)
 
 
-def _infsa_of(module: nn.MultiheadAttention, options: Options) -> InfSAAttention:
-    like = module.out_proj.weight
-    new = InfSAAttention(
+def _like(module: nn.MultiheadAttention, options: Options, device: torch.device | str) -> InfSAAttention:
+    return InfSAAttention(
         module.embed_dim,
         module.num_heads,
         module.dropout,
@@ -137,13 +141,18 @@ def _infsa_of(module: nn.MultiheadAttention, options: Options) -> InfSAAttention
         kdim=module.kdim,
         vdim=module.vdim,
         batch_first=module.batch_first,
-        # Copied weights need no numbers drawn, which would change what the caller draws next.
-        device="meta" if options.copy_weights else like.device,
-        dtype=like.dtype,
+        device=device,
+        dtype=module.out_proj.weight.dtype,
         variant=options.variant,
+        hops=options.hops,
         rho_init=options.rho_init,
         rho_trainable=options.rho_trainable,
     )
+
+
+def _infsa_of(module: nn.MultiheadAttention, options: Options) -> InfSAAttention:
+    # Copied weights need no numbers drawn, which would change what the caller draws next.
+    new = _like(module, options, "meta" if options.copy_weights else module.out_proj.weight.device)
     if options.copy_weights:
         weights = [module.q_proj_weight, module.k_proj_weight, module.v_proj_weight]
         if module.in_proj_weight is not None:
@@ -166,15 +175,17 @@ def _split(fused: nn.Parameter) -> list[nn.Parameter]:
 
 
 def _timm(module: nn.Module, options: Options, named: bool) -> Plan | str:
-    from .timm import Attention, LinearInfSAAttention, PureInfSAAttention
+    from .timm import CLASS_OF, Attention
 
     if type(module) is not Attention and not (named and isinstance(module, Attention)):
         return _SUBCLASS.format(class_path(module), "timm.layers.Attention")
+    if options.variant == "multi_hop_infsa" and module.attn_drop.p > 0:
+        return f"its attn_drop is {module.attn_drop.p}: {NO_DROPOUT}"
     if reason := _cannot_draw_anew(module, options):
         return reason
 
     def apply():
-        module.__class__ = PureInfSAAttention if options.variant == "pure_infsa" else LinearInfSAAttention
+        module.__class__ = CLASS_OF[options.variant]
         return _adopt(module, options)
 
     return Plan(apply)
@@ -231,6 +242,7 @@ def _adopt(module: nn.Module, options: Options) -> nn.Module:
         for part in _owners_of_parameters(module):
             part.reset_parameters()
     attach_rho(module, options.rho_init, options.rho_trainable)
+    module.hops = options.hops
     return module
 
 

@@ -1,14 +1,17 @@
 """`infsa_attention`: the operators by the name of their variant, with dropout on the scores."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..graph.walks import multi_hop_infsa
 from ..ops.linear import linear_infsa, linear_infsa_scores
 from ..ops.pure import pure_infsa, pure_infsa_scores
 from ..ops.register import overridable
+from .checks import NO_DROPOUT, integer
 from .masks import without
 
-VARIANTS = ("linear_infsa", "pure_infsa")
+VARIANTS = ("linear_infsa", "pure_infsa", "multi_hop_infsa")
 
 
 @overridable
@@ -23,26 +26,32 @@ def infsa_attention(
     eps: float = 1e-6,
     key_padding_mask: Tensor | None = None,
     query_padding_mask: Tensor | None = None,
+    *,
+    hops: int | None = None,
 ) -> Tensor:
-    """InfSA attention over projected q, k, v: :func:`pure_infsa` or :func:`linear_infsa`, by ``variant``.
+    """InfSA attention over projected q, k, v, by ``variant``.
 
     Args:
-        variant: "pure_infsa" or "linear_infsa".
+        variant: "pure_infsa", "linear_infsa", or "multi_hop_infsa": sum_{t=1..hops} rho^t A^t v with Pure InfSA's A, as
+            :func:`infsa_kernels.graph.multi_hop_infsa` with gamma = rho, for q (B, H, N, d).
         dropout_p: probability of dropping a score, in training only. Dropout needs the scores in memory: with
             ``dropout_p > 0 and training`` the pure variant holds the N x M matrix and runs in torch operations.
         training: whether dropout applies.
+        hops: of multi_hop_infsa; None for all of them.
 
     The other arguments, the shapes and the errors are those of :func:`pure_infsa`.
 
     Returns:
         (B, H, N, dv) in the dtype of ``q``.
+
+    Raises:
+        NotImplementedError: dropout with multi_hop_infsa.
     """
-    if variant not in VARIANTS:
-        raise ValueError(f"infsa_attention: variant is {variant!r}, expected 'pure_infsa' or 'linear_infsa'")
+    check_variant("infsa_attention", variant, hops)
     if not 0 <= dropout_p <= 1:
         raise ValueError(f"infsa_attention: dropout_p is {dropout_p}, expected a probability between 0 and 1")
     masks = key_padding_mask, query_padding_mask
-    context, _ = attend(q, k, v, variant, rho, eps, *masks, dropout_p=dropout_p if training else 0.0)
+    context, _ = attend(q, k, v, variant, rho, eps, *masks, hops=hops, dropout_p=dropout_p if training else 0.0)
     return context.expand(*q.shape[:-1], v.shape[-1])
 
 
@@ -56,6 +65,7 @@ def attend(
     key_padding_mask: Tensor | None,
     query_padding_mask: Tensor | None,
     *,
+    hops: int | None = None,
     dropout_p: float = 0.0,
     need_scores: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
@@ -63,10 +73,42 @@ def attend(
 
     Linear-InfSA has one row for all queries, of both: 1 in the place of N.
     """
-    arguments = rho, eps, key_padding_mask, query_padding_mask
-    linear = variant == "linear_infsa"
+    masks = key_padding_mask, query_padding_mask
+    if variant == "multi_hop_infsa":
+        refuse_dropout("infsa_attention", dropout_p)
+
+    def fused(v):
+        if variant == "linear_infsa":
+            return linear_infsa(q, k, v, rho, eps, *masks)[..., :1, :]
+        if variant == "pure_infsa":
+            return pure_infsa(q, k, v, rho, eps, *masks)
+        return multi_hop_infsa(q, k, v, rho, hops, eps, *masks, tol=1e-12 if q.dtype == torch.float64 else 1e-6)
+
     if not (need_scores or dropout_p > 0):
-        return (linear_infsa(q, k, v, *arguments)[..., :1, :] if linear else pure_infsa(q, k, v, *arguments)), None
-    scores = linear_infsa_scores(q, k, *arguments).mT if linear else pure_infsa_scores(q, k, *arguments)
+        return fused(v), None
+    if variant == "linear_infsa":
+        scores = linear_infsa_scores(q, k, rho, eps, *masks).mT
+    elif variant == "pure_infsa":
+        scores = pure_infsa_scores(q, k, rho, eps, *masks)
+    else:
+        scores = fused(torch.eye(q.shape[2], dtype=q.dtype, device=q.device).expand(*q.shape[:2], -1, -1))
     scores = F.dropout(scores, dropout_p)
     return scores @ without(key_padding_mask, v), scores
+
+
+def check_variant(op: str, variant: str, hops: int | None) -> None:
+    if variant not in VARIANTS:
+        raise ValueError(
+            f"{op}: variant is {variant!r}, expected {', '.join(map(repr, VARIANTS[:-1]))} or {VARIANTS[-1]!r}"
+        )
+    if hops is None:
+        return
+    if variant != "multi_hop_infsa":
+        raise ValueError(f"{op}: hops is {hops!r}, expected None with variant={variant!r}, which has one")
+    integer(op, "hops", hops)
+
+
+def refuse_dropout(op: str, dropout: float) -> None:
+    """Of multi_hop_infsa."""
+    if dropout > 0:
+        raise NotImplementedError(f"{op}: dropout is {dropout}, expected 0: {NO_DROPOUT}")

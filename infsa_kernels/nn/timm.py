@@ -18,8 +18,9 @@ from .vit import FACTORIES
 class InfSAAttention(Leaf, Attention):
     """timm's attention with Linear-InfSA between its projections: same arguments, same parameters, and ``rho_logit``.
 
-    timm calls classes, not functools.partial objects: choose with :class:`PureInfSAAttention`, or with a subclass that sets
-    ``variant``, ``rho_init`` or ``rho_trainable``. State dicts of timm's attention load: rho then stays as it is.
+    timm calls classes, not functools.partial objects: choose with :class:`PureInfSAAttention`, :class:`MultiHopInfSAAttention`,
+    or a subclass that sets ``variant``, ``hops``, ``rho_init`` or ``rho_trainable``. State dicts of timm's attention load: rho
+    then stays as it is.
 
     Example::
 
@@ -27,6 +28,7 @@ class InfSAAttention(Leaf, Attention):
     """
 
     variant = "linear_infsa"
+    hops: int | None = None
     rho_init = 0.95
     rho_trainable = True
 
@@ -89,7 +91,9 @@ class InfSAAttention(Leaf, Attention):
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
         q, k = self.q_norm(q), self.k_norm(k)
         dropout = self.attn_drop.p if self.training else 0.0
-        context, _ = attend(q, k, v, self.variant, rho_of(self), 1e-6, ignore, ignore, dropout_p=dropout)
+        context, _ = attend(
+            q, k, v, self.variant, rho_of(self), 1e-6, ignore, ignore, hops=self.hops, dropout_p=dropout
+        )
         context = self.norm(context.transpose(1, 2).flatten(2))
         if getattr(self, "gate", None) is not None:
             context = context * self.gate(x).sigmoid()
@@ -109,6 +113,15 @@ class PureInfSAAttention(InfSAAttention):
     """timm's attention with Pure InfSA between its projections: O(N^2) time, O(N) memory."""
 
     variant = "pure_infsa"
+
+
+class MultiHopInfSAAttention(InfSAAttention):
+    """timm's attention with multi-hop InfSA between its projections: O(N^2) time a hop, O(N) memory; all hops, or ``hops``."""
+
+    variant = "multi_hop_infsa"
+
+
+CLASS_OF = {c.variant: c for c in (LinearInfSAAttention, PureInfSAAttention, MultiHopInfSAAttention)}
 
 
 def register() -> list[str]:

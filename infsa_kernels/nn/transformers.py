@@ -1,4 +1,4 @@
-"""Hugging Face transformers: ``attn_implementation="infsa_pure"`` or ``"infsa_linear"`` after :func:`register`.
+"""Hugging Face transformers: ``attn_implementation="infsa_pure"`` or another name of VARIANT_OF after :func:`register`.
 
 The models keep their own projections, rotary embeddings, grouped keys and caches; what they hand to attention is honoured or
 refused, never dropped. Written for transformers 4.57 and 5.
@@ -16,7 +16,7 @@ from .functional import attend
 from .masks import padding_of_kept, padding_of_scores_mask, without
 from .rho import rho_of
 
-VARIANT_OF = {"infsa_linear": "linear_infsa", "infsa_pure": "pure_infsa"}
+VARIANT_OF = {"infsa_linear": "linear_infsa", "infsa_pure": "pure_infsa", "infsa_multi_hop": "multi_hop_infsa"}
 NAME_OF = {variant: name for name, variant in VARIANT_OF.items()}
 
 RHO = 0.95
@@ -66,16 +66,16 @@ _NO_TOKENS = {
 
 
 def register() -> None:
-    """Registers "infsa_linear" and "infsa_pure" as attention implementations and as the makers of their masks.
+    """Registers "infsa_linear", "infsa_pure" and "infsa_multi_hop" as attention implementations and makers of their masks.
 
     rho is ``sigmoid(module.rho_logit)`` where the attention module has such a tensor of shape (1,) or (H,), as after
     :func:`infsa_kernels.nn.convert`, and 0.95 elsewhere.
 
     Honoured: padding (``attention_mask``, 1 = keep: those tokens are removed as keys and as queries and get an output of 0),
-    grouped-query attention, rotary embeddings, dropout, ``output_attentions``. The scale of the scores has no effect: both
-    operators divide it out. Refused with NotImplementedError when the model is run: causal attention, a cache of keys, sliding
+    grouped-query attention, rotary embeddings, dropout, ``output_attentions``. The scale of the scores has no effect: all
+    variants divide it out. Refused with NotImplementedError when the model is run: causal attention, a cache of keys, sliding
     windows, masks that differ between queries, packed sequences, position biases, soft-capping, attention sinks, head masks,
-    and every argument that is not known.
+    dropout by multi-hop, and every argument that is not known.
 
     Cross-attention is computed where it removes no token, and where the module says what it is by ``is_cross_attention = True``
     if there are more keys than queries: as many could come from a cache.
@@ -85,8 +85,8 @@ def register() -> None:
         >>> register()
         >>> model = transformers.ViTModel(transformers.ViTConfig(attn_implementation="infsa_linear"))
     """
-    for name, function in (("infsa_linear", _linear_attention), ("infsa_pure", _pure_attention)):
-        AttentionInterface.register(name, function)
+    for name, variant in VARIANT_OF.items():
+        AttentionInterface.register(name, functools.partial(_attend, variant))
         AttentionMaskInterface.register(name, padding_mask)
 
 
@@ -106,14 +106,6 @@ def padding_mask(*, mask_function, attention_mask: Tensor | None = None, kv_leng
             "masks over cached tokens are not implemented",
         )
     return attention_mask
-
-
-def _linear_attention(module, query, key, value, attention_mask, **kwargs):
-    return _attend("linear_infsa", module, query, key, value, attention_mask, **kwargs)
-
-
-def _pure_attention(module, query, key, value, attention_mask, **kwargs):
-    return _attend("pure_infsa", module, query, key, value, attention_mask, **kwargs)
 
 
 def _attend(
@@ -167,8 +159,9 @@ def _attend(
 
     rho = rho_of(module) if hasattr(module, "rho_logit") else RHO
     out, weights = attend(
-        query, key, value, variant, rho, 1e-6, ignore, ignore, dropout_p=dropout, need_scores=output_attentions
-    )
+        query, key, value, variant, rho, 1e-6, ignore, ignore, hops=getattr(module, "hops", None), dropout_p=dropout,
+        need_scores=output_attentions,
+    )  # fmt: skip
     out, weights = (
         None if t is None else without(ignore, t.expand(*query.shape[:3], t.shape[3])) for t in (out, weights)
     )

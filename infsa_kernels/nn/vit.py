@@ -27,7 +27,7 @@ from .plain import is_plain
 CHUNK_TOKENS = 4096
 
 # The paper's sizes of a head.
-HEAD_DIM = {"linear_infsa": 16, "pure_infsa": 64, "softmax": 64}
+HEAD_DIM = {"linear_infsa": 16, "pure_infsa": 64, "multi_hop_infsa": 64, "softmax": 64}
 
 
 class InfViT(nn.Module):
@@ -42,13 +42,13 @@ class InfViT(nn.Module):
         depth: number of layers.
         num_heads: heads of a layer (default: of size 16 if linear, else 64).
         mlp_ratio: hidden size of the MLP over D.
-        variant: "linear_infsa", "pure_infsa" or "softmax" (scaled_dot_product_attention).
+        variant: "linear_infsa", "pure_infsa", "multi_hop_infsa" or "softmax" (scaled_dot_product_attention).
         tied: whether keys share the projection of the queries (the paper's symmetric operator).
         pool: "cls", an extra token that the head reads, or "mean" over all tokens and no extra one.
         pos_embed: whether positions are learned. They are resized bicubically to the picture's patches.
         neumann: None, or "layer" or "head": the attention's outputs of all layers, discounted (:class:`NeumannSum`), join the
             last layer's tokens.
-        rho_init, rho_trainable, rho_per_head: as in :class:`InfSAAttention`.
+        hops, rho_init, rho_trainable, rho_per_head: as in :class:`InfSAAttention`.
 
     Raises:
         ValueError: an argument out of range. TypeError: one of another type.
@@ -70,6 +70,7 @@ class InfViT(nn.Module):
         pool: str = "cls",
         pos_embed: bool = True,
         neumann: str | None = None,
+        hops: int | None = None,
         rho_init: float = 0.95,
         rho_trainable: bool = True,
         rho_per_head: bool = False,
@@ -84,6 +85,8 @@ class InfViT(nn.Module):
             raise ValueError(
                 "InfViT: tied is True, expected False with variant='softmax': its keys have their own projection"
             )
+        if variant == "softmax" and hops is not None:
+            raise ValueError(f"InfViT: hops is {hops!r}, expected None with variant='softmax', which has one")
         height, width = (img_size, img_size) if not isinstance(img_size, (tuple, list)) else img_size
         for name, size in (("img_size", height), ("img_size", width), ("patch_size", patch_size), ("in_chans", in_chans),
                            ("embed_dim", embed_dim), ("num_heads", 1 if num_heads is None else num_heads)):  # fmt: skip
@@ -99,14 +102,14 @@ class InfViT(nn.Module):
         self.grad_checkpointing = False
 
         factory = {"device": device, "dtype": dtype}
-        rho = {"tied": tied, "rho_init": rho_init, "rho_trainable": rho_trainable, "rho_per_head": rho_per_head}
+        infsa = dict(tied=tied, hops=hops, rho_init=rho_init, rho_trainable=rho_trainable, rho_per_head=rho_per_head)
         self.patch_embed = PatchEmbed(in_chans, embed_dim, patch_size, patch_size, **factory)
         extra = int(pool == "cls")
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim, **factory)) if extra else None
         positions = extra + math.prod(self.grid)
         self.pos_embed = nn.Parameter(torch.empty(1, positions, embed_dim, **factory)) if pos_embed else None
         self.blocks = nn.ModuleList(
-            Block(embed_dim, self.num_heads, mlp_ratio, variant, **rho, **factory) for _ in range(depth)
+            Block(embed_dim, self.num_heads, mlp_ratio, variant, **infsa, **factory) for _ in range(depth)
         )
         heads = self.num_heads if neumann == "head" else None
         self.neumann = NeumannSum(depth, heads, **factory) if neumann else None
@@ -213,14 +216,14 @@ class InfViT(nn.Module):
 class Block(nn.Module):
     """One pre-LN layer of :class:`InfViT`."""
 
-    def __init__(self, embed_dim, num_heads, mlp_ratio, variant, device=None, dtype=None, **rho):
+    def __init__(self, embed_dim, num_heads, mlp_ratio, variant, device=None, dtype=None, **infsa):
         super().__init__()
         factory = {"device": device, "dtype": dtype}
         self.norm1 = nn.LayerNorm(embed_dim, eps=1e-6, **factory)
         if variant == "softmax":
             self.attn = SoftmaxAttention(embed_dim, num_heads, **factory)
         else:
-            self.attn = InfSAAttention(embed_dim, num_heads, batch_first=True, variant=variant, **rho, **factory)
+            self.attn = InfSAAttention(embed_dim, num_heads, batch_first=True, variant=variant, **infsa, **factory)
         self.norm2 = nn.LayerNorm(embed_dim, eps=1e-6, **factory)
         self.mlp = Mlp(embed_dim, int(embed_dim * mlp_ratio), **factory)
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch.overrides import TorchFunctionMode
 
+from ..torch_private import get_in_backward, set_for_backward
 from . import extension
-from .torch_private import get_in_backward, set_for_backward
 
 # Suffix of the raw operators of each backend.
 SUFFIXES = {"cpu": "", "cuda": "", "triton": "_triton", "eager": "_eager"}
@@ -38,6 +38,8 @@ def why_not(op: str, backend: str, device: torch.device, dtype: torch.dtype, sha
     if backend == "cpu":
         if device.type != "cpu":
             return f"the tensors are on {device}, not on the CPU"
+        if "cpu" not in OPERATORS[op]:
+            return f"infsa::{op} has no C++ kernels for the CPU"
         return _extension_error
     if backend == "cuda":
         return _why_not_cuda(op, device, dtype, shape)
@@ -96,24 +98,27 @@ def runs_on(arch: str, capability: tuple[int, int]) -> bool:
 
 # The oldest Triton that the kernels are compiled and tested with. Versions 3.4 to 3.7.0 miscompile
 # tl.dot(tl.trans(result of a dot)) on Hopper; the kernels form no such product, so none of these versions is refused.
-OLDEST_TRITON = 3, 6
+# On datacenter Blackwell older ones lose a product that is added to another's result, or fetch small tensors wrongly.
+OLDEST_TRITON, OLDEST_TRITON_BLACKWELL = (3, 6), (3, 9)
 
 # Larger heads would leave Pure's tiles no room in shared memory.
 LARGEST_TRITON_HEAD_DIM = 256
 
 
 @functools.cache
-def _why_no_triton() -> str | None:
+def _why_no_triton(oldest: tuple[int, int] = OLDEST_TRITON) -> str | None:
     try:
         from triton import __version__ as version
     except ImportError as error:
         return f"Triton does not import ({error}); `pip install triton`"
-    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TRITON:
-        return f"Triton {version} is older than {'.'.join(map(str, OLDEST_TRITON))}, the oldest these kernels are tested with"
+    if tuple(int(part) for part in version.split(".")[:2]) < oldest:
+        where = "these kernels" if oldest == OLDEST_TRITON else "these kernels for compute capability 10"
+        return f"Triton {version} is older than {'.'.join(map(str, oldest))}, the oldest {where} are tested with"
     return None
 
 
 def _why_not_triton(op: str, device: torch.device, dtype: torch.dtype, shape: Sequence[int]) -> str | None:
+    oldest = OLDEST_TRITON
     if device.type == "cpu":
         if os.environ.get("TRITON_INTERPRET") != "1":
             return (
@@ -123,10 +128,11 @@ def _why_not_triton(op: str, device: torch.device, dtype: torch.dtype, shape: Se
         return f"the tensors are on {device}, not on a GPU"
     elif not torch.cuda.is_available():
         return "torch sees no GPU (torch.cuda.is_available() is False)"
-    elif torch.version.hip is None and (capability := torch.cuda.get_device_capability(device)) < (8, 0):
-        return (
-            f"{device} has compute capability {capability[0]}.{capability[1]}, the kernels need 8.0 (Ampere) or newer"
-        )
+    elif torch.version.hip is None:
+        major, minor = torch.cuda.get_device_capability(device)
+        if major < 8:
+            return f"{device} has compute capability {major}.{minor}, the kernels need 8.0 (Ampere) or newer"
+        oldest = OLDEST_TRITON_BLACKWELL if major == 10 else OLDEST_TRITON
     if dtype == torch.float64:
         return (
             "float64 has no Triton kernel: it is there to check gradients, for which the eager backend is exact enough"
@@ -137,7 +143,7 @@ def _why_not_triton(op: str, device: torch.device, dtype: torch.dtype, shape: Se
         return "AMD: its partial sums meet in one launch, in an order of memory that is proven for NVIDIA only"
     if shape[3] > LARGEST_TRITON_HEAD_DIM:
         return f"head_dim {shape[3]} is above {LARGEST_TRITON_HEAD_DIM}"
-    return _why_no_triton()
+    return _why_no_triton(oldest)
 
 
 def choose_backend(

@@ -20,7 +20,7 @@ from infsa_kernels.graph import multi_hop_infsa
 from infsa_kernels.nn import InfSAAttention, InfViT, convert
 
 SIDE, PATCH, GRID = 32, 8, (4, 4)
-VARIANTS = ("linear_infsa", "pure_infsa", "softmax")
+VARIANTS = ("linear_infsa", "pure_infsa", "multi_hop_infsa", "softmax")
 
 
 def infvit(variant="linear_infsa", **kwargs):
@@ -101,7 +101,7 @@ def of_module(module, args, kwargs, variant):
         q, k = (p(x).unflatten(-1, (heads, -1)).transpose(1, 2) for p in (getattr(module, names[0]), key))
     if variant == "softmax":
         return torch.softmax(q @ k.mT / math.sqrt(q.shape[-1]), -1)
-    if variant == "pure_infsa":
+    if variant in ("pure_infsa", "multi_hop_infsa"):
         return reference.pure_scores(q, k)
     return reference.linear_scores(q, k).unsqueeze(2).expand(-1, -1, q.shape[2], -1)
 
@@ -256,6 +256,34 @@ def test_heads_without_a_positive_score():
         assert toy_map(layer, "rollout") == [0.5, 0.5]
 
 
+@pytest.mark.parametrize("rho", [0.9, torch.tensor(0.9, dtype=torch.float64)], ids=["number", "tensor"])
+def test_operators_called_by_their_names_are_seen(rho):
+    def layers(x):
+        torch.ops.infsa.pure(x, x, x, rho=rho)
+        torch.ops.infsa.linear(x, x, x, rho=rho)
+        torch.ops.infsa.linear.default(x, x + 0, x)
+        one = x.new_ones(1, 1)
+        torch.ops.infsa.pooled_linear(x[:, 0], one, one, one, 1, rho=rho)
+
+    kinds = [type(graph).__name__ for graph in attention_graphs(Toy(layers), ONE_TWO)]
+    assert kinds == ["TokenGraph", "LinearGraph", "LinearGraph", "LinearGraph"]
+
+
+def test_tokens_without_heads():
+    x = torch.randn(1, 2, 3, dtype=torch.float64)
+
+    def single(_):
+        nn.functional.scaled_dot_product_attention(x, x, x)
+        infsa_kernels.pure_infsa(x, x, x)
+        infsa_kernels.linear_infsa(x, x, x)
+
+    softmax, pure, linear = attention_graphs(Toy(single), ONE_TWO)
+    close(softmax.scores([0, 1])[:, 0], torch.softmax(x @ x.mT / math.sqrt(3), -1))
+    close(pure.dense()[:, 0], reference.pure_scores(x, x))
+    close(linear.scores([0])[:, 0, 0], reference.linear_scores(x, x))
+    assert pure.tied
+
+
 def test_grouped_keys_and_other_scales_are_honoured():
     q, k = torch.randn(1, 4, 2, 3, dtype=torch.float64), torch.randn(1, 2, 2, 3, dtype=torch.float64)
 
@@ -370,5 +398,5 @@ BAD = [
 @pytest.mark.parametrize("change, error, message", BAD, ids=[message[:40] for *_, message in BAD])
 def test_bad_input_is_named(change, error, message):
     call = dict(model=infvit(), images=torch.randn(1, 3, SIDE, SIDE)) | change
-    with pytest.raises(error, match="attention_maps: .*" + message):
+    with pytest.raises(error, match="(attention_maps|explain): .*" + message):
         attention_maps(**call)

@@ -15,7 +15,7 @@ from torch import nn
 
 from infsa_kernels import reference
 
-VARIANTS = ("linear_infsa", "pure_infsa")
+VARIANTS = ("linear_infsa", "pure_infsa", "multi_hop_infsa")
 RHO = 0.9
 TEXT = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, vocab_size=50)
 IMAGES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=4)
@@ -35,8 +35,9 @@ def reference_instead_of_softmax(variant: str, rho: float = RHO):
             keep = attn_mask if attn_mask.dtype == torch.bool else attn_mask == 0
             keys = ~keep.expand(*q.shape[:3], k.shape[2])[:, 0, 0]
             queries = keys if q.shape[2] == k.shape[2] else None
-        if variant == "pure_infsa":
-            return reference.pure(q, k, v, rho, 1e-6, keys, queries)
+        if variant != "linear_infsa":
+            formula = reference.pure if variant == "pure_infsa" else reference.multi_hop
+            return formula(q, k, v, rho, 1e-6, keys, queries)
         context = reference.linear(q, k, v, rho, 1e-6, keys, queries)
         return context.unsqueeze(2).expand(*q.shape[:3], -1)
 

@@ -1,4 +1,4 @@
-"""attn_implementation="infsa_linear" and "infsa_pure" in transformers, by register() alone: rho is 0.95."""
+"""attn_implementation="infsa_linear", "infsa_pure", "infsa_multi_hop" in transformers, by register() alone: rho is 0.95."""
 
 import pytest
 import torch
@@ -77,7 +77,8 @@ def test_padded_batch_equals_single_texts(name, side):
         again = model(input_ids=ids, attention_mask=custom, position_ids=position_ids).last_hidden_state
         torch.testing.assert_close(again[1:, kept], alone, rtol=1e-10, atol=1e-10)
     with torch.no_grad():
-        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        # All hops are found by iteration, whose end no graph knows.
+        compiled = torch.compile(model, fullgraph=name != "infsa_multi_hop", backend="aot_eager")
         again = compiled(input_ids=ids, attention_mask=mask, position_ids=position_ids).last_hidden_state
     torch.testing.assert_close(again, out)
 
@@ -101,10 +102,10 @@ def test_grouped_keys_wide_values_and_rho_of_the_module(name):
     out, _ = attend(name, module, q, k, v, scaling=0.2)
     k, v = (t[:, [0, 0, 1, 1]] for t in (k, v))
     rho = module.rho_logit.sigmoid()
-    if name == "infsa_pure":
-        truth = reference.pure(q, k, v, rho)
-    else:
-        truth = reference.linear(q, k, v, rho).unsqueeze(2).expand(2, 4, 9, 5)
+    formula = {"infsa_linear": reference.linear, "infsa_pure": reference.pure, "infsa_multi_hop": reference.multi_hop}
+    truth = formula[name](q, k, v, rho)
+    if name == "infsa_linear":
+        truth = truth.unsqueeze(2).expand(2, 4, 9, 5)
     torch.testing.assert_close(out, truth.transpose(1, 2))
     out.sum().backward()
     assert module.rho_logit.grad.abs().min() > 0
@@ -125,6 +126,10 @@ def test_padding_gets_an_output_of_zero(name, dtype):
 @pytest.mark.parametrize("name", NAMES)
 def test_dropout_is_on_the_scores(name):
     q, k, v = torch.randn(3, 2, 4, 9, 8).unbind()
+    if name == "infsa_multi_hop":
+        with pytest.raises(NotImplementedError, match=r"dropout is 1\.0, expected 0"):
+            attend(name, Module(), q, k, v, dropout=1.0)
+        return
     assert (attend(name, Module(), q, k, v, dropout=1.0)[0] == 0).all()
     model = bert(name, attention_probs_dropout_prob=0.5).train()
     inputs = inputs_of(model)

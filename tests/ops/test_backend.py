@@ -180,3 +180,29 @@ def test_amd_runs_what_is_proven(gpu, monkeypatch):
     monkeypatch.setattr(backends, "_warned_of_fallback", True)
     assert chosen("pure", gpu) == "triton" and chosen("linear", gpu) == "eager"
     assert "AMD" in infsa_kernels.explain_backend("linear", gpu, torch.bfloat16, (1, 4, 100, 64))["triton"]
+
+
+@pytest.mark.parametrize(
+    ("capability", "version", "words"),
+    [
+        ((7, 5), "3.9.0", "compute capability 7.5, the kernels need 8.0"),
+        ((9, 0), "3.5.1", "Triton 3.5.1 is older than 3.6"),
+        ((10, 0), "3.8.1", "Triton 3.8.1 is older than 3.9, the oldest these kernels for compute capability 10"),
+        ((10, 3), "3.9.0", None),
+        ((12, 0), "3.6.0", None),
+    ],
+)
+def test_gpus_and_versions_of_triton(capability, version, words, gpu, monkeypatch):
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(triton, "__version__", version)
+    monkeypatch.setattr(backends, "_why_no_triton", backends._why_no_triton.__wrapped__)
+    reason = infsa_kernels.explain_backend("pure", gpu, torch.bfloat16, (1, 4, 100, 64))["triton"]
+    assert reason is None if words is None else words in reason
+
+
+def test_an_operator_without_compiled_kernels_says_so_and_runs_without_them(monkeypatch):
+    monkeypatch.setitem(backends.OPERATORS, "new", frozenset({"eager"}))
+    reasons = infsa_kernels.explain_backend("new", CPU, torch.float32, SHAPE)
+    assert reasons["cpu"] == "infsa::new has no C++ kernels for the CPU"
+    assert infsa_kernels.choose_backend("new", CPU, torch.float32, SHAPE) == "eager"

@@ -1,0 +1,237 @@
+"""`make bench-explain`: what small models look at, that were trained alike on pictures whose object is known.
+
+    python -m bench.explain [--out DIR]
+
+Trains every variant from every seed (kept in OUT, and so resumed), and measures: accuracy; the fall of the class's probability as
+patches are deleted; how well maps find the object's box; how close Linear-InfSA's weights come to the Perron eigenvector. Beside
+them stand maps that know nothing, and what the paper reports of ImageNet. Writes table.txt, results.json and maps.png.
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from infsa_kernels.explain import (
+    attention_graphs,
+    attention_maps,
+    deletion_curve,
+    gaussian_maps,
+    localisation,
+    random_maps,
+)
+from infsa_kernels.graph import eigenvector_alignment
+from infsa_kernels.nn import InfViT
+
+from . import scenes
+from .scenes import Items, Scenes
+
+# As the paper has them: keys tied to queries in InfSA, and a twin that differs in nothing but its attention.
+VARIANTS = {
+    "linear_infsa": {"variant": "linear_infsa", "tied": True},
+    "pure_infsa": {"variant": "pure_infsa", "tied": True},
+    "softmax": {"variant": "softmax"},
+}
+SEEDS = (0, 1, 2)
+SIDE, LARGE_SIDE = 96, 1024
+SIZES = dict(img_size=SIDE, patch_size=12, in_chans=1, embed_dim=64, depth=4, num_heads=4)
+TRAIN, TEST, MAPPED = 12288, 1024, 128
+EPOCHS, BATCH, DECAY, CLIP, WARM_UP = 5, 32, 0.05, 1.0, 0.05
+# Muon's of the blocks' matrices, with which all of these models learn in fewer steps; AdamW's of the rest.
+MATRIX_RATE, RATE = 0.02, 2e-3
+KINDS = ("class_token", "in", "rollout")
+STEPS = 10
+
+# Per cent: MoRF-AOC, ROC-AUC and PR-AUC of the paper's 4-layer models on ImageNet; its cosine and Spearman.
+PAPER = {
+    "softmax": {"morf": 42.6, "roc": 53.8, "pr": 56.2},
+    "pure_infsa": {"morf": 71.7, "roc": 77.3, "pr": 72.4},
+    "linear_infsa": {"morf": 76.0, "roc": 75.9, "pr": 76.1, "cosine": 98.5, "spearman": 93.7},
+}
+COLUMNS = {"accuracy": "accuracy", "morf": "MoRF-AOC", "lerf": "LeRF-AUC", "roc": "ROC-AUC", "pr": "PR-AUC"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.explain", description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out" / "explain")
+    out = parser.parse_args().out
+    out.mkdir(parents=True, exist_ok=True)
+    train, test = scenes.items()
+    backgrounds = scenes.textures()
+    held_out = scenes.draw(test, backgrounds, TEST, _generator(1))
+    results, models = {}, {}
+    for name in VARIANTS:
+        for seed in SEEDS:
+            models[name, seed] = trained(name, seed, train, backgrounds, out)
+            results[f"{name} {seed}"] = measured(name, seed, models[name, seed], held_out, out)
+    text = table(results, train)
+    print(text)
+    (out / "table.txt").write_text(text + "\n")
+    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    large = scenes.draw(test, backgrounds, 1, _generator(3), LARGE_SIDE)
+    picture(models, held_out, large, test.names).savefig(out / "maps.png", dpi=110)
+
+
+def trained(name: str, seed: int, items: Items, backgrounds: list[Tensor], out: Path) -> InfViT:
+    """A model of InfViT after the one recipe of all."""
+    torch.manual_seed(seed)
+    model = InfViT(**SIZES, **VARIANTS[name], num_classes=len(items.names))
+    kept = out / f"{name}-{seed}.pt"
+    if kept.exists():
+        model.load_state_dict(torch.load(kept, weights_only=True))
+        return model.eval()
+    pictures, classes = _training_set(items, backgrounds, out)
+    matrices = {id(p): p for p in model.blocks.parameters() if p.dim() == 2}
+    others = [p for p in model.parameters() if id(p) not in matrices]
+    optimizers = [
+        torch.optim.Muon(matrices.values(), MATRIX_RATE, weight_decay=DECAY),
+        torch.optim.AdamW(others, RATE, weight_decay=DECAY),
+    ]
+    steps = EPOCHS * TRAIN // BATCH
+    schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: _rate(step / steps)) for o in optimizers]
+    for epoch in range(EPOCHS):
+        order, flipped = torch.randperm(TRAIN), torch.rand(TRAIN) < 0.5
+        total = 0.0
+        for chosen in order.split(BATCH):
+            x = pictures[chosen].float().sub(127.5).div(32)
+            x = torch.where(flipped[chosen, None, None, None], x.flip(3), x)
+            loss = F.cross_entropy(model(x), classes[chosen])
+            model.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+            for part in (*optimizers, *schedules):
+                part.step()
+            total += loss.item() * len(chosen)
+        print(f"{name} seed {seed}: epoch {epoch + 1} of {EPOCHS}, loss {total / TRAIN:.3f}", flush=True)
+    torch.save(model.state_dict(), kept)
+    return model.eval()
+
+
+def _rate(done: float) -> float:
+    return done / WARM_UP if done < WARM_UP else 0.5 + 0.5 * math.cos(math.pi * (done - WARM_UP) / (1 - WARM_UP))
+
+
+def _training_set(items: Items, backgrounds: list[Tensor], out: Path) -> tuple[Tensor, Tensor]:
+    """The pictures of all runs, uint8, and their classes; a run's seed is that of its weights and its order."""
+    kept = out / "training.pt"
+    if not kept.exists():
+        generator = _generator(0)
+        parts = [scenes.draw(items, backgrounds, 128, generator, SIDE) for _ in range(TRAIN // 128)]
+        pictures = torch.cat([part.pictures.mul(32).add(127.5).round().clamp(0, 255).byte() for part in parts])
+        torch.save((pictures, torch.cat([part.classes for part in parts])), kept)
+    return torch.load(kept, weights_only=True)
+
+
+def measured(name: str, seed: int, model: InfViT, held_out: Scenes, out: Path) -> dict:
+    """All figures of a model, fractions of 1."""
+    kept = out / f"{name}-{seed}.json"
+    if kept.exists():
+        return json.loads(kept.read_text())
+    with torch.no_grad():
+        right = torch.cat([model(x).argmax(1) for x in held_out.pictures.split(128)]) == held_out.classes
+    images, classes, boxes = (t[:MAPPED] for t in (held_out.pictures, held_out.classes, held_out.boxes))
+    found = {"accuracy": right.double().mean().item(), "maps": {}}
+    maps = {kind: attention_maps(model, images, kind=kind) for kind in KINDS}
+    like = maps["class_token"]
+    for kind, values in (maps | {"random": random_maps(like), "gaussian": gaussian_maps(like)}).items():
+        areas = {
+            order: deletion_curve(model, images, values, order, STEPS, target=classes, baselines=False)
+            .area.mean()
+            .item()
+            for order in ("morf", "lerf")
+        }
+        place = localisation(values, boxes, (SIDE, SIDE), baselines=False)
+        found["maps"][kind] = areas | {"roc": place.roc_auc.mean().item(), "pr": place.pr_auc.mean().item()}
+    if name != "softmax":
+        graphs = attention_graphs(model, images[:32])
+        aligned = [eigenvector_alignment(graph.q) for graph in graphs]
+        names = "cosine", "spearman", "uniform_cosine"
+        found["alignment"] = {n: torch.stack([one[n] for one in aligned]).nanmean().item() for n in names}
+        found["dead"] = torch.stack([graph.row_sums().amax(-1) == 0 for graph in graphs]).double().mean().item()
+    kept.write_text(json.dumps(found))
+    return found
+
+
+def table(results: dict, items: Items) -> str:
+    """Means over the seeds, their spread (largest - smallest), baselines, and the paper's figures."""
+    lines = [
+        f"{items.source}: {TRAIN} scenes of {SIDE} x {SIDE} pixels, {EPOCHS} epochs; {TEST} others for accuracy, of which "
+        f"{MAPPED} for maps",
+        f"InfViT, {SIZES['depth']} layers, D = {SIZES['embed_dim']}, {SIZES['num_heads']} heads, patches of "
+        f"{SIZES['patch_size']} x {SIZES['patch_size']}; seeds {', '.join(map(str, SEEDS))}: mean, and +- half the range",
+        "Per cent. Deleted patches are blurred; boxes are found at the pixels; maps are of the last layer",
+        "",
+        f"{'':34}" + "".join(f"{title:>14}" for title in COLUMNS.values()),
+    ]
+    for name in VARIANTS:
+        mine = [results[f"{name} {seed}"] for seed in SEEDS]
+        for kind in mine[0]["maps"]:
+            cells = [_cell([r["accuracy"] for r in mine]) if kind == KINDS[0] else ""]
+            cells += [_cell([r["maps"][kind][column] for r in mine]) for column in list(COLUMNS)[1:]]
+            what = f"  {kind} map" if kind not in KINDS else kind
+            lines.append(f"{name if kind == KINDS[0] else '':16}{what:18}" + "".join(f"{c:>14}" for c in cells))
+        paper = PAPER.get(name, {})
+        cells = [f"{paper[column]:.1f}" if column in paper else "" for column in COLUMNS]
+        lines += [f"{'':16}{'the paper':18}" + "".join(f"{c:>14}" for c in cells), ""]
+    lines.append(
+        f"{'alignment with the eigenvector':34}{'cosine':>14}{'equal weights':>14}{'Spearman':>14}{'dead heads':>14}"
+    )
+    for name in VARIANTS:
+        mine = [results[f"{name} {seed}"] for seed in SEEDS]
+        if "alignment" in mine[0]:
+            names = "cosine", "uniform_cosine", "spearman"
+            cells = [_cell([r["alignment"][n] for r in mine]) for n in names] + [_cell([r["dead"] for r in mine])]
+            lines.append(f"{name:34}" + "".join(f"{c:>14}" for c in cells))
+    cells = [f"{PAPER['linear_infsa']['cosine']:.1f}", "", f"{PAPER['linear_infsa']['spearman']:.1f}"]
+    lines.append(f"{'linear_infsa, the paper':34}" + "".join(f"{c:>14}" for c in cells))
+    return "\n".join(lines)
+
+
+def _cell(values: list[float]) -> str:
+    return f"{100 * sum(values) / len(values):.1f} +-{50 * (max(values) - min(values)):.1f}"
+
+
+def picture(models: dict, held_out: Scenes, large: Scenes, names: tuple[str, ...]):
+    """Scenes beside what every variant's class token reads, first seed; the last scene is a large one."""
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    import matplotlib.pyplot as plt
+
+    from infsa_kernels.explain.picture import MUTED, overlaid
+
+    shown = [(held_out.pictures[i], held_out.boxes[i], held_out.classes[i]) for i in range(6)]
+    shown.append((large.pictures[0], large.boxes[0], large.classes[0]))
+    figure, axes = plt.subplots(1 + len(VARIANTS), len(shown), figsize=(2.05 * len(shown), 2.2 * (1 + len(VARIANTS))))
+    for column, (image, box, label) in enumerate(shown):
+        photograph = (image[0] / 4 + 0.5).clamp(0, 1)[..., None].expand(-1, -1, 3).numpy()
+        axes[0, column].imshow(photograph)
+        size = "" if image.shape[-1] == SIDE else f", {image.shape[-1]} x {image.shape[-1]}"
+        axes[0, column].set_title(names[label] + size, fontsize=10, color=MUTED)
+        for row, name in enumerate(VARIANTS, 1):
+            values = attention_maps(models[name, SEEDS[0]], image[None])[0]
+            axes[row, column].imshow(overlaid(photograph, values.numpy()))
+            if column == 0:
+                axes[row, 0].text(
+                    -0.08, 0.5, name, rotation=90, ha="right", va="center", transform=axes[row, 0].transAxes
+                )
+        left, top, right, bottom = (box - 0.5).tolist()
+        for ax in axes[:, column]:
+            ax.add_patch(
+                mpl.patches.Rectangle((left, top), right - left, bottom - top, fill=False, ec="#5ad1ff", lw=1.1)
+            )
+            ax.set_axis_off()
+    figure.subplots_adjust(0.03, 0.01, 0.995, 0.95, 0.04, 0.04)
+    return figure
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+if __name__ == "__main__":
+    main()
