@@ -38,7 +38,7 @@ def describe(facts: dict) -> str:
 
 
 class OtherLoad:
-    """Which part of the processor's time others took since this object was made; None where not told."""
+    """Which part of the processor's time others than this process took since this object was made; None where not told."""
 
     def __init__(self):
         self._begin = self._ticks()

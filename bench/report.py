@@ -159,8 +159,7 @@ def _growth(rows: list[dict]) -> list[str]:
 
 
 def _environment(rows: list[dict]) -> list[str]:
-    last = rows[-1]["environment"]
-    load = last.get("other_load") or 0
+    last, load = rows[-1]["environment"], max(r["environment"].get("other_load") or 0 for r in rows)
     busy = f"WARNING: others took {load:.0%} of the processor in this run: its times are not reliable"
     return [machine.describe(last), *([busy] if load > BUSY else [])]
 

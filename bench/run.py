@@ -14,7 +14,6 @@ from pathlib import Path
 from .cases import GRACE, LIMIT, too_long
 from .engine import OVER, blank, passes
 from .image import PATCH
-from .machine import OtherLoad
 from .rows import FINAL, key, load
 from .worker import Worker
 
@@ -26,7 +25,7 @@ def run(plan: list[dict], out: Path, device: str, minutes: float, budget: float,
     ``show`` hears the number of the turn, and the mechanism that is built and checked; None: calls take their turns.
     """
     out.mkdir(parents=True, exist_ok=True)
-    path, end, found, load_of_others = out / "rows.jsonl", time.monotonic() + 60 * minutes, [], OtherLoad()
+    path, end, found = out / "rows.jsonl", time.monotonic() + 60 * minutes, []
     known = {key(row): row for row in load(path) if row["status"] in FINAL and not again}
     with Worker(device, budget) as worker, path.open("a") as file:
         environment = worker.environment
@@ -48,7 +47,7 @@ def run(plan: list[dict], out: Path, device: str, minutes: float, budget: float,
                 tell = functools.partial(show, number)
                 fresh += worker.measure(turn | {"names": asked}, most, tell, end + GRACE)
             for row in fresh:
-                row["environment"] = environment | {"other_load": load_of_others.share()}
+                row["environment"] = environment | {"other_load": row.pop("other_load", None)}
                 file.write(json.dumps(row) + "\n")
             file.flush()
             found += fresh

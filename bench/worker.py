@@ -133,8 +133,10 @@ def main() -> None:
     if device.type == "cpu":
         limit_memory()
     say(machine.environment(device))
+    load_of_others = machine.OtherLoad()
     for line in sys.stdin:
-        say({"rows": engine.measure(json.loads(line), device, budget, lambda name: say({"at": name}))})
+        rows = engine.measure(json.loads(line), device, budget, lambda name: say({"at": name}))
+        say({"rows": [row | {"other_load": load_of_others.share()} for row in rows]})
 
 
 def limit_memory() -> None:

@@ -126,6 +126,9 @@ def test_a_death_and_a_time_limit_are_rows_and_the_rest_is_measured():
         assert worker.environment["device_type"] == "cpu"
         (found,) = worker.measure(turn("mean"), 60)
         assert found["status"] == "ok"
+        assert (
+            found["other_load"] is None or 0 <= found["other_load"] <= 1
+        )  # the worker knows its own: the one that works
         (late,) = worker.measure(turn("mean", pixels=8192), 0.05)
         assert (late["status"], late["name"]) == ("time limit", "mean")
         for number, status, reason in (
@@ -171,7 +174,15 @@ class FakeWorker:
 
     def measure(self, turn, limit, tell=None, end=None):
         asked.extend((name, turn["pixels"], turn["phase"]) for name in turn["names"])
-        ok = {"status": "ok", "median_s": 1e-3, "p20_s": 1e-3, "p80_s": 1e-3, "samples": 3, "parameters": 1}
+        ok = {
+            "status": "ok",
+            "other_load": 0.25,
+            "median_s": 1e-3,
+            "p20_s": 1e-3,
+            "p80_s": 1e-3,
+            "samples": 3,
+            "parameters": 1,
+        }
         slow = {"status": "time limit", "reason": "slow"}
         return [engine.blank(turn, name, which) | (slow if name == "softmax" else ok)
                 for name in turn["names"] for which in engine.passes(turn)]  # fmt: skip
@@ -195,6 +206,8 @@ def test_a_run_is_resumed(monkeypatch, tmp_path, capsys):
     assert measured() == 6
     assert "Mean pooling" in capsys.readouterr().out
     loaded = rows.load(path)
+    assert {r["environment"]["other_load"] for r in loaded if r["status"] == "ok"} == {0.25}
+    assert not any("other_load" in r for r in loaded)
     assert len(loaded) == len({rows.key(r) for r in loaded}) == 12
     assert {r["reason"] for r in loaded if r["status"] == "time limit"} == {"slow", "time limit at 224 pixels"}
     assert measured() == 0
