@@ -28,13 +28,13 @@ class Arguments {
   Arguments(const char* op, const char* name, const Tensor& t, std::string_view letters) : op_(op), first_(t) {
     sizes_.fill(-1);
     const auto dtype = t.scalar_type();
-    demand(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf || dtype == at::kDouble, name, "dtype");
+    demand_dtype(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf || dtype == at::kDouble, name);
     tensor(name, t, dtype, letters);
   }
 
   void tensor(const char* name, const OptTensor& t, at::ScalarType dtype, std::string_view letters) {
     if (!t) return;
-    demand(t->scalar_type() == dtype, name, "dtype");
+    demand_dtype(t->scalar_type() == dtype, name);
     demand(t->device() == first_.device(), name, "device");
     demand(t->layout() == at::kStrided && t->dim() == static_cast<int64_t>(letters.size()), name, "shape");
     for (size_t i = 0; i < letters.size(); ++i) {
@@ -47,6 +47,7 @@ class Arguments {
     demand(t->numel() == 0 || t->storage().nbytes() >= bytes, name, "storage");
   }
 
+  void demand_dtype(bool right, const char* name) const { TORCH_CHECK_TYPE(right, op_, ": ", name, "'s dtype"); }
   void demand(bool right, const char* name, const char* what = "value") const {
     TORCH_CHECK_VALUE(right, op_, ": ", name, "'s ", what);
   }

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 
 from .ops import central_query, linear, pure, score_pool
-from .ops.torch_private import OpOverload
+from .torch_private import OpOverload
 
 
 def translation_table() -> dict[OpOverload, Callable]:

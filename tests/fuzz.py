@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from random import Random
 
 import torch
-from helpers import layer_calls
+from helpers import pooled_linear_calls
 from helpers.backends import backends_of
 from helpers.calls import DTYPES, OPS, Call, Expected, accumulation, expected, output_gradient, raw_op
 from torch.utils.checkpoint import checkpoint
@@ -337,7 +337,7 @@ def layer_case(draw: Random) -> tuple[str, Callable]:
     dtype = draw.choice(DTYPES)
     shape = draw.randint(1, 3), draw.choice([2, 3, 8, 16, 33, draw.randint(9, 70)]), draw.randint(2, 48)
     heads, head, v_head = draw.randint(1, 4), draw.randint(1, 20), draw.randint(1, 20)
-    call = layer_calls.layer(
+    call = pooled_linear_calls.layer(
         dtype, tied=draw.random() < 0.5, bias=draw.random() < 0.5, norm=draw.choice(["affine", "plain", None]),
         rho=draw.choice(["scalar", "one", "heads", None]), masked=draw.random() < 0.3, shape=shape, heads=heads, head=head,
         v_head=v_head, out=draw.randint(1, 20),
@@ -345,7 +345,7 @@ def layer_case(draw: Random) -> tuple[str, Callable]:
     # As above: the gradient of a head with few positive scores is a difference of two equal terms, unless eps is of their size.
     call["eps"] = draw.choice([1e-1, 1.0])
     call["x"] = layout(draw, 3)(call["x"].detach()).requires_grad_()
-    dout = layer_calls.output_gradient(call)
+    dout = pooled_linear_calls.output_gradient(call)
     form = draw.choice(["plain", "compiled", "checkpointed"])
     backend = draw.choice(backends_of("cpu", "pooled_linear"))
 
@@ -358,9 +358,9 @@ def layer_case(draw: Random) -> tuple[str, Callable]:
         return infsa_kernels.pooled_linear_infsa(**kwargs)
 
     def run():
-        wanted = layer_calls.expected(call, dout, draws=16)
+        wanted = pooled_linear_calls.expected(call, dout, draws=16)
         with infsa_kernels.backend(backend):
-            hold(layer_calls.results(function, call, dout), wanted)
+            hold(pooled_linear_calls.results(function, call, dout), wanted)
 
     return f"pooled_linear {form} {backend} {str(dtype)[6:]}", run
 

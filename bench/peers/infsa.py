@@ -32,19 +32,27 @@ class InfSA(Mechanism):
     def keys(self, q, k):
         return k if self.KEYS else q
 
-    def layer_flops(self, train: bool) -> float:
-        """Operations that the layer needs at least, for one picture."""
+    def layer_parts(self) -> tuple[float, float]:
+        """Operations that the layer's forward and backward pass need at least, for one picture."""
         raise NotImplementedError
+
+    def layer_flops(self, which: str) -> float:
+        fwd, bwd = self.layer_parts()
+        return {"fwd": fwd, "bwd": bwd, "train": fwd + bwd}[which]
+
+    def limits(self, case, which):
+        if case["level"] == "operator":
+            return self.operator_limits(case, which)
+        # Of layers with keys of their own the forward pass alone is counted.
+        return {} if self.KEYS and which != "fwd" else products(self.layer_flops(which), case)
 
     def work(self, case, which):
         if case["level"] == "layer":
-            return {} if which == "bwd" else {"flops": case["batch"] * self.layer_flops(which == "train")}
+            return {"flops": case["batch"] * self.layer_flops(which)}
         row = case["batch"] * self.dim * DTYPES[case["dtype"]].itemsize  # bytes of a token
         moved = traffic(self.OP, which, not self.KEYS, self.tokens * row, row)
-        return {
-            "bytes": moved,
-            "flops": flops(self.OP, which, case["batch"], self.num_heads, self.tokens, self.head_dim),
-        }
+        count = flops(self.OP, which, case["batch"], self.num_heads, self.tokens, self.head_dim)
+        return {"bytes": moved, "flops": count}
 
 
 class Untied:
@@ -75,15 +83,14 @@ class LinearInfSA(InfSA):
     def rows_to_check(self, gradients, rows, gradients_up_to):
         return self.tokens, gradients
 
-    def limits(self, case, which):
-        if case["level"] == "layer":
-            return {} if self.KEYS and which != "fwd" else products(self.layer_flops(which == "train"), case)
+    def operator_limits(self, case, which):
         parts = {"fwd": ("read",), "bwd": ("copy",), "train": ("read", "copy")}[which]
         return {part + self.KEYS: 1.0 for part in parts}
 
-    def layer_flops(self, train):
-        # The query projection, and two products of N x D and D x H; in training again, and their gradients.
-        return self.tokens * self.dim * ((8 if train else 2) * self.dim + (14 if train else 4) * self.num_heads)
+    def layer_parts(self):
+        # The query projection, and two products of N x D and D x H; backward again, and their gradients.
+        size = self.tokens * self.dim
+        return size * (2 * self.dim + 4 * self.num_heads), size * (6 * self.dim + 10 * self.num_heads)
 
     def forward(self, x, norm: nn.LayerNorm | None = None):
         """(B, 1, D): the row that every token gets."""
@@ -160,17 +167,14 @@ class PureInfSA(InfSA):
     def rows_to_check(self, gradients, rows, gradients_up_to):
         return min(rows, self.tokens), gradients
 
-    def limits(self, case, which):
-        if case["level"] == "layer":
-            train = which == "train"
-            return {} if self.KEYS and train else products(self.layer_flops(train), case)
+    def operator_limits(self, case, which):
         count = flops("pure", which, case["batch"], self.num_heads, self.tokens, self.head_dim)
         return products(count / case["batch"], case)
 
-    def layer_flops(self, train):
+    def layer_parts(self):
         # 6 N D^2 for the three projections and 4 N^2 D forward; backward twice and two and a half times that.
         projections, products = 6 * self.tokens * self.dim**2, 4 * self.tokens**2 * self.dim
-        return (3 * projections + 3.5 * products) if train else projections + products
+        return projections + products, 2 * projections + 2.5 * products
 
 
 class PureInfSAUntied(Untied, PureInfSA):

@@ -29,6 +29,10 @@ class Limit(Mechanism):
     SOURCE, TIME, STATE, NOTE = "-", "", "0", "a limit of the machine"
     LEVELS, PROJECTIONS, COMPILES = ("operator",), "", False
 
+    def sublayer(self, x, norm):
+        """Beside layers it is what it is beside operators."""
+        return self.core(x, x, x)
+
 
 def moving(what: str, tensors: str) -> type[Limit]:
     """Reads, copies into place, or copies into fresh memory, of the tensors named."""

@@ -8,11 +8,13 @@
 // same bits for any number of threads.
 #include <torch/library.h>
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <tuple>
 
 #include "images.h"
+#include "range.h"
 
 namespace infsa::cpu {
 namespace {
@@ -41,10 +43,10 @@ struct Plan {
   // run(image, part, sums (H, width), head sums (H), scratch) for every part of every image, then finish(image, total)
   // with the parts' sums added up: total(h, c) and, for c = D, of the head sums.
   template <typename Begin, typename Run, typename Finish>
-  void for_images(bool backward, const Begin& begin_image, const Run& run, const Finish& finish) const {
+  void for_images(Range range, bool backward, const Begin& begin_image, const Run& run, const Finish& finish) const {
     const int64_t scratch = images.kernels.score_pool.scratch_bytes(images.D, H, backward);
-    for (int64_t begin = 0; begin < images.B; begin += group) {
-      const int64_t end = std::min(begin + group, images.B);
+    for (int64_t begin = range.begin; begin < range.end; begin += group) {
+      const int64_t end = std::min(begin + group, range.end);
       for (int64_t image = begin; image < end; ++image) begin_image(image, image - begin);
       const std::vector<Part> parts = images.parts(begin, end, most_parts);
       const int64_t count = parts.size();
@@ -99,27 +101,49 @@ std::tuple<Tensor, Tensor, Tensor> score_pool_fwd(const Tensor& x, const Tensor&
   const Tensor keys = keys_.contiguous(), bias = plan.padded(key_bias);
   const Tensor pooled = at::empty({images.B, H, D}, keys.options());
   const Tensor mass = at::empty({images.B, H}, keys.options()), score_sum = at::empty({images.B, H}, keys.options());
-  const Numbers p(pooled);
+  const Numbers p(pooled), A(mass), R(score_sum);
   const int64_t panels_bytes = images.panels_bytes(plan.matrix_rows, D);
   const Buffer panels(plan.group * panels_bytes);
-
-  plan.for_images(
-      false,
-      [&](int64_t image, int64_t slot) {
-        images.pack(images.kernels.images.pack_sums, {keys.select(0, image).data_ptr(), D, 1}, H,
-                    panels.data() + slot * panels_bytes, nullptr);
-      },
-      [&](const Part& part, int64_t slot, void* sums, double* score_sums, void* scratch) {
-        const ScoreArgs args{H, panels.data() + slot * panels_bytes, nullptr, bias.select(0, part.image).data_ptr(),
-                             nullptr};
-        images.kernels.score_pool.forward(images.image(part.image, {}), args, part.tokens, sums, score_sums, scratch);
-      },
-      [&](int64_t head, const std::vector<double>& total) {
-        const double R = total[D];
-        Numbers(score_sum).set(head, R);
-        Numbers(mass).set(head, R / (R + eps));
-        for (int64_t c = 0; c < D; ++c) p.set(head * D + c, total[c] / (R + eps));
-      });
+  const bool wide = images.acc == at::kDouble;
+  std::vector<double> units(images.B, 1);  // of an image's scores
+  std::vector<char> strange(images.B * H);
+  const auto run = [&](Range range) {
+    plan.for_images(
+        range, false,
+        [&](int64_t image, int64_t slot) {
+          const Tensor matrix = units[image] == 1 ? keys.select(0, image) : keys.select(0, image) * units[image];
+          images.pack(images.kernels.images.pack_sums, {matrix.data_ptr(), D, 1}, H,
+                      panels.data() + slot * panels_bytes, nullptr);
+        },
+        [&](const Part& part, int64_t slot, void* sums, double* score_sums, void* scratch) {
+          const ScoreArgs args{H, panels.data() + slot * panels_bytes, nullptr, bias.select(0, part.image).data_ptr(),
+                               nullptr};
+          images.kernels.score_pool.forward(images.image(part.image, {}), args, part.tokens, sums, score_sums, scratch);
+        },
+        [&](int64_t head, const std::vector<double>& total) {
+          const double unit = units[head / H], sum = total[D], norm = sum + eps * unit;
+          strange[head] = !within(sum, kMostFactor, wide);
+          R.set(head, sum / unit);
+          A.set(head, sum / norm);
+          for (int64_t c = 0; c < D; ++c) {
+            strange[head] |= !std::isfinite(total[c]);
+            p.set(head * D + c, total[c] / norm);
+          }
+        });
+  };
+  run({0, images.B});
+  // Scores of order one: their products with tokens are in range where the tokens are (range.h).
+  for (int64_t image = 0; image < images.B; ++image) {
+    if (std::count(strange.begin() + image * H, strange.begin() + (image + 1) * H, 0) == H) continue;
+    const Kernels& of_keys = kernels_for(images.acc);
+    const Tokens rows{keys.select(0, image).data_ptr(), D, 1};
+    const double largest =
+        norm_eps ? 1 : images.kernels.tokens.largest(images.image(image, {}).x, D, {0, images.kept.count(image)});
+    units[image] = unit_of(of_keys.tokens.largest(rows, D, {0, H}), wide) * unit_of(largest, wide);
+    if (units[image] == 0 || units[image] == 1) continue;
+    bias.select(0, image).mul_(units[image]);
+    run({image, image + 1});
+  }
   return {pooled, mass, score_sum};
 }
 
@@ -153,7 +177,7 @@ std::tuple<Tensor, Tensor, Tensor> score_pool_bwd(const Tensor& dpooled, const T
   const Tensor matrix = at::zeros({2, plan.wide, D}, keys.options());
 
   plan.for_images(
-      true,
+      {0, B}, true,
       [&](int64_t image, int64_t slot) {
         matrix.select(0, 0).narrow(0, 0, H).copy_(keys.select(0, image));
         matrix.select(0, 1).narrow(0, 0, H).copy_(g.select(0, image));

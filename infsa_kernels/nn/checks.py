@@ -5,6 +5,8 @@ import operator
 import torch
 from torch import Tensor
 
+from ..torch_private import assert_async
+
 NO_CAUSAL = "InfSA divides by sums over all queries, and a causal form of it does not exist yet"
 NO_DROPOUT = (
     "in multi-hop InfSA all hops go through the same scores, which are never held, so none can be dropped; drop the output "
@@ -55,7 +57,7 @@ def require(condition: Tensor, message: str, error: type[Exception] = NotImpleme
         wait: whether to read a value from a GPU, whose stream that stops; else it reports the error itself, and later.
     """
     if torch.compiler.is_compiling() or not (wait or condition.device.type == "cpu"):
-        torch._assert_async(condition, message)
+        assert_async(condition, message)
     elif not condition:
         raise error(message)
 

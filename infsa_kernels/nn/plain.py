@@ -6,8 +6,9 @@ what a user added to it is lost without a word.
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as torch_module
+
+from ..torch_private import FakeTensor
 
 # Kept from when this was imported: some tools replace the forward of torch's class itself.
 _FORWARD = {kind: kind.forward for kind in (nn.Linear, nn.LayerNorm, nn.Identity)}

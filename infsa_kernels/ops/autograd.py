@@ -11,18 +11,18 @@ from itertools import compress
 
 import torch
 
-from . import check, sharding
-from .torch_private import (
+from ..torch_private import (
     SingleLevelFunction,
     after_autograd,
     below_autocast,
     below_autograd,
-    enable_single_level_autograd_function,
     forward_mode,
     in_forward_mode,
     in_functorch,
+    on_one_level,
     unwrap_dead_wrappers,
 )
+from . import check, sharding
 
 
 def functions(raw, forward_op, backward_op) -> tuple:
@@ -147,7 +147,7 @@ def _one_level(function, signature):
             if not in_functorch():
                 return function.apply(keyset, *unwrap_dead_wrappers(args))
             # At this key functorch has already unwrapped to one level: record on it, and let the redispatch reach the next.
-            with enable_single_level_autograd_function():
+            with on_one_level():
                 return function.apply(keyset, *args)
         except Exception:
             check.in_words(signature.check, args)

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch.overrides import TorchFunctionMode
 
+from ..torch_private import get_in_backward, set_for_backward
 from . import extension
-from .torch_private import get_in_backward, set_for_backward
 
 # Suffix of the raw operators of each backend.
 SUFFIXES = {"cpu": "", "cuda": "", "triton": "_triton", "eager": "_eager"}
@@ -38,6 +38,8 @@ def why_not(op: str, backend: str, device: torch.device, dtype: torch.dtype, sha
     if backend == "cpu":
         if device.type != "cpu":
             return f"the tensors are on {device}, not on the CPU"
+        if "cpu" not in OPERATORS[op]:
+            return f"infsa::{op} has no C++ kernels for the CPU"
         return _extension_error
     if backend == "cuda":
         return _why_not_cuda(op, device, dtype, shape)

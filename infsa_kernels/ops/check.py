@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..eager.common import acc_dtype
-from .torch_private import is_batched
+from ..torch_private import is_batched
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _FLOATING = "torch.float32, torch.bfloat16, torch.float16 or torch.float64"

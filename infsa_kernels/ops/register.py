@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils.flop_counter import register_flop_formula
 
+from ..torch_private import OpOverload, below_autocast
 from . import autograd, backends, check, sharding
 from .backends import SUFFIXES
 from .check import Signature
-from .torch_private import OpOverload, below_autocast
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -6,7 +6,7 @@ torch.distributed.tensor takes longer to import than all of this package, so the
 
 import sys
 
-from .torch_private import sharding_depends_on_all_arguments
+from ..torch_private import sharding_depends_on_all_arguments
 
 _waiting: list = []
 

@@ -67,6 +67,22 @@ def test_limits_of_the_machine_take_their_turn():
     assert {"cold_s", "warm_s"} <= by_name["linear_infsa"].keys()
 
 
+@pytest.mark.parametrize("phase", ["fwd", "train"])
+def test_limits_of_the_machine_take_their_turn_beside_layers(phase):
+    found = measure("linear_infsa", "pure_infsa", level="layer", phase=phase, anchors=("linear_infsa", "gemm"))
+    by_name = {(row["name"], row["pass"]): row for row in found}
+    # N = 49, D = 64: Linear's one projection and two products with 4 heads; Pure's three projections and two N x N products.
+    least = {"linear_infsa": (49 * 64 * (2 * 64 + 4 * 4), 49 * 64 * (6 * 64 + 10 * 4)),
+             "pure_infsa": (6 * 49 * 64**2 + 4 * 49**2 * 64, 12 * 49 * 64**2 + 10 * 49**2 * 64)}  # fmt: skip
+    for (name, which), row in by_name.items():
+        fwd, bwd = least[name]
+        assert row["limit"] == "gemm"
+        assert row["flops"] == {"fwd": fwd, "bwd": bwd, "train": fwd + bwd}[which]
+        assert row["share_of_limit"] == pytest.approx(
+            row["flops"] / (2 * 64**3) * row["beside"]["gemm"] / row["median_s"]
+        )
+
+
 @pytest.mark.parametrize("layout", ["bnhd", "bhnd"])
 @pytest.mark.parametrize(("dtype", "batch"), [("fp32", 1), ("bf16", 2)])
 def test_dtypes_layouts_and_batches(layout, dtype, batch):
@@ -152,8 +168,9 @@ def test_a_layer_is_examined_once_for_both_its_passes(monkeypatch):
     assert sorted(whole) == [49, 196, 196]
     assert all("gradients at 224 pixels" in row["checked"] for row in measure("softmax", level="layer", phase="train"))
     assert len(whole) == 3
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
     measure("softmax", level="layer", way="compile")
-    assert whole[3:] == [49]
+    assert whole[3:] == [49]  # the compiled function itself
 
 
 @pytest.mark.parametrize("name", ["linear_infsa", "pure_infsa"])

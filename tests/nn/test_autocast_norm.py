@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.layer_calls import layer, output_gradient, results, to
+from helpers.pooled_linear_calls import layer, output_gradient, results, to
 from torch import nn
 from torch.testing import assert_close
 

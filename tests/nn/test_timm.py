@@ -7,9 +7,9 @@ from helpers.host_models import RHO, VARIANTS, inputs_of, reference_instead_of_s
 from safetensors.torch import load_file, save_file
 from timm.layers import Attention, LayerNorm
 
-from infsa_kernels.nn.timm import InfSAAttention, LinearInfSAAttention, PureInfSAAttention
+from infsa_kernels.nn.timm import InfSAAttention, LinearInfSAAttention, MultiHopInfSAAttention, PureInfSAAttention
 
-LAYERS = dict(zip(VARIANTS, (LinearInfSAAttention, PureInfSAAttention)))
+LAYERS = dict(zip(VARIANTS, (LinearInfSAAttention, PureInfSAAttention, MultiHopInfSAAttention)))
 TINY = dict(embed_dim=32, num_heads=4, depth=2, img_size=32)
 
 
@@ -125,6 +125,10 @@ def test_masks_under_compile(symbolic):
 def test_dropout(variant):
     attention = LAYERS[variant](32, 4, attn_drop=1.0).train()
     x = torch.randn(2, 9, 32)
+    if variant == "multi_hop_infsa":
+        with pytest.raises(NotImplementedError, match=r"dropout is 1\.0, expected 0"):
+            attention(x)
+        return
     torch.testing.assert_close(attention(x), attention.proj.bias.expand(2, 9, -1))
     attention.eval()
     assert torch.equal(attention(x), attention(x)) and not torch.allclose(attention(x)[0, 0], attention.proj.bias)

@@ -199,3 +199,10 @@ def test_gpus_and_versions_of_triton(capability, version, words, gpu, monkeypatc
     monkeypatch.setattr(backends, "_why_no_triton", backends._why_no_triton.__wrapped__)
     reason = infsa_kernels.explain_backend("pure", gpu, torch.bfloat16, (1, 4, 100, 64))["triton"]
     assert reason is None if words is None else words in reason
+
+
+def test_an_operator_without_compiled_kernels_says_so_and_runs_without_them(monkeypatch):
+    monkeypatch.setitem(backends.OPERATORS, "new", frozenset({"eager"}))
+    reasons = infsa_kernels.explain_backend("new", CPU, torch.float32, SHAPE)
+    assert reasons["cpu"] == "infsa::new has no C++ kernels for the CPU"
+    assert infsa_kernels.choose_backend("new", CPU, torch.float32, SHAPE) == "eager"

@@ -108,12 +108,16 @@ def answer(function, arguments):
     try:
         with torch._C._AutoDispatchBelowAutograd():
             return function(*arguments)
-    except Exception as refusal:
-        assert not isinstance(refusal, AssertionError) and "INTERNAL ASSERT" not in str(refusal), refusal
-        return None
+    except Exception as error:
+        refusal = str(error)
+    assert "INTERNAL ASSERT" not in refusal, refusal
+    return None
 
 
-def is_freed(value) -> bool:
+def only_compiled_code_sees(name: str, value, gradients: int) -> bool:
+    """What Python does not look at: memory that was freed below a tensor, how many gradients are wanted or not."""
+    if name == "output_mask":
+        return len(value) != gradients
     if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_meta:
         return False
     return value.numel() > 0 and value.untyped_storage().nbytes() == 0
@@ -131,15 +135,16 @@ def main(seed: int):
         arguments |= {name: another(name, arguments[name], rng) for name in changed}
         print(i, op, way, {n: getattr(arguments[n], "shape", arguments[n]) for n in changed}, end=" ", flush=True)
         actual = answer(getattr(torch.ops.infsa, f"{op}_{way}"), arguments.values())
-        freed = any(map(is_freed, arguments.values()))
-        wanted = None if freed else answer(getattr(torch.ops.infsa, f"{op}_{way}_eager"), arguments.values())
+        gradients = len(getattr(torch.ops.infsa, f"{op}_bwd").default._schema.returns)
+        wrong = any(only_compiled_code_sees(name, value, gradients) for name, value in arguments.items())
+        wanted = None if wrong else answer(getattr(torch.ops.infsa, f"{op}_{way}_eager"), arguments.values())
         assert (actual is None) == (wanted is None), f"the eager operator {'refuses' if wanted is None else 'answers'}"
         for a, w in zip(actual or (), wanted or ()):
             assert (a.shape, a.dtype, a.device) == (w.shape, w.dtype, w.device)
-            if not changed:
-                torch.testing.assert_close(
-                    a.double(), w.double(), rtol=0.05, atol=0.05 * float(w.abs().max() if w.numel() else 0)
-                )
+            # Statistics that were put in the place of forward's own have no right gradient.
+            if way == "fwd" or not changed:
+                size = float(w.abs().max()) if w.numel() else 0.0
+                torch.testing.assert_close(a.double(), w.double(), rtol=0, atol=0.05 * size, equal_nan=True)
         print("refused" if actual is None else "answered", flush=True)
 
 

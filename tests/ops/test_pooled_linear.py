@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from helpers.calls import DTYPES
-from helpers.layer_calls import B, D, N, check, layer, leaves, output_gradient, results
+from helpers.pooled_linear_calls import B, D, N, check, layer, leaves, output_gradient, results
 from torch.testing import assert_close
 
 from infsa_kernels import pooled_linear_infsa, reference
@@ -96,6 +96,18 @@ def test_mean_of_float32_keeps_its_digits(offset):
     call = layer(torch.float32, bias=False)
     call["x"] = (call["x"].detach() + offset).requires_grad_()
     check(call, output_gradient(call))
+
+
+@pytest.mark.only_backend("cpu")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [1e-6, 1e6, 1e12, 1e15, 1e18])
+def test_range(size, dtype):
+    """What plain code keeps inside float32 the operators do too: scores times tokens grow with the third power of x."""
+    for tied in (True, False):
+        call = layer(dtype, tied=tied, bias=False, norm="", masked=True, rho="number")
+        call["x"] = (call["x"].detach() * size).requires_grad_()
+        call["eps"] = min(1e-6, size**2 * 1e-6)
+        check(call, output_gradient(call))
 
 
 def layouts():

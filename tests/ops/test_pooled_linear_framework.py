@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from helpers.calls import raw_op
-from helpers.layer_calls import D, layer, leaves, output_gradient, results
+from helpers.pooled_linear_calls import D, layer, leaves, output_gradient, results
 from helpers.sweep import some
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode

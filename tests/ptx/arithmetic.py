@@ -101,6 +101,7 @@ COMPARE: dict[str, Callable] = {
     "num": lambda x, y: ~_unordered(x, y),
     "nan": _unordered,
 }
+COMPARISONS = "|".join(COMPARE)
 
 INTEGER = "(?P<t>[su](?:16|32|64))"
 ANY = "(?P<t>[su](?:16|32|64)|f32|f64)"
@@ -180,7 +181,7 @@ def operation(opcode: str) -> tuple[list[str], str, Callable] | None:
         return [found[1], "u32", "u32"], found[1], _bits
     if found := re.fullmatch(r"selp\.(b16|b32|b64|f32|f64|[su](?:16|32|64))", opcode):
         return [found[1], found[1], "pred"], found[1], lambda x, y, which: np.where(which, x, y)
-    if found := re.fullmatch(r"setp\.(\w+)\.([sub](?:16|32|64)|f32|f64)", opcode):
+    if found := re.fullmatch(rf"setp\.({COMPARISONS})\.([sub](?:16|32|64)|f32|f64)", opcode):
         return [found[2], found[2]], "pred", COMPARE[found[1]]
     if re.fullmatch(r"cvt\.rn\.f16x2\.f32", opcode):
         return ["f32", "f32"], "b32", _pair(lambda x: np.asarray(x).astype(np.float16).view(np.uint16))

@@ -1,5 +1,6 @@
 """Runs a kernel: one lane per element of an array, all programs of a launch at once or in any other order."""
 
+import re
 from collections.abc import Callable, Iterable
 
 import numpy as np
@@ -56,7 +57,8 @@ class Machine:
             name: np.zeros(len(lanes), bool if bits == 1 else UINT[bits // 8])
             for name, bits in kernel.registers.items()
         }
-        self.shared, self.history = Shared(programs, threads, shared), History(programs, threads)
+        bytewise = any(re.match(r"(ld|st)\.shared.*8$", i.opcode) for i in kernel.code)
+        self.shared, self.history = Shared(programs, shared, 1 if bytewise else 2), History(programs, threads)
         self.copies = exchange.Copies(self)
         self.pc = np.zeros(len(lanes), np.int64)
         self.alive = np.ones(len(lanes), bool)
@@ -70,10 +72,8 @@ class Machine:
         dtype = TYPES[kind]
         if operand in self.registers or operand in self.special:
             value = self.registers.get(operand, self.special.get(operand))
-            assert value.dtype.itemsize == dtype.itemsize and (value.dtype.kind == "b") == (kind == "pred"), (
-                operand,
-                kind,
-            )
+            same = value.dtype.itemsize == dtype.itemsize and (value.dtype.kind == "b") == (kind == "pred")
+            assert same, f"{operand} is no {kind}"
             return value.view(dtype)
         if operand[:2] == "0f":
             return np.uint32(int(operand[2:], 16)).view(dtype)
@@ -130,7 +130,8 @@ class Machine:
             if i.guard:
                 held = self.registers[i.guard]
                 mask = lanes & (~held if i.negated else held)
-            self.pc[lanes] = pc + 1 if self.ends[pc] else pc
+            if self.ends[pc]:
+                self.pc[lanes] = pc + 1
             if not i.guard or mask.any():
                 self.reached[pc] = True
                 step(mask)

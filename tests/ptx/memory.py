@@ -18,9 +18,6 @@ FILL = {torch.float32: 0x7FC00000, torch.bfloat16: 0x7FC0, torch.float16: 0x7E00
 
 WARP = 32
 
-# Threads are told apart in units of 2 bytes, the smallest that anything is stored in.
-GRANULE = 2
-
 
 class Fault(AssertionError):
     """What an instruction must not do."""
@@ -126,12 +123,13 @@ class Shared(Memory):
     # The least alignment that PTX promises, so that nothing can rely on more.
     BASE = 0x410
 
-    def __init__(self, programs: int, threads: int, size: int):
-        self.size = size
+    def __init__(self, programs: int, size: int, unit: int):
+        """``unit``: of the bytes in which threads are told apart, the shortest access that there is."""
+        self.size, self.unit = size, unit
         self.pitch = -(-size // 64) * 64 + 64
         super().__init__(programs * self.pitch)
         self.state.reshape(programs, self.pitch)[:, :size] = UNWRITTEN
-        self.writers, self.readers = (_Threads(programs, threads, self.pitch // GRANULE) for _ in range(2))
+        self.writers, self.readers = (_Threads(programs, self.pitch // unit) for _ in range(2))
 
     def offsets(self, addresses: np.ndarray, program: np.ndarray, length: int, i: Instruction) -> np.ndarray:
         at = addresses.astype(np.int64) - self.BASE
@@ -159,7 +157,7 @@ class Shared(Memory):
         self.writers.add(places, thread)
 
     def _places(self, at: np.ndarray, length: int) -> np.ndarray:
-        return at[:, None] // GRANULE + np.arange(length // GRANULE)
+        return at[:, None] // self.unit + np.arange(length // self.unit)
 
     def _alone(self, others: "_Threads", places: np.ndarray, thread: np.ndarray, i: Instruction, what: str) -> None:
         if others.conflict(places, thread):
@@ -171,8 +169,7 @@ class _Threads:
 
     NOBODY, SEVERAL, ORDERED = -1, -2, -3  # ORDERED: some threads of a warp, before its own last barrier
 
-    def __init__(self, programs: int, threads: int, places: int):
-        self.warps = programs * threads // WARP
+    def __init__(self, programs: int, places: int):
         self.thread, self.warp = (np.full((programs, places), self.NOBODY, np.int32) for _ in range(2))
         self.flat_thread, self.flat_warp = self.thread.reshape(-1), self.warp.reshape(-1)
 

@@ -9,8 +9,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .memory import GRANULE, Fault
+from .memory import Fault
 from .parse import Instruction
+
+# Threads are told apart in units of 2 bytes, the shortest that anything is stored in.
+GRANULE = 2
 
 
 @dataclass
@@ -62,6 +65,7 @@ class History:
         written = np.zeros(-(-size // GRANULE) + 8, bool)
         for a in self.accesses:
             if a.writes:
+                assert a.length >= GRANULE, f"{a.instruction}: shorter than the places that are told apart"
                 written[self._granules(a)] = True
         kept = [(a, granules) for a in self.accesses if written[granules := self._granules(a)].any()]
         if not kept:

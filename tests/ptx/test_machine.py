@@ -267,3 +267,21 @@ def test_races_in_global_memory():
     with pytest.raises(Fault, match="reads, no barrier between"):
         run("st.global.b32 [%d3], %r0;\nld.global.b32 %r4, [%d1];", whole(), whole())
     run("st.global.b32 [%d3], %r0;\nbar.sync 0;\nld.global.b32 %r4, [%d1];", whole(), whole())
+
+
+def test_bytes_of_shared_memory_are_told_apart():
+    body = """
+    mov.b32 %r4, global_smem;
+    add.s32 %r4, %r4, %r0;
+    st.shared.b8 [%r4], %r0;
+    {}
+    xor.b32 %r5, %r0, 33;
+    mov.b32 %r6, global_smem;
+    add.s32 %r5, %r5, %r6;
+    ld.shared.b8 %r7, [%r5];
+    st.global.b32 [%d3], %r7;
+    """
+    out = run(body.format("bar.sync 0;"), whole(), torch.empty(64, dtype=torch.int32))
+    assert torch.equal(out, whole() ^ 33)
+    with pytest.raises(Fault, match="no barrier between"):
+        run(body.format(""), whole(), torch.empty(64, dtype=torch.int32))

@@ -1,17 +1,20 @@
-"""The private names of torch that the operators use, each with what nothing public does. Tested with torch 2.11 to 2.14."""
+"""The private names of torch that this package uses, each with what nothing public does. Tested with torch 2.11 to 2.14."""
 
 import torch
-from torch._functorch.autograd_function import (
-    enable_single_level_autograd_function as enable_single_level_autograd_function,
-)
-from torch._functorch.utils import unwrap_dead_wrappers as unwrap_dead_wrappers
-from torch._ops import OpOverload as OpOverload
+from torch._functorch import autograd_function, utils
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
+
+__all__ = ["FakeTensor", "OpOverload"]  # in annotations, and where a class is asked for; they have no public name
 
 # torch.library.register_autograd differentiates once, and not below two levels of torch.func. Ours records one level at a time,
 # as functorch's own operators do: OpOverload.redispatch goes on to the next, of which these keys are left.
 after_autograd = torch._C._after_autograd_keyset
+in_functorch = torch._C._are_functorch_transforms_active
+on_one_level = autograd_function.enable_single_level_autograd_function
+unwrap_dead_wrappers = utils.unwrap_dead_wrappers
 
 
 class SingleLevelFunction(_SingleLevelFunction):
@@ -20,18 +23,17 @@ class SingleLevelFunction(_SingleLevelFunction):
     _compiled_autograd_key = staticmethod(torch.autograd.Function._compiled_autograd_key)
 
 
-# Autograd's Python is skipped for calls that nothing differentiates. torch.no_grad does not skip it, and torch.inference_mode
-# makes tensors that autograd refuses later.
-below_autograd = torch._C._AutoDispatchBelowAutograd
-in_functorch = torch._C._are_functorch_transforms_active
+# Forward-mode AD is off inside an autograd.Function, and the level below has to see it, to refuse it.
+forward_mode = forward_ad._set_fwd_grad_enabled
 
 
 def in_forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
-# Forward-mode AD is off inside an autograd.Function, and the level below has to see it, to refuse it.
-forward_mode = forward_ad._set_fwd_grad_enabled
+# Autograd's Python is skipped for calls that nothing differentiates. torch.no_grad does not skip it, and torch.inference_mode
+# makes tensors that autograd refuses later.
+below_autograd = torch._C._AutoDispatchBelowAutograd
 
 # torch.autocast(enabled=False) is for one device, and takes microseconds; torch.library.register_autocast casts every argument.
 _AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU).add(torch._C.DispatchKey.AutocastCUDA)
@@ -41,8 +43,11 @@ def below_autocast():
     return torch._C._ExcludeDispatchKeyGuard(_AUTOCAST)
 
 
-# To say in our words what vmap would say about storages.
+# Whether vmap maps over a tensor: to refuse it in words. Public functions fail on it in theirs, about storages.
 is_batched = torch._C._functorch.is_batchedtensor
+
+# An assertion in a compiled graph, and one for which the CPU does not wait for a GPU. torch._check reads the value.
+assert_async = torch._assert_async
 
 
 def set_for_backward(name: str, value: str) -> None:
@@ -55,7 +60,7 @@ def get_in_backward(name: str) -> str:
 
 
 def sharding_depends_on_all_arguments(op: OpOverload) -> None:
-    """register_sharding caches placements by the tensors alone, and so ignores which are None and which gradients are wanted."""
+    """register_sharding caches placements by tensors alone, and so ignores which are None and which gradients are wanted."""
     from dataclasses import replace
 
     from torch.distributed.tensor import DTensor
