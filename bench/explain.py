@@ -138,15 +138,13 @@ def measured(name: str, seed: int, model: InfViT, held_out: Scenes, out: Path) -
         return json.loads(kept.read_text())
     with torch.no_grad():
         right = torch.cat([model(x).argmax(1) for x in held_out.pictures.split(128)]) == held_out.classes
-    images, classes, boxes = (t[:MAPPED] for t in (held_out.pictures, held_out.classes, held_out.boxes))
+    images, boxes = held_out.pictures[:MAPPED], held_out.boxes[:MAPPED]
     found = {"accuracy": right.double().mean().item(), "maps": {}}
     maps = {kind: attention_maps(model, images, kind=kind) for kind in KINDS}
     like = maps["class_token"]
     for kind, values in (maps | {"random": random_maps(like), "gaussian": gaussian_maps(like)}).items():
         areas = {
-            order: deletion_curve(model, images, values, order, STEPS, target=classes, baselines=False)
-            .area.mean()
-            .item()
+            order: deletion_curve(model, images, values, order, STEPS, baselines=False).area.mean().item()
             for order in ("morf", "lerf")
         }
         place = localisation(values, boxes, (SIDE, SIDE), baselines=False)
