@@ -1,6 +1,6 @@
 """`make bench-explain`: what small models look at, that were trained alike on pictures whose object is known.
 
-    python -m bench.explain [--out DIR]
+    python -m bench.explain [--variants ...] [--seeds ...] [--out DIR]
 
 Trains every variant from every seed (kept in OUT, and so resumed), and measures: accuracy; the fall of the class's probability as
 patches are deleted; how well maps find the object's box; how close Linear-InfSA's weights come to the Perron eigenvector. Beside
@@ -34,6 +34,7 @@ from .scenes import Items, Scenes
 VARIANTS = {
     "linear_infsa": {"variant": "linear_infsa", "tied": True},
     "pure_infsa": {"variant": "pure_infsa", "tied": True},
+    "multi_hop_infsa": {"variant": "multi_hop_infsa", "tied": True},
     "softmax": {"variant": "softmax"},
 }
 SEEDS = (0, 1, 2)
@@ -58,17 +59,21 @@ COLUMNS = {"accuracy": "accuracy", "morf": "MoRF-AOC", "lerf": "LeRF-AUC", "roc"
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.explain", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out" / "explain")
-    out = parser.parse_args().out
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
+    args = parser.parse_args()
+    out = args.out
     out.mkdir(parents=True, exist_ok=True)
     train, test = scenes.items()
     backgrounds = scenes.textures()
     held_out = scenes.draw(test, backgrounds, TEST, _generator(1))
-    results, models = {}, {}
-    for name in VARIANTS:
-        for seed in SEEDS:
-            models[name, seed] = trained(name, seed, train, backgrounds, out)
-            results[f"{name} {seed}"] = measured(name, seed, models[name, seed], held_out, out)
-    text = table(results, train)
+    results, models = {}, {}  # by variant; by seed, or of the first one
+    for seed in args.seeds:
+        for name in args.variants:
+            model = trained(name, seed, train, backgrounds, out)
+            models.setdefault(name, model)
+            results.setdefault(name, {})[seed] = measured(name, seed, model, held_out, out)
+    text = table(results, train.source)
     print(text)
     (out / "table.txt").write_text(text + "\n")
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
@@ -133,15 +138,13 @@ def measured(name: str, seed: int, model: InfViT, held_out: Scenes, out: Path) -
         return json.loads(kept.read_text())
     with torch.no_grad():
         right = torch.cat([model(x).argmax(1) for x in held_out.pictures.split(128)]) == held_out.classes
-    images, classes, boxes = (t[:MAPPED] for t in (held_out.pictures, held_out.classes, held_out.boxes))
+    images, boxes = held_out.pictures[:MAPPED], held_out.boxes[:MAPPED]
     found = {"accuracy": right.double().mean().item(), "maps": {}}
     maps = {kind: attention_maps(model, images, kind=kind) for kind in KINDS}
     like = maps["class_token"]
     for kind, values in (maps | {"random": random_maps(like), "gaussian": gaussian_maps(like)}).items():
         areas = {
-            order: deletion_curve(model, images, values, order, STEPS, target=classes, baselines=False)
-            .area.mean()
-            .item()
+            order: deletion_curve(model, images, values, order, STEPS, baselines=False).area.mean().item()
             for order in ("morf", "lerf")
         }
         place = localisation(values, boxes, (SIDE, SIDE), baselines=False)
@@ -156,19 +159,20 @@ def measured(name: str, seed: int, model: InfViT, held_out: Scenes, out: Path) -
     return found
 
 
-def table(results: dict, items: Items) -> str:
+def table(results: dict[str, dict[int, dict]], source: str) -> str:
     """Means over the seeds, their spread (largest - smallest), baselines, and the paper's figures."""
+    seeds = ", ".join(map(str, next(iter(results.values()))))
     lines = [
-        f"{items.source}: {TRAIN} scenes of {SIDE} x {SIDE} pixels, {EPOCHS} epochs; {TEST} others for accuracy, of which "
+        f"{source}: {TRAIN} scenes of {SIDE} x {SIDE} pixels, {EPOCHS} epochs; {TEST} others for accuracy, of which "
         f"{MAPPED} for maps",
         f"InfViT, {SIZES['depth']} layers, D = {SIZES['embed_dim']}, {SIZES['num_heads']} heads, patches of "
-        f"{SIZES['patch_size']} x {SIZES['patch_size']}; seeds {', '.join(map(str, SEEDS))}: mean, and +- half the range",
+        f"{SIZES['patch_size']} x {SIZES['patch_size']}; seeds {seeds}: mean, +- half the range",
         "Per cent. Deleted patches are blurred; boxes are found at the pixels; maps are of the last layer",
         "",
         f"{'':34}" + "".join(f"{title:>14}" for title in COLUMNS.values()),
     ]
-    for name in VARIANTS:
-        mine = [results[f"{name} {seed}"] for seed in SEEDS]
+    for name, by_seed in results.items():
+        mine = list(by_seed.values())
         for kind in mine[0]["maps"]:
             cells = [_cell([r["accuracy"] for r in mine]) if kind == KINDS[0] else ""]
             cells += [_cell([r["maps"][kind][column] for r in mine]) for column in list(COLUMNS)[1:]]
@@ -180,8 +184,8 @@ def table(results: dict, items: Items) -> str:
     lines.append(
         f"{'alignment with the eigenvector':34}{'cosine':>14}{'equal weights':>14}{'Spearman':>14}{'dead heads':>14}"
     )
-    for name in VARIANTS:
-        mine = [results[f"{name} {seed}"] for seed in SEEDS]
+    for name, by_seed in results.items():
+        mine = list(by_seed.values())
         if "alignment" in mine[0]:
             names = "cosine", "uniform_cosine", "spearman"
             cells = [_cell([r["alignment"][n] for r in mine]) for n in names] + [_cell([r["dead"] for r in mine])]
@@ -206,14 +210,16 @@ def picture(models: dict, held_out: Scenes, large: Scenes, names: tuple[str, ...
 
     shown = [(held_out.pictures[i], held_out.boxes[i], held_out.classes[i]) for i in range(6)]
     shown.append((large.pictures[0], large.boxes[0], large.classes[0]))
-    figure, axes = plt.subplots(1 + len(VARIANTS), len(shown), figsize=(2.05 * len(shown), 2.2 * (1 + len(VARIANTS))))
+    names_of_rows = list(models)
+    size = 1 + len(names_of_rows), len(shown)
+    figure, axes = plt.subplots(*size, figsize=(2.05 * size[1], 2.2 * size[0]))
     for column, (image, box, label) in enumerate(shown):
         photograph = (image[0] / 4 + 0.5).clamp(0, 1)[..., None].expand(-1, -1, 3).numpy()
         axes[0, column].imshow(photograph)
         size = "" if image.shape[-1] == SIDE else f", {image.shape[-1]} x {image.shape[-1]}"
         axes[0, column].set_title(names[label] + size, fontsize=10, color=MUTED)
-        for row, name in enumerate(VARIANTS, 1):
-            values = attention_maps(models[name, SEEDS[0]], image[None])[0]
+        for row, name in enumerate(names_of_rows, 1):
+            values = attention_maps(models[name], image[None])[0]
             axes[row, column].imshow(overlaid(photograph, values.numpy()))
             if column == 0:
                 axes[row, 0].text(

@@ -103,7 +103,7 @@ def _gradient_error() -> float:
     return max(((a - b).norm() / b.norm()).item() for a, b in zip(ours, theirs))
 
 
-def beside_dense(tokens: int, turns: int = 5) -> str:
+def beside_dense(tokens: int, turns: int = 3) -> str:
     q = queries(tokens)
     g = TokenGraph(q)
     times = {"ours": [], "dense": []}
