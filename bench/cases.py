@@ -23,11 +23,11 @@ MAIN = (
     ("operator", (*KERNELS[:5], "mean", *MACHINE), 1024, ("fwd",)),
     ("operator", ("linear_infsa", "linear_plain", "read", "read_qqv", "clone"), 4096, ("fwd", "train")),
     ("operator", KERNELS[:5], 224, ("fwd",)),
+    ("operator", KERNELS[:5], 512, ("fwd",)),
+    ("operator", KERNELS[:2], 2048, ("fwd",)),
     ("operator", ("linear_infsa", "linear_plain", "pure_infsa", "softmax", "copy", "clone", "gemm"), 1024, ("train",)),
     ("layer", (*peers.PAPER, "mean", "fastformer", "linear_infsa_per_token"), 1024, ("fwd",)),
     ("model", ("linear_infsa", "linear_infsa_per_token", "softmax"), 1024, ("fwd",)),
-    ("operator", KERNELS[:5], 512, ("fwd",)),
-    ("operator", KERNELS[:2], 2048, ("fwd",)),
     (
         "layer",
         ("linear_infsa", "linear_infsa_per_token", "pure_infsa", "softmax", "soft", "fastformer", "mean"),

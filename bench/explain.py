@@ -166,7 +166,7 @@ def table(results: dict[str, dict[int, dict]], source: str) -> str:
         f"{source}: {TRAIN} scenes of {SIDE} x {SIDE} pixels, {EPOCHS} epochs; {TEST} others for accuracy, of which "
         f"{MAPPED} for maps",
         f"InfViT, {SIZES['depth']} layers, D = {SIZES['embed_dim']}, {SIZES['num_heads']} heads, patches of "
-        f"{SIZES['patch_size']} x {SIZES['patch_size']}; seeds {seeds}: mean, +- half the range",
+        f"{SIZES['patch_size']} x {SIZES['patch_size']}; seeds: {seeds}; means, +- half the range of several",
         "Per cent. Deleted patches are blurred; boxes are found at the pixels; maps are of the last layer",
         "",
         f"{'':34}" + "".join(f"{title:>14}" for title in COLUMNS.values()),
@@ -196,7 +196,8 @@ def table(results: dict[str, dict[int, dict]], source: str) -> str:
 
 
 def _cell(values: list[float]) -> str:
-    return f"{100 * sum(values) / len(values):.1f} +-{50 * (max(values) - min(values)):.1f}"
+    mean = f"{100 * sum(values) / len(values):.1f}"
+    return mean if len(values) == 1 else f"{mean} +-{50 * (max(values) - min(values)):.1f}"
 
 
 def picture(models: dict, held_out: Scenes, large: Scenes, names: tuple[str, ...]):
