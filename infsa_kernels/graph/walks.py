@@ -188,7 +188,8 @@ def _solve(g: TokenGraph, x: Tensor, gamma: Tensor, tol: float) -> tuple[Tensor,
             share = over((image * older_image).sum(-2, keepdim=True), square)
             p, image = p - share * older, image - share * older_image
         square = (image * image).sum(-2, keepdim=True)
-        step = over((r * image).sum(-2, keepdim=True), square)
+        # Columns that are done stay: of their residuals only rounding is left, and a step along that leads anywhere.
+        step = torch.where(error > tol, over((r * image).sum(-2, keepdim=True), square), 0)
         y, r = y + step * p, r - step * image
         directions = [*directions, (p, image, square)][-(1 if g.tied else MEMORY) :]
     return scale * y, SolverInfo(

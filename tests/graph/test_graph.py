@@ -320,3 +320,15 @@ def test_nan_stays_in_its_head(function):
     found = function(TokenGraph(q))
     assert found[0, 1].isnan().any()
     torch.testing.assert_close(found[0, 0], expected[0, 0], rtol=1e-5, atol=1e-6)
+
+
+@TIED
+@pytest.mark.parametrize("dtype, tol, bound", [(torch.float64, 1e-12, 2e-12), (torch.float32, 1e-6, 1e-5)])
+def test_columns_that_are_done_early_stay_right(tied, dtype, tol, bound):
+    """A few tokens: some columns are solved to the last bit while others still iterate."""
+    for N in (2, 3, 5, 9):
+        q, k = tokens(1, 100, N, 8, tied=tied, dtype=dtype, offset=0)
+        x = torch.randn(1, 100, N, 8, dtype=dtype)
+        y = fundamental_matmul(TokenGraph(q, k), x, 0.95, tol)
+        expected = inverse(dense(q, k), 0.95) @ x.double()
+        assert ((y - expected).norm(dim=-2) <= bound * expected.norm(dim=-2)).all()
