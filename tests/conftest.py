@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 import warnings
 import zlib
 
@@ -83,6 +84,16 @@ def pytest_runtest_call(item):
 def _seed(request):
     """Every test has random numbers of its own, the same in every run and in every order of the tests."""
     torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture(autouse=True)
+def _no_compiled_code_of_other_tests():
+    """What a test compiled before decides which sizes torch.compile takes for symbols, and how often it compiles again."""
+    yield
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo and dynamo.utils.counters:
+        dynamo.reset()
+        dynamo.utils.counters.clear()
 
 
 @pytest.fixture(autouse=True)
