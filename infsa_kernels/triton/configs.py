@@ -93,8 +93,8 @@ DESCRIBED = ("sm_90", "sm_100")
 SERIAL = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 9)
 
 # (architecture, how it reads) -> kernel -> largest of d and dv -> tile. Rows own 64-row tiles where two programs of 128 threads
-# then share a multiprocessor: one's products hide the other's arithmetic. On sm_90 addresses and masks leave 8 warps of the forward
-# pass no room for a second program, but 4 warps that own as many rows.
+# then share a multiprocessor: one's products hide the other's arithmetic. On sm_90 addresses and masks leave the forward pass no
+# room for a second program of 8 warps, but for one of 4 warps that own as many rows.
 PURE: dict[tuple[str, str], dict[str, dict[int, Pure]]] = {
     ("sm_90", "descriptors"): {
         "fwd": {64: Pure(128, 64, 4 if SERIAL else 8, 2), 128: Pure(128, 64, 8, 2), 256: Pure(128, 32, 8, 2)},
