@@ -9,11 +9,20 @@ from torch import Tensor
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 
-# Arguments by whose divisibility Triton is not to tell kernels apart: they enter no address that is vectorised, so the machine
-# code is the same, and each of them would double the number of compilations.
+# Arguments by whose divisibility Triton is not to tell kernels apart: each doubles the number of compilations. Pure's backward
+# kernels are told about N and M all the same: without, five of their variants spill registers.
 COUNTS = [
-    "H", "N", "M", "heads", "splits", "split_tokens", "query_splits", "key_splits", "blocks", "square_blocks", "part_blocks",
-]  # fmt: skip
+    "H",
+    "heads",
+    "splits",
+    "split_tokens",
+    "query_splits",
+    "key_splits",
+    "blocks",
+    "square_blocks",
+    "part_blocks",
+]
+SIZES = [*COUNTS, "N", "M"]
 
 
 @triton.jit

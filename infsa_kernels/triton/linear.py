@@ -20,7 +20,7 @@ import triton.language as tl
 from ..eager import linear as eager
 from ..eager.common import scale
 from . import configs
-from .launch import COUNTS, countable, launch, padded, relu, strides
+from .launch import SIZES, countable, launch, padded, relu, strides
 
 
 @triton.jit
@@ -135,7 +135,7 @@ def sum_queries(
     return tl.sum(central, 0), tl.sum(energy, 0)
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(do_not_specialize=SIZES)
 def linear_fwd_queries_kernel(
     q, query_mask,  # (B, H, N, d), (B, N)
     central_parts, energy_parts, tickets,  # (B, H, splits, d), (B, H, splits), (B, head groups)
@@ -163,7 +163,7 @@ def store_result(
     store_part(score_sum, score, b, heads, H, 0, 1, 1, 1)
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(do_not_specialize=SIZES)
 def linear_fwd_keys_kernel(
     q, k, v, query_mask, key_mask, head_rho,  # (B, H, N, d), (B, H, M, d), (B, H, M, dv), (B, N), (B, M), (B, H)
     out, context, central_query, energy_sum, score_sum,  # (B, H, dv), (B, H, dv), (B, H, d), (B, H), (B, H)
@@ -223,7 +223,7 @@ def linear_fwd_keys_kernel(
             store_result(pooled, score, rho, b, heads, H, scale, eps, out, context, score_sum, dv, DV)
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(do_not_specialize=SIZES)
 def linear_bwd_keys_kernel(
     dout, k, v, key_mask, head_rho,  # (B, H, dv), (B, H, M, d), (B, H, M, dv), (B, M), (B, H)
     context, central_query, score_sum,  # (B, H, dv), (B, H, d), (B, H)
@@ -285,7 +285,7 @@ def linear_bwd_keys_kernel(
         store_part(dcentral_parts, tl.sum(dcentral, 0) * scale, b, heads, H, split, splits, d, D)
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(do_not_specialize=SIZES)
 def linear_bwd_queries_kernel(
     q, query_mask, key_mask, dq,  # (B, H, N, d), (B, N), (B, M), like q
     central_query, energy_sum, dscores, dcentral_parts, key_splits,  # (B, H, d), (B, H), (B, H, M), (B, H, splits, d)

@@ -24,7 +24,7 @@ import triton.language as tl
 from ..eager import pure as eager
 from ..eager.common import scale
 from . import configs
-from .launch import COUNTS, countable, launch, padded, relu, strides
+from .launch import SIZES, countable, launch, padded, relu, strides
 from .pure_backward import backward
 from .tiles import (
     addressable,
@@ -70,7 +70,7 @@ def fwd_tiles(
     return acc, squares
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(do_not_specialize=SIZES)
 def pure_fwd_kernel(
     q, k, v, query_mask, key_mask,  # (B, H, N, d), (B, H, M, d), (B, H, M, dv), (B, N), (B, M)
     out, square_parts, row_scales,  # (B, H, N, dv) unnormalised, (B, H, blocks), (B, H, N)
@@ -108,7 +108,7 @@ def pure_fwd_kernel(
     store_rows(out, out_strides, acc, b, h, row, N, dv, DV, BLOCK_M)
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(do_not_specialize=SIZES)
 def pure_rescale_kernel(
     out, square_parts, row_scales, query_mask, head_rho, norm,  # as above; (B, N), (B, H), (B, H)
     out_strides, query_mask_strides, head_rho_strides, H, N, blocks, square_blocks, scale, eps, rho,

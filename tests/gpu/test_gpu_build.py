@@ -3,7 +3,6 @@
 `PYTHONPATH=tests python -m helpers.cuda_resources` writes the table of registers, spills and shared memory anew.
 """
 
-import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -40,17 +39,19 @@ def test_kernels_are_registered_for_the_raw_operators():
 
 
 def test_bad_input_is_refused_before_anything_else():
-    """By the checks that every backend shares; the tensors are the CPU's, so what comes after cannot run."""
+    """By invariants that every backend shares, in few words; the tensors are the CPU's, so what comes after cannot run."""
     forward = torch.ops.infsa.linear_fwd.default
     on_gpu = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
     q, v = torch.ones(1, 2, 3, 8), torch.ones(1, 2, 4, 8)
-    for arguments in ((q, None, v, 1e-6), (q, v, v.double(), 1e-6), (q, v, v, 0.0)):
-        errors = []
-        for call in (forward, functools.partial(forward.redispatch, on_gpu)):
-            with pytest.raises((TypeError, ValueError)) as error:
-                call(*arguments, 0.95, None, None, None)
-            errors.append(str(error.value))
-        assert errors[0] == errors[1]
+    for arguments, name, kind, what in (
+        ((q, None, v, 1e-6), "v", ValueError, "shape"),
+        ((q, v, v.double(), 1e-6), "v", TypeError, "dtype"),
+        ((q, v, v, 0.0), "eps", ValueError, "value"),
+    ):
+        with pytest.raises(kind, match=f"^infsa::linear: {name}'s {what}"):
+            forward.redispatch(on_gpu, *arguments, 0.95, None, None, None)
+        with pytest.raises(kind, match=f"^infsa::linear: {name} (has|is)"):  # what a caller reads
+            forward(*arguments, 0.95, None, None, None)
 
 
 def test_info_names_architectures_and_reasons():

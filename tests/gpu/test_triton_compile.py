@@ -96,14 +96,14 @@ def check_budgets(row: dict[str, str]) -> None:
 LENGTHS = sorted({rows * columns + 1 for rows in range(14, 65, 3) for columns in range(14, 65, 7)})[::3]
 
 
-@pytest.mark.parametrize(("op", "heads", "d", "most"), [("linear", 64, 16, 7), ("pure", 16, 64, 6)])
+@pytest.mark.parametrize(("op", "heads", "d", "most"), [("linear", 64, 16, 7), ("pure", 16, 64, 8)])
 def test_lengths_share_their_kernels(op, heads, d, most):
     """As many pictures of as many sizes, and 4 kernels forward and backward: each is compiled in seconds, once."""
     assert len(LENGTHS) >= 40
     assert len(compilations([Call(op, 8, N, heads, d) for N in LENGTHS])) <= most
 
 
-@pytest.mark.parametrize(("op", "most"), [("linear", 14), ("pure", 7)])
+@pytest.mark.parametrize(("op", "most"), [("linear", 7), ("pure", 9)])
 def test_batches_and_heads_share_their_kernels(op, most):
     lengths = 16, 50, 196, 197, 256, 577, 785, 1024, 1025, 4096, 4097, 9217, 16384, 65536
     calls = [Call(op, B, N, H, 64) for B in (1, 2, 3, 8, 16) for N in lengths for H in (1, 3, 6, 12, 16)]
