@@ -69,7 +69,7 @@ def test_rho_learns(variant, tied):
         ("attention with dropout", "linear_infsa"),
         ("attention with dropout", "pure_infsa"),
         swept(("vit", "linear_infsa")),
-        ("vit", "pure_infsa"),
+        swept(("vit", "pure_infsa")),
     ],
 )
 def test_compiles_whole_for_any_length(kind, variant):
