@@ -79,14 +79,16 @@ SERIAL = {
         "pure_fwd_kernel",
         "tf32",
         64,
-    ): "C7515: with 244 registers in use it moves accumulators between the products of a stage",
+    ): "C7515: with 244 registers in use it moves accumulators between a stage's products",
+    ("pure_fwd_kernel", "tf32", 128): "C7515: the same where there is a tail",
 }
 
 
 @pytest.mark.parametrize("case", some(CASES, *IN_MAKE_TEST), ids=str)
 def test_products_are_asynchronous_and_waited_for(case):
     found = kernels(case)
-    assert len(found) >= (2 if case.tied and case.dtype != "tf32" else 3)
+    # Tied, one kernel makes all gradients, but for float32; at d = 128 float32's keys have tiles of 32 rows, and wgmma takes 64.
+    assert len(found) >= (2 if (case.tied and case.dtype != "tf32") or (case.dtype == "tf32" and case.d == 128) else 3)
     for kernel in found:
         assert "Used" in kernel.log, f"{kernel.name}: ptxas wrote no log"
         serial = re.findall(r"C75\d\d.*", kernel.log)
