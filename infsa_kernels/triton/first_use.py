@@ -181,7 +181,7 @@ def check(variant: Variant, device: torch.device) -> str | None:
     """
     kernels, plain = (importlib.import_module(f"infsa_kernels.{room}.{variant.op}") for room in ("triton", "eager"))
     for number, lengths in enumerate(_lengths(variant, device)):
-        arguments = _arguments(variant, device, *lengths, torch.Generator().manual_seed(number))
+        arguments = _arguments(variant, device, *lengths, torch.Generator("cpu").manual_seed(number))
         if variant.direction == "backward":
             arguments = _backward(variant, arguments, plain)
         expected = _run(variant, plain, _one_head(arguments))
@@ -198,7 +198,10 @@ def _run(variant: Variant, module, arguments: list) -> list[Tensor]:
     """The results of a call, into memory that holds NaN: what a kernel does not write shows."""
     if variant.direction == "forward":
         sizes = [t.numel() * t.element_size() for t in arguments if isinstance(t, Tensor)]
-        held = [torch.full((size // 4 + 1,), torch.nan, device=arguments[0].device) for size in (*sizes, *sizes)]
+        held = [
+            torch.full((size // 4 + 1,), torch.nan, dtype=torch.float32, device=arguments[0].device)
+            for size in (*sizes, *sizes)
+        ]
         del held  # the next tensors are given this memory
         return module.forward(*arguments)
     raw = importlib.import_module(f"infsa_kernels.ops.{variant.op}").raw
@@ -245,14 +248,14 @@ def _lengths(variant: Variant, device: torch.device) -> list[tuple[int, int]]:
 
 def _arguments(variant: Variant, device: torch.device, N: int, M: int, random: torch.Generator) -> list:
     """Of the forward pass: q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask. All heads have the same content."""
-    ignored = [torch.arange(length) % 4 == 2 if variant.masked else None for length in (N, M)]
+    ignored = [torch.arange(length, device="cpu") % 4 == 2 if variant.masked else None for length in (N, M)]
     queries, keys = (_odd_rows(length, variant, random) for length in (N, M))
-    values = torch.randint(-4, 5, (M, variant.dv), generator=random)
+    values = torch.randint(-4, 5, (M, variant.dv), generator=random, device="cpu")
     rows = [x.to(getattr(torch, variant.dtype)) for x in (queries, keys, values)]
     if variant.masked:
         rows = [x.masked_fill(mask[:, None], torch.nan) for x, mask in zip(rows, (*ignored, ignored[1]))]
     masks = [None if mask is None else mask.expand(*HEADS[:1], -1).contiguous().to(device) for mask in ignored[::-1]]
-    head_rho = torch.full(HEADS, 0.75, device=device)
+    head_rho = torch.full(HEADS, 0.75, dtype=torch.float32, device=device)
     # Rows of a length that the copy engine cannot step over are read through pointers.
     for gap in (0, 1, 2):
         q, k, v = (_amid_nan(x.to(device), gap, variant.token_major) for x in rows)
@@ -264,7 +267,7 @@ def _arguments(variant: Variant, device: torch.device, N: int, M: int, random: t
 
 def _odd_rows(length: int, variant: Variant, random: torch.Generator) -> Tensor:
     """Rows of an odd number of 1 and -1, whose products are odd: no score is 0, where either side of the ReLU would be right."""
-    rows = torch.randint(0, 2, (length, variant.d), generator=random) * 2 - 1
+    rows = torch.randint(0, 2, (length, variant.d), generator=random, device="cpu") * 2 - 1
     rows[:, variant.d - 1 + variant.d % 2 :] = 0
     return rows
 

@@ -302,3 +302,14 @@ def test_each_check_of_all_is_a_process(monkeypatch, tmp_path):
     assert died == "its process ended: CUDA error: an illegal memory access"
     assert raised.startswith("it raised ModuleNotFoundError") and passed is None
     assert first_use.known(CPU) == {}  # what raised may be mended: it is not written down
+
+
+@interpreted
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_defaults_of_the_program_do_not_reach_the_check(direction, small):
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            assert first_use.check(variant("linear", direction, masked=True), CPU) is None
+    finally:
+        torch.set_default_dtype(torch.float32)
