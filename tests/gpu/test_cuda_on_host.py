@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers.calls import Call, call_of_one_key, expected, output_gradient
 from helpers.cuda_on_host import AMPERE, HOPPER, Emulated, plan
+from helpers.sweep import some
 
 from infsa_kernels.testing import FORWARD, GRADIENT, assert_within
 
@@ -130,14 +131,14 @@ def test_a_key_with_all_the_weight_has_weight_one(gpu):
     torch.testing.assert_close(results["v"][:, :, 0][positive], dout[positive], rtol=5e-7, atol=0)
 
 
-@pytest.mark.parametrize("resident", [1, 2, 3, 7])
+@pytest.mark.parametrize("resident", some([1, 2, 3, 7], 1, 7))
 def test_waves_of_a_grid(resident):
     """More units than blocks."""
     for tied in (False, True):
         check(Emulated(resident, AMPERE), make(B=3, H=3, N=40, M=40, tied=tied))
 
 
-@pytest.mark.parametrize("resident", [3, 4])
+@pytest.mark.parametrize("resident", some([3, 4], 3))
 def test_waves_of_several_blocks_each(resident):
     """A unit at a time on all blocks: partial sums of several waves are on their way at once, and some blocks are slow."""
     gpu = Emulated(resident, AMPERE, wave_bytes=1)

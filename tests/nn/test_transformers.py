@@ -76,6 +76,8 @@ def test_padded_batch_equals_single_texts(name, side):
     for custom in (four.expand(2, 1, 9, 9), torch.zeros(2, 1, 9, 9).double().masked_fill(~four, -torch.inf)):
         again = model(input_ids=ids, attention_mask=custom, position_ids=position_ids).last_hidden_state
         torch.testing.assert_close(again[1:, kept], alone, rtol=1e-10, atol=1e-10)
+    if side == "left":
+        return  # compiled, both are one graph
     with torch.no_grad():
         # All hops are found by iteration, whose end no graph knows.
         compiled = torch.compile(model, fullgraph=name != "infsa_multi_hop", backend="aot_eager")

@@ -9,6 +9,7 @@ import torch
 from functorch.compile import make_boxed_func
 from helpers.calls import DTYPES, OPS, raw_op
 from helpers.framework_calls import DV, FORMS, LAYOUTS, B, D, H, M, N, make_call
+from helpers.sweep import some
 from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
@@ -72,8 +73,11 @@ def test_opcheck_raw(op, form, dtype, layout, requires_grad, device, backend):
     torch.library.opcheck(backward, differentiable, test_utils=utils[:3] if requires_grad else utils)
 
 
+SECOND = [("head_rho", torch.float64), ("tied_masked_one_rho", torch.bfloat16)]
+
+
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize(("form", "dtype"), [("head_rho", torch.float64), ("tied_masked_one_rho", torch.bfloat16)])
+@pytest.mark.parametrize(("form", "dtype"), some(SECOND, SECOND[0]))
 def test_opcheck_second_derivative(op, form, dtype, device):
     """It is the reference's, whatever the backend."""
     backend = infsa_kernels.choose_backend(op, torch.device(device), dtype, (B, H, N, D))

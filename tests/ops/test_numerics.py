@@ -289,8 +289,8 @@ print(forward - before, peak() - before)
 
 @pytest.mark.parametrize("name", backends_of("cpu"))
 def test_pure_needs_no_matrix(name):
-    """At N = 16384 one head's scores would take 1 GiB."""
-    N = 16384
+    """At N = 8192 one head's scores would take 256 MiB."""
+    N = 8192
     run = subprocess.run([sys.executable, "-c", MEMORY, name, str(N)], capture_output=True, text=True, check=True)
     tensor_kib = N * 64 * 4 // 1024
     forward, both_directions = (int(kib) for kib in run.stdout.split())

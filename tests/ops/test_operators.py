@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers.calls import DTYPES, OPS, Call, accumulation, check, output_gradient, raw_op
 from helpers.layouts import LAYOUTS, whole_storage
+from helpers.sweep import some
 
 import infsa_kernels
 from infsa_kernels import reference
@@ -105,8 +106,10 @@ def test_lengths(op, N, device, backend):
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "token_major"])
-def test_long_sequences(op, layout, device, backend):
-    N, M, d = {"linear": (1_000_000, 999_983, 8), "pure": (2053, 4099, 16)}[op]
+@pytest.mark.parametrize("tokens", some([262_144, 1_000_000], 262_144))
+def test_long_sequences(op, tokens, layout, device, backend):
+    """More than as many chunks as there may be have at their least size. Pure's time grows with the product of N and M."""
+    N, M, d = (tokens, tokens - 17, 8) if op == "linear" else (tokens // 128 + 5, tokens // 64 + 3, 16)
     call = make(op, device, B=1, H=2, N=N, M=M, d=d, dv=d)
     check(Call(op, **{name: LAYOUTS[layout](t) for name, t in call.qkv().items()}), draws=3)
 

@@ -121,6 +121,7 @@ def test_another_torch_or_compiler_compiles_everything(folder):
     assert compiled(folder) == EVERYTHING
 
 
+@pytest.mark.sweep
 def test_other_flags_compile_everything(folder):
     assert compiled(folder, CFLAGS="-DANOTHER") == EVERYTHING
     assert compiled(folder, CFLAGS="-DANOTHER", CPATH=str(folder)) == EVERYTHING
@@ -132,6 +133,7 @@ def test_sources_that_changed_without_a_new_time_are_compiled(folder):
     assert compiled(folder) == EVERYTHING
 
 
+@pytest.mark.sweep
 def test_builds_without_ninja_forget_too(folder, tmp_path):
     """Then setuptools compares the times of our sources and the library, and nothing else."""
     for tool in ("cc", "gcc", "c++", "g++", "clang", "clang++", "as", "ld"):
@@ -238,6 +240,7 @@ def one_name(archive, end) -> str:
     return name
 
 
+@pytest.mark.sweep
 def test_what_is_built_from_a_source_distribution_has_its_version(folder, tmp_path):
     """By name, as from an index, pip takes nothing else; and it is a package with its extension."""
     made = sdist(folder, tmp_path)

@@ -42,6 +42,7 @@ def test_in_place_the_extension_is_found_everywhere(folder, python, tmp_path):
         extension.unlink()
 
 
+@pytest.mark.sweep
 def test_a_source_folder_names_the_package_that_it_hides(folder, python, tmp_path):
     clone.install(python, ".", cwd=folder)
     elsewhere = info(python, tmp_path)
