@@ -54,8 +54,33 @@ int attribute(cudaDeviceAttr name, int device) {
   return value;
 }
 
+cudaLaunchAttribute cluster_of(int64_t blocks) {
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = blocks, cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  return cluster;
+}
+
 // An error that is reported or dealt with: whoever asks the runtime next would take it for its own.
 void forget_error() { cudaGetLastError(); }
+
+// Bytes of shared memory that a block of a cluster may have; 0 where the kernel has no body, as in code compiled from
+// PTX for compute capability 8.0, or where the largest cluster does not fit into this GPU or this part of one.
+int64_t largest_shared(Kernel cluster, int device) {
+  cudaFuncAttributes compiled{};
+  if (cudaFuncGetAttributes(&compiled, cluster)) return forget_error(), 0;
+  if (compiled.ptxVersion < 90 || !attribute(cudaDevAttrClusterLaunch, device)) return 0;
+  const int shared = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  // Once, for the largest plan: set at every launch, it would be another thread's as often as one's own.
+  if (cudaFuncSetAttribute(cluster, cudaFuncAttributeMaxDynamicSharedMemorySize, shared)) return forget_error(), 0;
+  cudaLaunchAttribute size = cluster_of(kLargestCluster);
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(kLargestCluster), config.blockDim = dim3(kThreads), config.dynamicSmemBytes = shared;
+  config.attrs = &size, config.numAttrs = 1;
+  int clusters = 0;
+  if (cudaOccupancyMaxActiveClusters(&clusters, cluster, &config)) forget_error();
+  return clusters > 0 ? shared : 0;
+}
 
 }  // namespace
 
@@ -65,26 +90,16 @@ LinearDevice linear_device(Element element, bool aligned, bool backward) {
   const Kernels kernels = kernels_of(element, aligned, backward);
   // Where it fails, as on a GPU that the kernels were not compiled for, the launch will say why.
   if (cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernels.grid, kThreads, kSharedFloats * 4)) forget_error();
-  const bool has_clusters = attribute(cudaDevAttrComputeCapabilityMajor, device) >= 9;
-  int shared = has_clusters ? attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device) : 0;
-  // Once, for the largest plan: set at every launch, it would be another thread's as often as one's own.
-  if (shared > 0 && cudaFuncSetAttribute(kernels.cluster, cudaFuncAttributeMaxDynamicSharedMemorySize, shared)) {
-    forget_error();
-    shared = 0;
-  }
-  return {std::max(blocks, 1) * attribute(cudaDevAttrMultiProcessorCount, device), shared,
-          attribute(cudaDevAttrL2CacheSize, device) / 4};
+  return {std::max(blocks, 1) * attribute(cudaDevAttrMultiProcessorCount, device),
+          largest_shared(kernels.cluster, device), attribute(cudaDevAttrL2CacheSize, device) / 4};
 }
 
-const char* launch_linear(const LinearArgs& args, Element element, bool aligned, bool backward, void* stream) {
+LaunchFailure launch_linear(const LinearArgs& args, Element element, bool aligned, bool backward, void* stream) {
   const LinearPlan& plan = args.plan;
   const Kernels kernels = kernels_of(element, aligned, backward);
   const Kernel kernel = plan.cluster ? kernels.cluster : kernels.grid;
-  cudaLaunchAttribute attribute{};
-  if (plan.cluster) {
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = plan.splits, attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-  } else {
+  cudaLaunchAttribute attribute = cluster_of(plan.splits);
+  if (!plan.cluster) {
     // Refused, rather than left to wait for ever, should the grid not be resident as a whole.
     attribute.id = cudaLaunchAttributeCooperative;
     attribute.val.cooperative = 1;
@@ -95,9 +110,9 @@ const char* launch_linear(const LinearArgs& args, Element element, bool aligned,
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = &attribute, config.numAttrs = 1;
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, args);
-  if (error == cudaSuccess) return nullptr;
+  if (error == cudaSuccess) return {};
   forget_error();
-  return cudaGetErrorString(error);
+  return {cudaGetErrorString(error), error == cudaErrorCooperativeLaunchTooLarge};
 }
 
 }  // namespace infsa::cuda

@@ -49,7 +49,13 @@ inline LinearPlan linear_plan(const LinearArgs& a, Element element, bool backwar
 // Of the current device.
 LinearDevice linear_device(Element element, bool aligned, bool backward);
 
-// Returns null, or what the CUDA runtime says went wrong. `stream` is a cudaStream_t.
-const char* launch_linear(const LinearArgs& args, Element element, bool aligned, bool backward, void* stream);
+// What the CUDA runtime says went wrong, or null.
+struct LaunchFailure {
+  const char* reason = nullptr;
+  bool too_many_blocks = false;  // more than run at once: other work, or a partition, has its part of the GPU
+};
+
+// `stream` is a cudaStream_t.
+LaunchFailure launch_linear(const LinearArgs& args, Element element, bool aligned, bool backward, void* stream);
 
 }  // namespace infsa::cuda

@@ -64,12 +64,21 @@ LinearDevice device_of(const Tensor& q, Element element, bool aligned, bool back
 void launch(LinearArgs& a, const Tensor& q, bool backward) {
   const Element element = element_of(q);
   const bool aligned = has_aligned_rows(a, element);
-  a.plan = linear_plan(a, element, backward, device_of(q, element, aligned, backward));
-  // Freed before the kernel ends, by a stream that gives it to nobody who does not wait for that.
-  const auto workspace = at::empty({2, a.plan.parts_size()}, q.options().dtype(at::kFloat));
-  a.first_parts = workspace.mutable_data_ptr<float>(), a.second_parts = a.first_parts + a.plan.parts_size();
-  const char* error = launch_linear(a, element, aligned, backward, c10::cuda::getCurrentCUDAStream().stream());
-  TORCH_CHECK(!error, kOp, ": the launch failed: ", error);
+  LinearDevice device = device_of(q, element, aligned, backward);
+  const auto try_to = [&] {
+    a.plan = linear_plan(a, element, backward, device);
+    // Freed before the kernel ends, by a stream that gives it to nobody who does not wait for that.
+    const auto workspace = at::empty({2, a.plan.parts_size()}, q.options().dtype(at::kFloat));
+    a.first_parts = workspace.mutable_data_ptr<float>(), a.second_parts = a.first_parts + a.plan.parts_size();
+    return launch_linear(a, element, aligned, backward, c10::cuda::getCurrentCUDAStream().stream());
+  };
+  LaunchFailure failure = try_to();
+  // The driver speaks of the whole GPU, of which this context may have a part.
+  while (failure.too_many_blocks && device.resident_blocks > 1) {
+    device.resident_blocks /= 2;
+    failure = try_to();
+  }
+  TORCH_CHECK(!failure.reason, kOp, ": the launch failed: ", failure.reason);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_fwd(const Tensor& q, const OptTensor& k, const Tensor& v,
