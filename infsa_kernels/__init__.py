@@ -1,6 +1,7 @@
 """Fused kernels for Infinite Self-Attention (arXiv:2603.00175): `torch.ops.infsa.linear` and `torch.ops.infsa.pure`."""
 
 from . import onnx as onnx
+from .memory import release_memory
 from .nn.functional import infsa_attention
 from .ops.backends import backend, choose_backend, explain_backend
 from .ops.linear import linear_infsa, linear_infsa_scores
@@ -19,4 +20,5 @@ __all__ = [
     "pooled_linear_infsa",
     "pure_infsa",
     "pure_infsa_scores",
+    "release_memory",
 ]

@@ -10,6 +10,7 @@ import sys
 import torch
 
 from . import __version__
+from .memory import kept_memory, most_kept_memory
 from .ops.backends import OPERATORS, SUFFIXES, explain_backend
 from .ops.extension import PACKAGE
 
@@ -22,6 +23,7 @@ def describe() -> str:
         f"triton         {_triton_version()}",
         f"python         {platform.python_version()} on {platform.machine()} {platform.system()}",
         f"extension      {_extension()}",
+        f"memory         {kept_memory() >> 20} MB of at most {most_kept_memory() >> 20} MB are kept for the next call on the CPU",
     ]
     for device in _devices():
         lines += ["", f"{device}  {_device_name(device)}"]

@@ -1,44 +1,34 @@
-// Memory of the CPU kernels' callers: huge pages for what is big, working memory, and numbers of either precision.
+// Memory of the CPU kernels' callers: results, working memory, and numbers of either precision.
 #pragma once
 
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
+#include <ATen/Context.h>
+#include <ATen/EmptyTensor.h>
+#include <ATen/ExpandUtils.h>
 #include <c10/core/impl/alloc_cpu.h>
 
-#include <cstring>
+#include <limits>
 
 #include "../check.h"
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#include <unistd.h>
-#endif
+#include "pool.h"
 
 namespace infsa::cpu {
 
-// Asks for 2 MB pages before the first touch. The allocator maps every big piece anew, and faulting it in 4 KB at a
-// time costs several times what writing it does (measured: 65 against 14 ms for 268 MB).
-inline void use_huge_pages(void* fresh, size_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr size_t kBig = 4 << 20;
-  if (bytes >= kBig) {
-    const uintptr_t page = sysconf(_SC_PAGESIZE), data = reinterpret_cast<uintptr_t>(fresh);
-    const uintptr_t begin = data / page * page;
-    // Advice only: where it is refused, the pages stay small.
-    madvise(reinterpret_cast<void*>(begin), data + bytes - begin, MADV_HUGEPAGE);
-  }
-#endif
-}
-
-inline Tensor with_huge_pages(Tensor fresh) {
-  use_huge_pages(fresh.data_ptr(), fresh.nbytes());
-  return fresh;
+// An uninitialised tensor; NaN where torch is asked to fill those, as at::empty does.
+inline Tensor new_tensor(at::IntArrayRef sizes, at::IntArrayRef strides, at::ScalarType dtype) {
+  const Tensor t = at::detail::empty_strided_generic(sizes, strides, &pooled_allocator(),
+                                                     c10::DispatchKeySet(c10::DispatchKey::CPU), dtype);
+  const auto& context = at::globalContext();
+  const bool fill = context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory();
+  return fill ? t.fill_(std::numeric_limits<double>::quiet_NaN()) : t;
 }
 
 // A gradient of t, by default in its dtype; of no elements where it is not wanted.
 inline Tensor new_gradient(bool wanted, const Tensor& t, bool zero = false, std::optional<at::ScalarType> dtype = {}) {
-  const at::TensorOptions options = t.options().dtype(dtype.value_or(t.scalar_type()));
-  const Tensor gradient = wanted ? with_huge_pages(at::empty_like(t, options)) : at::empty({0}, options);
+  const at::ScalarType of = dtype.value_or(t.scalar_type());
+  if (!wanted) return at::detail::empty_cpu({0}, of);
+  const bool dense = t.is_non_overlapping_and_dense();
+  const Tensor gradient =
+      new_tensor(t.sizes(), dense ? t.strides() : at::infer_dense_strides(t.sizes(), t.strides()), of);
   return zero ? gradient.zero_() : gradient;
 }
 
@@ -47,17 +37,18 @@ class Buffer {
  public:
   static constexpr int64_t kSlack = 64;
 
-  explicit Buffer(int64_t bytes) : data_(static_cast<char*>(c10::alloc_cpu(bytes + kSlack))) {
-    use_huge_pages(data_, bytes);
+  explicit Buffer(int64_t bytes) : pooled_(bytes + kSlack >= int64_t(kBig)) {
+    piece_ = pooled_ ? take_memory(bytes + kSlack) : Piece{c10::alloc_cpu(bytes + kSlack), 0};
   }
   Buffer(const Buffer&) = delete;
-  ~Buffer() { c10::free_cpu(data_); }
+  ~Buffer() { pooled_ ? give_memory(piece_) : c10::free_cpu(piece_.data); }
 
-  char* data() const { return data_; }
-  template <typename T> T* as() const { return reinterpret_cast<T*>(data_); }
+  char* data() const { return static_cast<char*>(piece_.data); }
+  template <typename T> T* as() const { return static_cast<T*>(piece_.data); }
 
  private:
-  char* data_;
+  const bool pooled_;
+  Piece piece_;
 };
 
 // Numbers of the accumulation type, float32 or float64, read and written as float64.

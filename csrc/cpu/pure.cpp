@@ -183,9 +183,8 @@ std::tuple<Tensor, Tensor> pure_fwd(const Tensor& q, const OptTensor& k, const T
   Call call(q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask);
   const auto [B, H, N, M, d, d_v] = call.size;
   const bool token_major = q.stride(1) < q.stride(2);
-  Tensor out =
-      with_huge_pages(token_major ? at::empty({B, N, H, d_v}, q.options()) : at::empty({B, H, N, d_v}, q.options()));
-  if (token_major) out = out.transpose(1, 2);
+  const int64_t token = token_major ? H * d_v : d_v, head = token_major ? d_v : N * d_v;
+  const Tensor out = new_tensor({B, H, N, d_v}, {H * N * d_v, head, token, 1}, q.scalar_type());
   const Tensor norm = at::zeros({B, H}, q.options().dtype(acc_dtype(q)));
   if (call.partial) out.zero_();
   if (call.empty()) return {out, norm};
