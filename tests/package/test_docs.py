@@ -10,14 +10,14 @@ import torch
 from helpers import anchors, documents
 
 import infsa_kernels
-from infsa_kernels import compat, graph, nn
+from infsa_kernels import compat, explain, graph, nn
 
 ROOT = documents.ROOT
 README = ROOT / "README.md"
 PAGES = [pytest.param(page, id=page.name) for page in documents.PAGES]
 
 # Whose names a page uses bare; infsa_kernels' otherwise.
-SPEAKS_OF = {"graph.md": graph, "migration.md": compat, "nn.md": nn, "convert.md": nn}
+SPEAKS_OF = {"explain.md": explain, "graph.md": graph, "migration.md": compat, "nn.md": nn, "convert.md": nn}
 # Calls of other libraries.
 OTHERS = ("tl.dot",)
 
