@@ -85,18 +85,18 @@ inline Arguments attention_arguments(const char* op, const Tensor& q, const OptT
 }
 
 // The backward of infsa::linear, on CPUs and GPUs.
-inline Sizes linear_backward_sizes(const char* op, const Tensor& dout, const Tensor& q, const OptTensor& k,
-                                   const Tensor& v, const Tensor& context, const Tensor& central_query,
-                                   const Tensor& energy_sum, const Tensor& score_sum, double eps, double rho,
-                                   const OptTensor& head_rho, const OptTensor& key_padding_mask,
-                                   const OptTensor& query_padding_mask) {
+inline Arguments linear_backward_arguments(const char* op, const Tensor& dout, const Tensor& q, const OptTensor& k,
+                                           const Tensor& v, const Tensor& context, const Tensor& central_query,
+                                           const Tensor& energy_sum, const Tensor& score_sum, double eps, double rho,
+                                           const OptTensor& head_rho, const OptTensor& key_padding_mask,
+                                           const OptTensor& query_padding_mask) {
   Arguments a = attention_arguments(op, q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask);
   a.tensor("dout", dout, q.scalar_type(), "BHv");
   a.tensor("context", context, acc_dtype(q), "BHv");
   a.tensor("central_query", central_query, acc_dtype(q), "BHd");
   a.tensor("energy_sum", energy_sum, acc_dtype(q), "BH");
   a.tensor("score_sum", score_sum, acc_dtype(q), "BH");
-  return sizes_of(a);
+  return a;
 }
 
 // What the operators over tokens x (B, N, D) have in common beside these.

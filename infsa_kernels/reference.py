@@ -29,16 +29,19 @@ def linear_scores(
     eps: float = 1e-6,
     key_padding_mask: Tensor | None = None,
     query_padding_mask: Tensor | None = None,
+    score_floor: float = 0.0,
 ) -> Tensor:
-    """rho a_j, the weight of every key: (..., M). Paper eqs 16-20."""
+    """rho a_j, the weight of every key: (..., M). Paper eqs 16-20.
+
+    With a score_floor, every score that is not masked gains that share of the mean absolute score (docs/linear.md).
+    """
     u = _remove(q, query_padding_mask) * _scale(q)
     kappa = _remove(k, key_padding_mask) * _scale(k)
     energy = torch.linalg.vector_norm(u, dim=-1)
     weights = energy / (energy.sum(-1, keepdim=True) + eps)
     central_query = torch.einsum("...n,...nd->...d", weights, u)
-    scores = torch.relu(torch.einsum("...d,...md->...m", central_query, kappa))
-    if key_padding_mask is not None:
-        scores = scores.masked_fill(_rows(key_padding_mask, k), 0)
+    products = torch.einsum("...d,...md->...m", central_query, kappa)
+    scores = _floored(products, None if key_padding_mask is None else _rows(key_padding_mask, k), score_floor)
     scores = scores / (scores.sum(-1, keepdim=True) + eps)
     return _per_head(rho, scores, 1) * scores
 
@@ -51,9 +54,10 @@ def linear(
     eps: float = 1e-6,
     key_padding_mask: Tensor | None = None,
     query_padding_mask: Tensor | None = None,
+    score_floor: float = 0.0,
 ) -> Tensor:
     """The pooled context z = rho sum_j a_j v_j of each head: (..., dv). Paper eq 21."""
-    scores = linear_scores(q, k, rho, eps, key_padding_mask, query_padding_mask)
+    scores = linear_scores(q, k, rho, eps, key_padding_mask, query_padding_mask, score_floor)
     return torch.einsum("...m,...md->...d", scores, _remove(v, key_padding_mask))
 
 
@@ -113,6 +117,19 @@ def multi_hop(
     return out
 
 
+def _floored(products: Tensor, ignored: Tensor | None, score_floor: float) -> Tensor:
+    """ReLU(t_j) + score_floor mean_j |t_j| of products t (..., M), and 0 for the keys that are ignored."""
+    scores = torch.relu(products)
+    if score_floor:
+        absolute = products.abs()
+        count = products.shape[-1]
+        if ignored is not None:
+            absolute = absolute.masked_fill(ignored, 0)
+            count = (~ignored).sum(-1, keepdim=True).clamp(min=1)
+        scores = scores + score_floor * (absolute.sum(-1, keepdim=True) / count)
+    return scores if ignored is None else scores.masked_fill(ignored, 0)
+
+
 def _scale(x: Tensor) -> float:
     return x.shape[-1] ** -0.5 if x.shape[-1] else 1.0
 
@@ -148,6 +165,7 @@ def pooled_linear(
     norm_bias: Tensor | None = None,
     norm_eps: float | None = None,
     padding_mask: Tensor | None = None,
+    score_floor: float = 0.0,
 ) -> Tensor:
     """Linear-InfSA self-attention as a layer, for x (B, N, D): LayerNorm, projections, :func:`linear`, output projection.
 
@@ -163,7 +181,7 @@ def pooled_linear(
 
     q, v = heads(q_weight, q_bias), heads(v_weight, v_bias)
     k = q if k_weight is None else heads(k_weight, k_bias)
-    z = linear(q, k, v, rho, eps, padding_mask, padding_mask)
+    z = linear(q, k, v, rho, eps, padding_mask, padding_mask, score_floor)
     return torch.nn.functional.linear(z.flatten(1), out_weight, out_bias)
 
 
@@ -190,14 +208,14 @@ def score_pool(
     norm_eps: float | None = None,
     eps: float = 1e-6,
     padding_mask: Tensor | None = None,
+    score_floor: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """The tokens x (B, N, D) pooled by r = ReLU(x . keys + key_bias): sum r x / (sum r + eps), (B, H, D), and the sum of
-    these weights, (B, H). keys (B, H, D), key_bias (B, H)."""
+    these weights, (B, H). keys (B, H, D), key_bias (B, H). score_floor as in :func:`linear_scores`."""
     x = _normalise(x, norm_eps, padding_mask)
     scores = torch.einsum("bnc,bhc->bhn", x, keys)
-    scores = torch.relu(scores if key_bias is None else scores + key_bias[..., None])
-    if padding_mask is not None:
-        scores = scores.masked_fill(padding_mask[:, None], 0)
+    scores = scores if key_bias is None else scores + key_bias[..., None]
+    scores = _floored(scores, None if padding_mask is None else padding_mask[:, None], score_floor)
     weights = scores / (scores.sum(-1, keepdim=True) + eps)
     return torch.einsum("bhn,bnc->bhc", weights, x), weights.sum(-1)
 

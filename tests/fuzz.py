@@ -133,6 +133,8 @@ def random_call(draw: Random, op: str, device: str) -> tuple[Call, torch.Tensor]
     call = Call(op, q, k, v, rho, max(eps, 1e-6), mask(M), mask(N))
     if call.key_padding_mask is not None or call.query_padding_mask is not None:
         call.eps = max(call.eps, score)
+    if op == "linear" and draw.random() < 0.4:
+        call.score_floor = draw.choice([1e-3, 0.1, 2.0])
     dout = output_gradient(call)
     return call, layout(draw, dout.dim())(torch.randn(dout.shape, generator=generator).to(device, dtype))
 
@@ -239,9 +241,9 @@ def raw_form(draw, call, dout, backend):
     else:
         four = call
     q, k, v, *rest = four.raw()
-    outputs = raw_op(f"{call.op}_fwd", backend)(q, k, v, *rest)
+    outputs = raw_op(f"{call.raw_name}_fwd", backend)(q, k, v, *rest)
     saved = outputs[1:] if call.op == "linear" else outputs
-    dq, dk, dv, drho = raw_op(f"{call.op}_bwd", backend)(dout, q, k, v, *saved, *rest, [True] * 4)
+    dq, dk, dv, drho = raw_op(f"{call.raw_name}_bwd", backend)(dout, q, k, v, *saved, *rest, [True] * 4)
     found = {"out": outputs[0], "q": dq, "k": dk, "v": dv}
     found = {name: t.reshape(*heads, *t.shape[2:]) for name, t in found.items() if t.numel() or name != "k"}
     if isinstance(call.rho, torch.Tensor):

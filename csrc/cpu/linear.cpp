@@ -6,217 +6,71 @@
 // q (B,H,N,d), k (B,H,M,d), v (B,H,M,d_v); out, context (B,H,d_v), central_query = qbar (B,H,d), energy_sum = E and
 // score_sum = R (B,H). Saved for the backward: those four statistics, and the inputs.
 //
+// With score_floor, a number per call (docs/linear.md), over M keys that no mask ignores:
+//
+//   T = sum_j |qbar . kappa_j|,  D = R + score_floor T + eps,
+//   context = (sum_j r_j v_j + score_floor T value_mean) / D            absolute_sum = T, value_mean = sum_j v_j / M
+//
+// which the keys' pass sums beside R.
+//
 // Forward and backward are two passes over the tokens each (linear_kernels.h), in chunks over all threads. Chunks
 // depend on the shape alone and their partial sums are added in their order, in double: the same bits for any number of
 // threads. A head whose numbers left the range of the accumulation type is run once more (range.h).
-#include <ATen/EmptyTensor.h>
-#include <ATen/Parallel.h>
-#include <ATen/ops/ones.h>
 #include <torch/library.h>
 
-#include <algorithm>
 #include <array>
-#include <cmath>
-#include <cstring>
 #include <tuple>
-#include <vector>
 
-#include "isa.h"
-#include "memory.h"
-#include "range.h"
+#include "linear_plan.h"
 
-namespace infsa::cpu {
+namespace infsa::cpu::linear {
 namespace {
 
 constexpr const char* kOp = "infsa::linear";
-// Elements that are worth handing to another thread.
-constexpr int64_t kGrain = 1 << 15;
-// More would make adding the partial sums show, fewer would leave threads idle.
-constexpr int64_t kMaxChunks = 128;
-// Bytes of q that one wave of heads may have, so that its second pass finds them in the last-level cache.
-constexpr int64_t kWaveBytes = 8 << 20;
 
 Tensor new_cpu(at::IntArrayRef size, at::ScalarType dtype) { return at::detail::empty_cpu(size, dtype); }
 
-// How the work of one call is cut. A unit is what one kernel call may span: a head, or all heads of a batch where the
-// heads of a token lie side by side ("token-major", a (B, N, H, d) tensor).
-struct Plan {
-  const Kernels& kernels;
-  const Sizes s;
-  const bool wide;  // the accumulation type is double
-  const int64_t acc_bytes, element_bytes, heads, units;
-  const int64_t d, d_v;  // in whole vectors
-  int64_t wave;
-
-  Plan(const Sizes& s, const Tensor& q, const Tensor& k, const Tensor& v)
-      : kernels(kernels_for(q.scalar_type())),
-        s(s),
-        wide(acc_dtype(q) == at::kDouble),
-        acc_bytes(wide ? 8 : 4),
-        element_bytes(q.element_size()),
-        heads(s.H > 1 && token_major(q) && token_major(k) && token_major(v) ? s.H : 1),
-        units(s.B * s.H / heads),
-        d(round_up(s.d, kernels.lanes)),
-        d_v(round_up(s.d_v, kernels.lanes)) {
-    const int64_t unit_bytes = s.N * s.d * heads * element_bytes;
-    wave = std::clamp<int64_t>(kWaveBytes / std::max<int64_t>(unit_bytes, 1), 1, std::max<int64_t>(units, 1));
-  }
-
-  int64_t chunk(int64_t tokens) const {
-    const int64_t least = ceil_div(kGrain, heads * std::max<int64_t>(d + d_v, 1));
-    return round_up(std::max(ceil_div(tokens, kMaxChunks), least), 16);
-  }
-  int64_t chunks(int64_t tokens) const { return ceil_div(tokens, chunk(tokens)); }
-  int64_t sums_size(int64_t width) const { return heads * (width + 1); }
-  // Bytes of the sums of a wave.
-  int64_t sums_bytes(int64_t tokens, int64_t width) const {
-    return wave * std::max<int64_t>(chunks(tokens), 1) * sums_size(width) * sizeof(double);
-  }
-  // Bytes of a vector or a scalar per head.
-  int64_t head_bytes(int64_t width) const { return s.B * s.H * width * acc_bytes; }
-  Numbers numbers(const Buffer& buffer) const { return {buffer, wide}; }
-
-  // One pass over the tokens of units [begin, end). sums, where given, is (units, chunks, sums_size(width)).
-  void run(LinearPass pass, const LinearArgs& args, int64_t begin, int64_t end, int64_t tokens, double* sums,
-           int64_t width, char* dscores) const {
-    const int64_t size = chunk(tokens), count = chunks(tokens);
-    const int64_t grain = std::max<int64_t>(1, kGrain / (std::min(size, tokens + 1) * heads * (d + d_v + 1)));
-    at::parallel_for(0, (end - begin) * count, grain, [&](int64_t first, int64_t last) {
-      const Buffer scratch(kernels.linear.scratch_bytes(heads, s.d, s.d_v));
-      for (int64_t i = first; i < last; ++i) {
-        const int64_t head = (begin + i / count) * heads, from = i % count * size;
-        double* chunk_sums = sums ? sums + i * sums_size(width) : nullptr;
-        if (sums) std::memset(chunk_sums, 0, sums_size(width) * sizeof(double));
-        kernels.linear.run(pass, args,
-                           {head / s.H, head % s.H, heads, from, std::min(from + size, tokens), chunk_sums,
-                            dscores ? dscores + i / count * tokens * heads * acc_bytes : nullptr, scratch.data()});
-      }
-    });
-  }
-
-  // Adds the chunks' sums up and calls body(head, vector sum, weight sum) for every head of the units.
-  template <typename Body>
-  void for_heads(int64_t begin, int64_t end, int64_t tokens, double* sums, int64_t width, const Body& body) const {
-    const int64_t count = chunks(tokens), size = sums_size(width);
-    at::parallel_for(begin, end, std::max<int64_t>(1, kGrain / ((count + 1) * size)), [&](int64_t first, int64_t last) {
-      for (int64_t unit = first; unit < last; ++unit) {
-        double* total = sums + (unit - begin) * std::max<int64_t>(count, 1) * size;
-        if (count == 0) std::memset(total, 0, size * sizeof(double));
-        for (int64_t c = 1; c < count; ++c) {
-          for (int64_t i = 0; i < size; ++i) total[i] += total[c * size + i];
-        }
-        for (int64_t h = 0; h < heads; ++h) body(unit * heads + h, total + h * width, total[heads * width + h]);
-      }
-    });
-  }
-
-  // run(begin, end) over all units, a wave at a time.
-  template <typename Run> void for_waves(const Run& run) const {
-    for (int64_t begin = 0; begin < units; begin += wave) run(begin, std::min(begin + wave, units));
-  }
-  // The same for the units that have a strange head, once set(head) has found units of measure for one.
-  template <typename Set, typename Run>
-  void for_strange(const std::vector<char>& strange, const Set& set, const Run& run) const {
-    std::vector<char> found(units);
-    for (int64_t head = 0; head < s.B * s.H; ++head) {
-      if (strange[head] && set(head)) found[head / heads] = true;
-    }
-    for (int64_t unit = 0; unit < units; ++unit) {
-      if (found[unit]) run(unit, unit + 1);
-    }
-  }
-
-  // Normalisers divide products of two rows; sums of products may be larger.
-  bool is_factor(double x) const { return within(x, kMostFactor, wide); }
-  template <typename X> bool is_sum(const X& x, int64_t begin, int64_t end) const {
-    double most = 0;
-    for (int64_t i = begin; i < end; ++i) {
-      if (!(std::abs(x[i]) <= most)) most = std::abs(x[i]);
-    }
-    return within(most, kMostSum, wide);
-  }
-
- private:
-  static bool token_major(const Tensor& t) { return t.stride(1) < t.stride(2); }
+// What forward returns, and backward takes; the last two with a floor only.
+struct Statistics {
+  Tensor context, central_query, energy_sum, score_sum, absolute_sum, value_mean;
 };
 
-// What the rows of a head are multiplied by as they are read, and score_scale with them.
-struct HeadUnits {
-  double q = 1, k = 1, v = 1, dout = 1, score = 1;
-};
+using Floor = std::optional<double>;
 
-// The units of measure of a call's heads, once one needs them.
-class Units {
- public:
-  Units(const Plan& plan, LinearArgs& args) : plan_(plan), args_(args) {}
+void demand_floor(const Arguments& a, const Floor& floor) {
+  a.demand(!floor || (std::isfinite(*floor) && *floor >= 0), "score_floor");
+}
 
-  HeadUnits operator[](int64_t head) const { return heads_.empty() ? HeadUnits{} : heads_[head]; }
-
-  // Brings a head to order one: q, k and v, and with dout (B, H, d_v) that and norm = R + eps. False where that is no
-  // help: one is not finite.
-  bool set(int64_t head, const Tensor* dout = nullptr, double norm = 1) {
-    const Sizes& s = plan_.s;
-    HeadUnits u;
-    u.q = unit(args_.q, head, s.N, s.d, args_.query_mask);
-    u.k = unit(args_.k, head, s.M, s.d, args_.key_mask);
-    u.v = unit(args_.v, head, s.M, s.d_v, args_.key_mask);
-    if (args_.k.data == args_.q.data) u.q = u.k = std::min(u.q, u.k);
-    if (dout) {
-      u.dout = unit({dout->data_ptr(), s.H * s.d_v, s.d_v, 0, 1}, head, 1, s.d_v, {});
-      u.score = std::ldexp(1, std::ilogb(norm * u.q * u.k));
-    }
-    if (u.q * u.k * u.v * u.dout == 0) return false;
-    if (heads_.empty()) {
-      heads_.resize(s.B * s.H);
-      rows_ = at::ones({6, s.B * s.H + Buffer::kSlack}, plan_.wide ? at::kDouble : at::kFloat);
-      const void** parts[] = {&args_.unit.q,  &args_.unit.k,  &args_.unit.v,
-                              &args_.unit.dq, &args_.unit.dk, &args_.unit.dv};
-      for (int i = 0; i < 6; ++i) *parts[i] = rows_.select(0, i).data_ptr();
-    }
-    heads_[head] = u;
-    const double gradient = 1 / (u.dout * u.score);
-    const double values[] = {u.q, u.k, u.v, u.q * gradient / u.v, u.k * gradient / u.v, gradient};
-    for (int i = 0; i < 6; ++i) Numbers(rows_.select(0, i)).set(head, finite(values[i], plan_.wide));
-    return true;
+// The keys of every batch that no mask ignores, at least 1.
+std::vector<double> key_counts(const Floor& floor, const Mask& mask, int64_t B, int64_t M) {
+  std::vector<double> counts(B);
+  for (int64_t b = 0; floor && b < B; ++b) {
+    int64_t count = M;
+    for (int64_t n = 0; mask.data && n < M; ++n) count -= mask.data[b * mask.batch + n * mask.token];
+    counts[b] = std::max<int64_t>(count, 1);
   }
+  return counts;
+}
 
- private:
-  double unit(const Rows& rows, int64_t head, int64_t tokens, int64_t columns, const Mask& mask) const {
-    const int64_t b = head / plan_.s.H;
-    const Tokens of_head = tokens_of(rows, b, head % plan_.s.H, plan_.element_bytes);
-    double most = 0;
-    for (int64_t n = 0, end; n < tokens; n = end) {
-      end = mask.data ? n + 1 : tokens;
-      if (mask.data && mask.data[b * mask.batch + n * mask.token]) continue;
-      const double x = plan_.kernels.tokens.largest(of_head, columns, {n, end});
-      if (!std::isfinite(x)) return 0;
-      most = std::max(most, x);
-    }
-    return unit_of(most, plan_.wide);
-  }
-
-  const Plan& plan_;
-  LinearArgs& args_;
-  std::vector<HeadUnits> heads_;
-  Tensor rows_;
-};
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_fwd(const Tensor& q, const OptTensor& k_, const Tensor& v,
-                                                              double eps, double rho, const OptTensor& head_rho,
-                                                              const OptTensor& key_padding_mask,
-                                                              const OptTensor& query_padding_mask) {
-  const Sizes s =
-      sizes_of(attention_arguments(kOp, q, k_, v, eps, rho, head_rho, key_padding_mask, query_padding_mask));
+std::tuple<Tensor, Statistics> forward(const Tensor& q, const OptTensor& k_, const Tensor& v, double eps,
+                                       const Floor& floor, double rho, const OptTensor& head_rho,
+                                       const OptTensor& key_padding_mask, const OptTensor& query_padding_mask) {
+  const Arguments arguments =
+      attention_arguments(kOp, q, k_, v, eps, rho, head_rho, key_padding_mask, query_padding_mask);
+  demand_floor(arguments, floor);
+  const Sizes s = sizes_of(arguments);
   const Tensor& k = k_ ? *k_ : q;
   const auto acc = acc_dtype(q);
+  const int64_t floored = floor.has_value();
   const Tensor out = new_cpu({s.B, s.H, s.d_v}, q.scalar_type()), context = new_cpu({s.B, s.H, s.d_v}, acc),
                central_query = new_cpu({s.B, s.H, s.d}, acc), energy_sum = new_cpu({s.B, s.H}, acc),
-               score_sum = new_cpu({s.B, s.H}, acc);
+               score_sum = new_cpu({s.B, s.H}, acc), absolute_sum = new_cpu({s.B * floored, s.H}, acc),
+               value_mean = new_cpu({s.B * floored, s.H, s.d_v}, acc);
 
   const Plan plan(s, q, k, v);
   const double scale = scale_of(s.d);
   const Buffer score_query(plan.head_bytes(plan.d)), results(plan.head_bytes(s.d_v));
-  const Buffer sums_buffer(std::max(plan.sums_bytes(s.N, plan.d), plan.sums_bytes(s.M, plan.d_v)));
+  const Buffer sums_buffer(std::max(plan.sums_bytes(s.N, plan.d), plan.sums_bytes(s.M, plan.d_v, 1 + floored)));
   double* sums = sums_buffer.as<double>();
 
   LinearArgs args{};
@@ -225,15 +79,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_fwd(const Tensor& q, c
   args.H = s.H, args.d = s.d, args.d_v = s.d_v;
   args.score_query = score_query.data();
 
+  const std::vector<double> counts = key_counts(floor, args.key_mask, s.B, s.M);
   Units units(plan, args);
   std::vector<char> strange(s.B * s.H);
-  const Numbers qbar(central_query), E(energy_sum), R(score_sum), z(context), query = plan.numbers(score_query),
-                                                                              result = plan.numbers(results);
+  const Numbers qbar(central_query), E(energy_sum), R(score_sum), T(absolute_sum), z(context), mean(value_mean),
+      query = plan.numbers(score_query), result = plan.numbers(results);
   const auto run = [&](int64_t begin, int64_t end) {
     plan.run(LinearPass::forward_queries, args, begin, end, s.N, sums, plan.d, nullptr);
-    plan.for_heads(begin, end, s.N, sums, plan.d, [&](int64_t head, const double* sum, double norm_sum) {
+    plan.for_heads(begin, end, s.N, sums, plan.d, [&](int64_t head, const auto& rows, const auto& weights) {
       const HeadUnits u = units[head];
-      const double energy = scale * norm_sum;
+      const double* sum = rows(0);
+      const double energy = scale * weights(0);
       strange[head] = !plan.is_factor(energy) || !plan.is_sum(sum, 0, s.d);
       E.set(head, energy / u.q);
       for (int64_t c = 0; c < s.d; ++c) {
@@ -244,48 +100,69 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_fwd(const Tensor& q, c
       }
       for (int64_t c = s.d; c < plan.d; ++c) query.set(head * plan.d + c, 0);
     });
-    plan.run(LinearPass::forward_keys, args, begin, end, s.M, sums, plan.d_v, nullptr);
-    plan.for_heads(begin, end, s.M, sums, plan.d_v, [&](int64_t head, const double* sum, double scores) {
+    plan.run(floor ? LinearPass::forward_keys_floor : LinearPass::forward_keys, args, begin, end, s.M, sums, plan.d_v,
+             nullptr, 1 + floored);
+    const auto finish = [&](int64_t head, const auto& rows, const auto& weights) {
       const HeadUnits u = units[head];
       const double head_scale = rho_of(rho, head_rho, head / s.H, head % s.H);
+      const double *sum = rows(0), *values = floor ? rows(1) : nullptr;
+      const double scores = weights(0), absolute = floor ? weights(1) : 0, share = floor.value_or(0) * absolute;
       strange[head] |= !plan.is_factor(scores) || !plan.is_sum(sum, 0, s.d_v);
       R.set(head, scores / u.q / u.k);
+      if (floor) {
+        strange[head] |= !plan.is_factor(absolute) || !plan.is_sum(values, 0, s.d_v);
+        T.set(head, absolute / u.q / u.k);
+      }
       for (int64_t c = 0; c < s.d_v; ++c) {
-        const double x = sum[c] / (scores + eps * u.q * u.k) / u.v;
+        double x = sum[c];
+        if (floor) {
+          const double value = values[c] / counts[head / s.H];
+          mean.set(head * s.d_v + c, value / u.v);
+          x += share * value;
+        }
+        x = x / (scores + share + eps * u.q * u.k) / u.v;
         z.set(head * s.d_v + c, x);
         result.set(head * s.d_v + c, head_scale * x);
       }
-    });
+    };
+    plan.for_heads(begin, end, s.M, sums, plan.d_v, finish, 1 + floored);
   };
   plan.for_waves(run);
   plan.for_strange(strange, [&](int64_t head) { return units.set(head); }, run);
   plan.kernels.tokens.store({out.data_ptr(), s.d_v, 1}, results.data(), s.d_v, s.d_v, 1, {0, s.B * s.H});
-  return {out, context, central_query, energy_sum, score_sum};
+  return {out, {context, central_query, energy_sum, score_sum, absolute_sum, value_mean}};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> linear_bwd(const Tensor& dout_, const Tensor& q, const OptTensor& k_,
-                                                      const Tensor& v, const Tensor& context,
-                                                      const Tensor& central_query, const Tensor& energy_sum,
-                                                      const Tensor& score_sum, double eps, double rho,
-                                                      const OptTensor& head_rho, const OptTensor& key_padding_mask,
-                                                      const OptTensor& query_padding_mask,
-                                                      std::array<bool, 4> output_mask) {
-  const Sizes s = linear_backward_sizes(kOp, dout_, q, k_, v, context, central_query, energy_sum, score_sum, eps, rho,
-                                        head_rho, key_padding_mask, query_padding_mask);
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dout_, const Tensor& q, const OptTensor& k_,
+                                                    const Tensor& v, const Statistics& saved, double eps,
+                                                    const Floor& floor, double rho, const OptTensor& head_rho,
+                                                    const OptTensor& key_padding_mask,
+                                                    const OptTensor& query_padding_mask,
+                                                    std::array<bool, 4> output_mask) {
+  Arguments arguments =
+      linear_backward_arguments(kOp, dout_, q, k_, v, saved.context, saved.central_query, saved.energy_sum,
+                                saved.score_sum, eps, rho, head_rho, key_padding_mask, query_padding_mask);
   const auto acc = acc_dtype(q);
+  demand_floor(arguments, floor);
+  if (floor) {
+    arguments.tensor("absolute_sum", saved.absolute_sum, acc, "BH");
+    arguments.tensor("value_mean", saved.value_mean, acc, "BHv");
+  }
+  const Sizes s = sizes_of(arguments);
   const Tensor dout = dout_.contiguous();
   const bool tied = !k_;
   const Tensor& k = tied ? q : *k_;
   const auto [want_dq, want_dk_any, want_dv, want_drho_any] = output_mask;
   const bool want_dk = want_dk_any && !tied, want_drho = want_drho_any && head_rho;
   const Tensor dq = new_gradient(want_dq, q), dk = new_gradient(want_dk, k), dv = new_gradient(want_dv, v);
-  const Tensor dhead_rho = want_drho ? new_cpu({s.B, s.H}, acc) : new_cpu({0}, acc);
+  const Tensor none = new_cpu({0}, acc), dhead_rho = want_drho ? new_cpu({s.B, s.H}, acc) : none;
 
   const Plan plan(s, q, k, v);
   const double scale = scale_of(s.d);
   const Buffer score_query(plan.head_bytes(plan.d)), query_vector(plan.head_bytes(plan.d)),
       dcontext(plan.head_bytes(plan.d_v));
   const Buffer dcontext_dot(plan.head_bytes(1)), score_scale(plan.head_bytes(1)), query_dot(plan.head_bytes(1));
+  const Buffer floor_weight(plan.head_bytes(1)), floor_gradient(plan.head_bytes(1));
   const Buffer sums_buffer(want_dq ? plan.sums_bytes(s.M, plan.d) : 0);
   const bool keeps_dscores = tied && want_dq;
   const Buffer dscores_buffer(keeps_dscores ? plan.wave * s.N * plan.heads * plan.acc_bytes : 0);
@@ -301,35 +178,50 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_bwd(const Tensor& dout_, const
   args.H = s.H, args.d = s.d, args.d_v = s.d_v;
   args.score_query = score_query.data(), args.query_vector = query_vector.data(), args.dcontext = dcontext.data();
   args.dcontext_dot = dcontext_dot.data(), args.score_scale = score_scale.data(), args.query_dot = query_dot.data();
+  args.floor_weight = floor_weight.data(), args.floor_gradient = floor_gradient.data();
 
+  const std::vector<double> counts = key_counts(floor, args.key_mask, s.B, s.M);
   Units units(plan, args);
   std::vector<char> strange(s.B * s.H);
-  const Numbers dz(dout.to(acc)), z(context.contiguous()), qbar(central_query.contiguous()), E(energy_sum.contiguous()),
-      R(score_sum.contiguous()), drho(dhead_rho);
+  const Numbers dz(dout.to(acc)), z(saved.context.contiguous()), qbar(saved.central_query.contiguous()),
+      E(saved.energy_sum.contiguous()), R(saved.score_sum.contiguous()), drho(dhead_rho);
+  const Numbers T(floor ? saved.absolute_sum.contiguous() : none), mean(floor ? saved.value_mean.contiguous() : none);
+  // score_floor T, and R + score_floor T + eps
+  const auto share = [&](int64_t head) { return floor ? *floor * T[head] : 0; };
+  const auto norm = [&](int64_t head) { return R[head] + share(head) + eps; };
   const Numbers query = plan.numbers(score_query), rho_dz = plan.numbers(dcontext), f = plan.numbers(query_vector);
   const auto prepare = [&](int64_t first, int64_t last) {
     for (int64_t head = first; head < last; ++head) {
       const HeadUnits u = units[head];
       const double head_scale = rho_of(rho, head_rho, head / s.H, head % s.H);
-      double dot = 0;
+      double dot = 0, towards_mean = 0;
       for (int64_t c = 0; c < plan.d_v; ++c) {
         const int64_t at = head * s.d_v + c;
         if (c < s.d_v) dot += dz[at] * z[at];
+        if (c < s.d_v && floor) towards_mean += dz[at] * (mean[at] - z[at]);
         rho_dz.set(head * plan.d_v + c, c < s.d_v ? head_scale * dz[at] * u.dout : 0);
       }
       for (int64_t c = 0; c < plan.d; ++c)
         query.set(head * plan.d + c, c < s.d ? scale * qbar[head * s.d + c] * u.q : 0);
       strange[head] = !plan.is_factor(E[head]) || !plan.is_factor(R[head]);
       plan.numbers(dcontext_dot).set(head, head_scale * dot * u.dout * u.v);
-      plan.numbers(score_scale).set(head, 1 / (R[head] + eps) / u.q / u.k * u.score);
+      const double per_score = 1 / norm(head) / u.q / u.k * u.score;
+      plan.numbers(score_scale).set(head, per_score);
+      if (floor) {
+        strange[head] |= !plan.is_factor(T[head]);
+        plan.numbers(floor_weight).set(head, share(head) / norm(head) / counts[head / s.H] * u.score);
+        plan.numbers(floor_gradient).set(head, *floor * head_scale * towards_mean * u.dout * u.v * per_score);
+      }
       if (want_drho) drho.set(head, rho * dot);
     }
   };
   const auto run = [&](int64_t begin, int64_t end) {
-    plan.run(LinearPass::backward_keys, args, begin, end, s.M, sums, plan.d, dscores);
+    plan.run(floor ? LinearPass::backward_keys_floor : LinearPass::backward_keys, args, begin, end, s.M, sums, plan.d,
+             dscores);
     if (!want_dq) return;
-    plan.for_heads(begin, end, s.M, sums, plan.d, [&](int64_t head, const double* sum, double) {
+    plan.for_heads(begin, end, s.M, sums, plan.d, [&](int64_t head, const auto& rows, const auto&) {
       const HeadUnits u = units[head];
+      const double* sum = rows(0);
       const double factor = scale * scale * scale / ((E[head] + eps) * u.q);
       double dot = 0;
       for (int64_t c = 0; c < plan.d; ++c) {
@@ -345,7 +237,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_bwd(const Tensor& dout_, const
   if (!(want_dq || want_dk || want_dv)) return {dq, dk, dv, dhead_rho};
   plan.for_waves(run);
   plan.for_strange(
-      strange, [&](int64_t head) { return units.set(head, &dout, R[head] + eps); },
+      strange, [&](int64_t head) { return units.set(head, &dout, norm(head)); },
       [&](int64_t begin, int64_t end) {
         prepare(begin * plan.heads, end * plan.heads);
         run(begin, end);
@@ -356,8 +248,32 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_bwd(const Tensor& dout_, const
 }  // namespace
 
 TORCH_LIBRARY_IMPL(infsa, CPU, m) {
-  m.impl("linear_fwd", linear_fwd);
-  m.impl("linear_bwd", linear_bwd);
+  m.impl("linear_fwd", [](const Tensor& q, const OptTensor& k, const Tensor& v, double eps, double rho,
+                          const OptTensor& head_rho, const OptTensor& key_mask, const OptTensor& query_mask) {
+    const auto [out, s] = forward(q, k, v, eps, {}, rho, head_rho, key_mask, query_mask);
+    return std::make_tuple(out, s.context, s.central_query, s.energy_sum, s.score_sum);
+  });
+  m.impl("linear_bwd", [](const Tensor& dout, const Tensor& q, const OptTensor& k, const Tensor& v,
+                          const Tensor& context, const Tensor& central_query, const Tensor& energy_sum,
+                          const Tensor& score_sum, double eps, double rho, const OptTensor& head_rho,
+                          const OptTensor& key_mask, const OptTensor& query_mask, std::array<bool, 4> output_mask) {
+    const Statistics saved{context, central_query, energy_sum, score_sum, {}, {}};
+    return backward(dout, q, k, v, saved, eps, {}, rho, head_rho, key_mask, query_mask, output_mask);
+  });
+  m.impl("linear_floor_fwd", [](const Tensor& q, const OptTensor& k, const Tensor& v, double eps, double score_floor,
+                                double rho, const OptTensor& head_rho, const OptTensor& key_mask,
+                                const OptTensor& query_mask) {
+    const auto [out, s] = forward(q, k, v, eps, score_floor, rho, head_rho, key_mask, query_mask);
+    return std::make_tuple(out, s.context, s.central_query, s.energy_sum, s.score_sum, s.absolute_sum, s.value_mean);
+  });
+  m.impl("linear_floor_bwd",
+         [](const Tensor& dout, const Tensor& q, const OptTensor& k, const Tensor& v, const Tensor& context,
+            const Tensor& central_query, const Tensor& energy_sum, const Tensor& score_sum, const Tensor& absolute_sum,
+            const Tensor& value_mean, double eps, double score_floor, double rho, const OptTensor& head_rho,
+            const OptTensor& key_mask, const OptTensor& query_mask, std::array<bool, 4> output_mask) {
+           const Statistics saved{context, central_query, energy_sum, score_sum, absolute_sum, value_mean};
+           return backward(dout, q, k, v, saved, eps, score_floor, rho, head_rho, key_mask, query_mask, output_mask);
+         });
 }
 
-}  // namespace infsa::cpu
+}  // namespace infsa::cpu::linear

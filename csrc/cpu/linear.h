@@ -20,24 +20,36 @@ struct LinearArgs {
   const void* score_query;   // s qbar: r_j = ReLU(score_query . k_j)
   const void* dcontext;      // rho dz
   const void* dcontext_dot;  // rho dz . context
-  const void* score_scale;   // 1 / (score_sum + eps)
+  const void* score_scale;   // 1 / (score_sum + eps), or 1 / D
   const void* query_vector;  // s^2 dqbar / (energy_sum + eps)
   const void* query_dot;     // query_vector . qbar / s
+  // Of a floored backward, with D = score_sum + score_floor absolute_sum + eps:
+  const void* floor_weight;    // score_floor absolute_sum / (keys D): what every key's weight has of it
+  const void* floor_gradient;  // score_floor (rho dz . value_mean - rho dz . context) / D, the gradient of absolute_sum
   LinearUnits unit;
 };
 
 // The part of a call that one kernel call does: tokens [begin, end) of `heads` consecutive heads.
 struct LinearTask {
   int64_t batch, head, heads, begin, end;
-  double* sums;   // added to: (heads, padded) of a weighted sum of rows, then (heads) of the weights
+  double*
+      sums;  // added to: (heads, padded) of a weighted sum of rows, then (heads) of the weights. forward_keys_floor:
+             // twice as many of both, the second half of the rows themselves and of the scores' absolute values
   void* dscores;  // tied backward: (all tokens, heads) of dt
   void* scratch;  // scratch_bytes()
 };
 
-enum class LinearPass { forward_queries, forward_keys, backward_keys, backward_queries };
+enum class LinearPass {
+  forward_queries,
+  forward_keys,
+  forward_keys_floor,
+  backward_keys,
+  backward_keys_floor,
+  backward_queries
+};
 
 struct LinearKernels {
-  int64_t (*scratch_bytes)(int64_t heads, int64_t d, int64_t d_v);
+  int64_t (*scratch_bytes)(LinearPass, int64_t heads, int64_t d, int64_t d_v);
   void (*run)(LinearPass, const LinearArgs&, const LinearTask&);
 };
 

@@ -121,6 +121,35 @@ INFSA_INLINE void add_weighted(A* sums, int64_t sums_stride, Group<E> x, Vec<A> 
   }
 }
 
+// The same, and plain (of its head) += row r.
+template <bool kOneHead, typename E, typename A>
+INFSA_INLINE void add_weighted_and_plain(A* sums, A* plain, int64_t sums_stride, Group<E> x, Vec<A> weight,
+                                         int64_t rows, int64_t vecs) {
+  A w[kLanes<A>];
+  store(w, weight);
+  if constexpr (kOneHead) {
+    for (int64_t c = 0; c < vecs; ++c) {
+      Vec<A> sum[4] = {load(sums + c * kLanes<A>)}, all[4] = {load(plain + c * kLanes<A>)};
+      for (int64_t r = 0; r < rows; ++r) {
+        const Vec<A> e = load(x.data + r * x.stride + c * kLanes<A>);
+        sum[r % 4] += w[r] * e;
+        all[r % 4] += e;
+      }
+      store(sums + c * kLanes<A>, (sum[0] + sum[1]) + (sum[2] + sum[3]));
+      store(plain + c * kLanes<A>, (all[0] + all[1]) + (all[2] + all[3]));
+    }
+  } else {
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t c = 0; c < vecs; ++c) {
+        const int64_t at = r * sums_stride + c * kLanes<A>;
+        const Vec<A> e = load(x.data + r * x.stride + c * kLanes<A>);
+        store(sums + at, load(sums + at) + w[r] * e);
+        store(plain + at, load(plain + at) + e);
+      }
+    }
+  }
+}
+
 // row r = weight r * vector r.
 template <typename E, typename A> INFSA_INLINE void write_rank_one(Group<E> out, Vec<A> weight, const A* vector,
                                                                    int64_t vector_stride, int64_t rows, int64_t vecs) {

@@ -4,6 +4,7 @@
 //   forward, over keys       r_j = ReLU(s qbar . k_j),  sums += r_j v_j, r_j
 //   backward, over keys      dt_j = [r_j > 0] (rho dz . v_j - rho dz . context) / R,  sums += dt_j k_j
 //                            dv_j = r_j / R  rho dz,  dk_j = dt_j s qbar
+//   with a floor             sums += v_j and |t_j| too;  dt_j += sign(t_j) m,  dv_j += floor_weight rho dz, per head
 //   backward, over queries   dq_i = n_i f + (f . q_i - f . qbar / s) / n_i  q_i,      f = s^2 dqbar / E
 //                            and + dt_i s qbar where k is q
 //
@@ -24,13 +25,15 @@ constexpr int64_t kBlock = 128;
 template <typename A> struct Scratch {
   int64_t d, d_v, sums_size;  // d and d_v in whole vectors
 
-  Scratch(int64_t heads, int64_t d_, int64_t d_v_)
-      : d(row_length<A>(d_)), d_v(row_length<A>(d_v_)), sums_size(row_length<A>(heads) * ((d > d_v ? d : d_v) + 1)) {}
+  Scratch(int64_t heads, int64_t d_, int64_t d_v_, int kinds)
+      : d(row_length<A>(d_)),
+        d_v(row_length<A>(d_v_)),
+        sums_size(kinds * row_length<A>(heads) * ((d > d_v ? d : d_v) + 1)) {}
   int64_t bytes() const { return (sums_size + kLanes<A> * (d + d_v)) * sizeof(A); }
 };
 
-// What the passes have in common: a task's heads, and where it works.
-template <typename V> struct Pass {
+// What the passes have in common: a task's heads, and where it works. kKinds: of sums that they make.
+template <typename V, int kKinds = 1> struct Pass {
   using T = typename V::T;
   using A = typename V::A;
   static constexpr int64_t lanes = kLanes<A>;
@@ -47,7 +50,7 @@ template <typename V> struct Pass {
         sums(static_cast<A*>(task.scratch)),
         d_tile_data(sums + layout.sums_size),
         d_v_tile_data(d_tile_data + lanes * d) {}
-  Pass(const LinearArgs& args, const LinearTask& task) : Pass(args, task, {task.heads, args.d, args.d_v}) {}
+  Pass(const LinearArgs& args, const LinearTask& task) : Pass(args, task, {task.heads, args.d, args.d_v, kKinds}) {}
 
   // Vectors of a row, and what lies between the vectors that a group's rows go with: constants where they can be.
   INFSA_INLINE int64_t d_vecs() const { return V::kVecs ? V::kVecs : d / lanes; }
@@ -77,7 +80,7 @@ template <typename V> struct Pass {
   // Runs group(n, h, rows) over the tokens that count, block by block, with the sums it adds to flushed to double.
   template <typename OfGroup, typename Ignored>
   INFSA_INLINE void for_blocks(const Mask& mask, int64_t width, const OfGroup& group, const Ignored& ignored) const {
-    const int64_t size = task.heads * width + row_length<A>(task.heads);
+    const int64_t vectors = kKinds * task.heads * width, row = row_length<A>(task.heads), size = vectors + kKinds * row;
     for (int64_t begin = task.begin; begin < task.end; begin += kBlock) {
       const int64_t end = least(begin + kBlock, task.end);
       if (task.sums) __builtin_memset(sums, 0, size * sizeof(A));
@@ -85,12 +88,15 @@ template <typename V> struct Pass {
           mask, task.batch, begin, end,
           [&](int64_t from, int64_t to) { for_groups<V::kOneHead, lanes>(from, to, task.heads, group); }, ignored);
       if (!task.sums) continue;
-      const A* weights = sums + task.heads * width;
-      for (int64_t i = 0; i < task.heads * width; ++i) task.sums[i] += sums[i];
-      if constexpr (V::kOneHead) {
-        task.sums[width] += sum_lanes(load(weights));
-      } else {
-        for (int64_t h = 0; h < task.heads; ++h) task.sums[task.heads * width + h] += weights[h];
+      for (int64_t i = 0; i < vectors; ++i) task.sums[i] += sums[i];
+      for (int kind = 0; kind < kKinds; ++kind) {
+        const A* weights = sums + vectors + kind * row;
+        double* weight_sums = task.sums + vectors + kind * task.heads;
+        if constexpr (V::kOneHead) {
+          *weight_sums += sum_lanes(load(weights));
+        } else {
+          for (int64_t h = 0; h < task.heads; ++h) weight_sums[h] += weights[h];
+        }
       }
     }
   }
@@ -112,16 +118,21 @@ template <typename V> struct Pass {
   }
 };
 
-// Sums of y weighted by the norm of x (kNorm) or by x's positive score: both passes of the forward.
-template <typename V, bool kNorm> void forward(const LinearArgs& args, const LinearTask& task, const Rows& x_rows,
-                                               const Rows& y_rows, const Mask& mask, const void* x_unit,
-                                               const void* y_unit) {
+enum class Weight { norm, score, floored_score };
+
+// Sums of y weighted by the norm of x or by x's positive score: both passes of the forward. With a floor also the sum
+// of y itself and that of the absolute scores.
+template <typename V, Weight kWeight> void forward(const LinearArgs& args, const LinearTask& task, const Rows& x_rows,
+                                                   const Rows& y_rows, const Mask& mask, const void* x_unit,
+                                                   const void* y_unit) {
   using A = typename V::A;
-  const Pass<V> pass(args, task);
+  constexpr bool kNorm = kWeight == Weight::norm, kFloor = kWeight == Weight::floored_score;
+  const Pass<V, kFloor ? 2 : 1> pass(args, task);
   const int64_t width = kNorm ? pass.d : pass.d_v, y_size = kNorm ? args.d : args.d_v;
   const int64_t y_vecs = kNorm ? pass.d_vecs() : pass.d_v_vecs();
   const A* vector = pass.of_heads(args.score_query, pass.d);
-  A *sums = pass.sums, *weight_sums = sums + task.heads * width;
+  A *sums = pass.sums, *plain = sums + task.heads * width, *weight_sums = kFloor ? plain + task.heads * width : plain;
+  A* absolute_sums = weight_sums + row_length<A>(task.heads);
   const Prefetch<V> prefetch_x(x_rows, task, args.d), prefetch_y(y_rows, task, y_size);
 
   pass.for_blocks(
@@ -135,10 +146,16 @@ template <typename V, bool kNorm> void forward(const LinearArgs& args, const Lin
           if constexpr (kNorm) {
             weight = norms<A>(x, rows, pass.d_vecs());
           } else {
-            weight = relu(dots(x, vector + h * pass.d, pass.d_stride(), rows, pass.d_vecs()));
+            const Vec<A> score = dots(x, vector + h * pass.d, pass.d_stride(), rows, pass.d_vecs());
+            weight = relu(score);
+            if constexpr (kFloor) store(absolute_sums + h, load(absolute_sums + h) + abs(score));
           }
           store(weight_sums + h, load(weight_sums + h) + weight);
-          add_weighted<V::kOneHead>(sums + h * width, width, y, weight, rows, y_vecs);
+          if constexpr (kFloor) {
+            add_weighted_and_plain<V::kOneHead>(sums + h * width, plain + h * width, width, y, weight, rows, y_vecs);
+          } else {
+            add_weighted<V::kOneHead>(sums + h * width, width, y, weight, rows, y_vecs);
+          }
         };
         if constexpr (V::kPacked) {
           const Group<A> x = pass.d_tile(), y = kNorm ? x : pass.d_v_tile();
@@ -152,12 +169,14 @@ template <typename V, bool kNorm> void forward(const LinearArgs& args, const Lin
       [](int64_t, int64_t) {});
 }
 
-template <typename V> void backward_keys(const LinearArgs& args, const LinearTask& task) {
+template <typename V, bool kFloor> void backward_keys(const LinearArgs& args, const LinearTask& task) {
   using A = typename V::A;
   constexpr int64_t lanes = kLanes<A>;
   const Pass<V> pass(args, task);
   const A *score_query = pass.of_heads(args.score_query, pass.d), *dcontext = pass.of_heads(args.dcontext, pass.d_v);
   const A *dcontext_dot = pass.of_heads(args.dcontext_dot, 1), *score_scale = pass.of_heads(args.score_scale, 1);
+  const A* floor_weight = kFloor ? pass.of_heads(args.floor_weight, 1) : nullptr;
+  const A* floor_gradient = kFloor ? pass.of_heads(args.floor_gradient, 1) : nullptr;
   A* dscores = static_cast<A*>(task.dscores);
   const bool want_dscores = task.sums || args.dk.data;
   const Prefetch<V> prefetch_k(args.k, task, args.d), prefetch_v(args.v, task, args.d_v);
@@ -181,7 +200,11 @@ template <typename V> void backward_keys(const LinearArgs& args, const LinearTas
             const Vec<A> dweight =
                 dots(v, h_dcontext, pass.d_v_stride(), rows, pass.d_v_vecs()) - pass.per_row(dcontext_dot, h);
             // score <= 0 and not score > 0: a score that is NaN passes its gradient on, as in torch.
-            const Vec<A> dscore = score <= 0 ? Vec<A>{} : dweight * pass.per_row(score_scale, h);
+            Vec<A> dscore = score <= 0 ? Vec<A>{} : dweight * pass.per_row(score_scale, h);
+            if constexpr (kFloor) {
+              const Vec<A> dabsolute = pass.per_row(floor_gradient, h);
+              dscore += score > 0 ? dabsolute : score < 0 ? -dabsolute : Vec<A>{};
+            }
             if (dscores) {
               A* to = dscores + n * task.heads + h;
               if (rows == lanes)
@@ -200,7 +223,8 @@ template <typename V> void backward_keys(const LinearArgs& args, const LinearTas
             }
           }
           if (args.dv.data) {
-            const Vec<A> weight = relu(score) * pass.per_row(score_scale, h);
+            Vec<A> weight = relu(score) * pass.per_row(score_scale, h);
+            if constexpr (kFloor) weight += pass.per_row(floor_weight, h);
             if constexpr (V::kPacked) {
               write_rank_one(d_v_tile, weight, h_dcontext, pass.d_v_stride(), rows, pass.d_v_vecs());
               unpack(d_v_tile, rows, args.d_v, at(args.dv), args.dv.channel, pass.units(args.unit.dv, h));
@@ -276,11 +300,15 @@ template <typename V> void backward_queries(const LinearArgs& args, const Linear
 template <typename V> void run_variant(LinearPass pass, const LinearArgs& args, const LinearTask& task) {
   switch (pass) {
     case LinearPass::forward_queries:
-      return forward<V, true>(args, task, args.q, args.q, args.query_mask, args.unit.q, args.unit.q);
+      return forward<V, Weight::norm>(args, task, args.q, args.q, args.query_mask, args.unit.q, args.unit.q);
     case LinearPass::forward_keys:
-      return forward<V, false>(args, task, args.k, args.v, args.key_mask, args.unit.k, args.unit.v);
+      return forward<V, Weight::score>(args, task, args.k, args.v, args.key_mask, args.unit.k, args.unit.v);
+    case LinearPass::forward_keys_floor:
+      return forward<V, Weight::floored_score>(args, task, args.k, args.v, args.key_mask, args.unit.k, args.unit.v);
     case LinearPass::backward_keys:
-      return backward_keys<V>(args, task);
+      return backward_keys<V, false>(args, task);
+    case LinearPass::backward_keys_floor:
+      return backward_keys<V, true>(args, task);
     case LinearPass::backward_queries:
       return backward_queries<V>(args, task);
   }
@@ -303,7 +331,9 @@ void choose_variant(LinearPass pass, const LinearArgs& args, const LinearTask& t
 
 template <typename T> constexpr LinearKernels linear_kernels() {
   return {
-      [](int64_t heads, int64_t d, int64_t d_v) { return linear::Scratch<Acc<T>>(heads, d, d_v).bytes(); },
+      [](LinearPass pass, int64_t heads, int64_t d, int64_t d_v) {
+        return linear::Scratch<Acc<T>>(heads, d, d_v, pass == LinearPass::forward_keys_floor ? 2 : 1).bytes();
+      },
       [](LinearPass pass, const LinearArgs& args, const LinearTask& task) {
         task.heads == 1 ? linear::choose_variant<T, true>(pass, args, task)
                         : linear::choose_variant<T, false>(pass, args, task);

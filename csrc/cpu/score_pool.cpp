@@ -3,7 +3,12 @@
 //
 //   r_j = ReLU(x^_j . key_h + key_bias_h),  R = sum_j r_j,  pooled = sum_j r_j x^_j / (R + eps),  mass = R / (R + eps)
 //
-// x (B,N,D), keys (B,H,D), key_bias (B,H); pooled (B,H,D), mass and score_sum = R (B,H). Both directions are one pass
+// and with score_floor, a number per call, over n tokens that no mask ignores: T = sum_j |x^_j . key_h + key_bias_h|,
+//
+//   D = R + score_floor T + eps,  pooled = (sum_j r_j x^_j + score_floor T token_mean) / D,  mass = 1 - eps / D
+//
+// x (B,N,D), keys (B,H,D), key_bias (B,H); pooled (B,H,D), mass, score_sum = R and absolute_sum = T (B,H),
+// token_mean = sum_j x^_j / n (B,D). Both directions are one pass
 // over the tokens. Parts of an image depend on the shape alone and their sums are added in their order, in double: the
 // same bits for any number of threads.
 #include <torch/library.h>
@@ -27,8 +32,9 @@ struct Plan {
   const int64_t H, wide, width;      // heads, padded to vectors; channels, padded to panels
   const int64_t matrix_rows, group;  // of the packed matrix of an image; images
   const int64_t most_parts;
+  const int64_t rows, numbers;  // sums of a part: vectors of `width`, and numbers
 
-  Plan(const Images& images, int64_t H, int64_t matrices)
+  Plan(const Images& images, int64_t H, int64_t matrices, bool floor = false)
       : images(images),
         H(H),
         wide(round_up(H, images.kernels.lanes)),
@@ -36,14 +42,18 @@ struct Plan {
         matrix_rows(matrices * wide),
         group(std::clamp<int64_t>(kWaveBytes / (images.acc_bytes * (H + matrix_rows) * (width + 1) + 1), 1,
                                   std::max<int64_t>(images.B, 1))),
-        most_parts(ceil_div(kParts, group)) {}
+        most_parts(ceil_div(kParts, group)),
+        rows(H + floor),
+        numbers(floor ? 2 * H : H) {}
 
-  int64_t sums_bytes() const { return H * width * images.acc_bytes; }
+  int64_t sums_bytes() const { return rows * width * images.acc_bytes; }
 
-  // run(image, part, sums (H, width), head sums (H), scratch) for every part of every image, then finish(image, total)
-  // with the parts' sums added up: total(h, c) and, for c = D, of the head sums.
-  template <typename Begin, typename Run, typename Finish>
-  void for_images(Range range, bool backward, const Begin& begin_image, const Run& run, const Finish& finish) const {
+  // run(part, slot, sums (rows, width), head sums (numbers), scratch) for every part of every image, then with the
+  // parts' sums added up finish_tokens(image, total) where there is a row more than heads, and finish(head, total) for
+  // every head: total[c], then those of the head sums.
+  template <typename Begin, typename Run, typename FinishTokens, typename Finish>
+  void for_images(Range range, bool backward, const Begin& begin_image, const Run& run,
+                  const FinishTokens& finish_tokens, const Finish& finish) const {
     const int64_t scratch = images.kernels.score_pool.scratch_bytes(images.D, H, backward);
     for (int64_t begin = range.begin; begin < range.end; begin += group) {
       const int64_t end = std::min(begin + group, range.end);
@@ -51,24 +61,33 @@ struct Plan {
       const std::vector<Part> parts = images.parts(begin, end, most_parts);
       const int64_t count = parts.size();
       const Buffer sums(count * sums_bytes());
-      std::vector<double> head_sums(count * H);
+      std::vector<double> head_sums(count * numbers);
       run_tasks(count, double(end - begin) * images.N * images.D * H, scratch, [&](int64_t part, void* memory) {
         char* part_sums = sums.data() + part * sums_bytes();
         std::memset(part_sums, 0, sums_bytes());
-        run(parts[part], parts[part].image - begin, part_sums, &head_sums[part * H], memory);
+        run(parts[part], parts[part].image - begin, part_sums, &head_sums[part * numbers], memory);
       });
       const Numbers sum = images.numbers(sums);
+      // A row of an image's sums, and behind it the numbers of this row's head.
+      const auto add_up = [&](int64_t image, int64_t row, std::vector<double>& total) {
+        std::fill(total.begin(), total.end(), 0.0);
+        for (int64_t part = 0; part < count; ++part) {
+          if (parts[part].image != image) continue;
+          for (int64_t c = 0; c < images.D; ++c) total[c] += sum[(part * rows + row) * width + c];
+          for (int64_t i = 0; row < H && i < numbers / std::max<int64_t>(H, 1); ++i)
+            total[images.D + i] += head_sums[part * numbers + i * H + row];
+        }
+      };
+      std::vector<double> of_tokens(images.D + 2);
+      for (int64_t image = begin; image < end && rows > H; ++image) {
+        add_up(image, H, of_tokens);
+        finish_tokens(image, of_tokens);
+      }
       at::parallel_for(0, (end - begin) * H, 1 + (1 << 15) / (images.D + 1), [&](int64_t from, int64_t to) {
-        std::vector<double> total(images.D + 1);
+        std::vector<double> total(images.D + 2);
         for (int64_t head = from; head < to; ++head) {
-          const int64_t image = begin + head / H, h = head % H;
-          std::fill(total.begin(), total.end(), 0.0);
-          for (int64_t part = 0; part < count; ++part) {
-            if (parts[part].image != image) continue;
-            for (int64_t c = 0; c < images.D; ++c) total[c] += sum[(part * H + h) * width + c];
-            total[images.D] += head_sums[part * H + h];
-          }
-          finish(image * H + h, total);
+          add_up(begin + head / H, head % H, total);
+          finish(begin * H + head, total);
         }
       });
     }
@@ -82,6 +101,9 @@ struct Plan {
   }
 };
 
+// The tokens of an image that no mask ignores, at least 1.
+double token_count(const Images& images, int64_t image) { return std::max<int64_t>(images.kept.count(image), 1); }
+
 Arguments arguments_of(const Tensor& x, const Tensor& keys, const OptTensor& key_bias, std::optional<double> norm_eps,
                        double eps, const OptTensor& padding_mask) {
   Arguments a(kOp, "x", x, "BND");
@@ -91,17 +113,30 @@ Arguments arguments_of(const Tensor& x, const Tensor& keys, const OptTensor& key
   return a;
 }
 
-std::tuple<Tensor, Tensor, Tensor> score_pool_fwd(const Tensor& x, const Tensor& keys_, const OptTensor& key_bias,
-                                                  std::optional<double> norm_eps, double eps,
-                                                  const OptTensor& padding_mask) {
-  arguments_of(x, keys_, key_bias, norm_eps, eps, padding_mask);
+// What forward returns beside the pooled tokens and their mass; the last two with a floor only.
+struct Statistics {
+  Tensor score_sum, absolute_sum, token_mean;
+};
+
+using Floor = std::optional<double>;
+
+void demand_floor(const Arguments& a, const Floor& floor) {
+  a.demand(!floor || (std::isfinite(*floor) && *floor >= 0), "score_floor");
+}
+
+std::tuple<Tensor, Tensor, Statistics> forward(const Tensor& x, const Tensor& keys_, const OptTensor& key_bias,
+                                               std::optional<double> norm_eps, double eps, const Floor& floor,
+                                               const OptTensor& padding_mask) {
+  demand_floor(arguments_of(x, keys_, key_bias, norm_eps, eps, padding_mask), floor);
   const Images images(x, norm_eps, padding_mask);
-  const int64_t H = keys_.size(1), D = images.D;
-  const Plan plan(images, H, 1);
+  const int64_t H = keys_.size(1), D = images.D, floored = floor.has_value();
+  const Plan plan(images, H, 1, floored);
   const Tensor keys = keys_.contiguous(), bias = plan.padded(key_bias);
   const Tensor pooled = at::empty({images.B, H, D}, keys.options());
   const Tensor mass = at::empty({images.B, H}, keys.options()), score_sum = at::empty({images.B, H}, keys.options());
-  const Numbers p(pooled), A(mass), R(score_sum);
+  const Tensor absolute_sum = at::empty({images.B * floored, H}, keys.options()),
+               token_mean = at::empty({images.B * floored, D}, keys.options());
+  const Numbers p(pooled), A(mass), R(score_sum), T(absolute_sum), mean(token_mean);
   const int64_t panels_bytes = images.panels_bytes(plan.matrix_rows, D);
   const Buffer panels(plan.group * panels_bytes);
   const bool wide = images.acc == at::kDouble;
@@ -116,18 +151,26 @@ std::tuple<Tensor, Tensor, Tensor> score_pool_fwd(const Tensor& x, const Tensor&
                       panels.data() + slot * panels_bytes, nullptr);
         },
         [&](const Part& part, int64_t slot, void* sums, double* score_sums, void* scratch) {
-          const ScoreArgs args{H, panels.data() + slot * panels_bytes, nullptr, bias.select(0, part.image).data_ptr(),
+          const ScoreArgs args{H,       panels.data() + slot * panels_bytes,
+                               nullptr, bias.select(0, part.image).data_ptr(),
+                               nullptr, nullptr,
                                nullptr};
-          images.kernels.score_pool.forward(images.image(part.image, {}), args, part.tokens, sums, score_sums, scratch);
+          images.kernels.score_pool.forward(images.image(part.image, {}), args, part.tokens,
+                                            {sums, score_sums, floor.has_value()}, scratch);
+        },
+        [&](int64_t image, const std::vector<double>& total) {
+          for (int64_t c = 0; c < D; ++c) mean.set(image * D + c, total[c] / token_count(images, image));
         },
         [&](int64_t head, const std::vector<double>& total) {
-          const double unit = units[head / H], sum = total[D], norm = sum + eps * unit;
-          strange[head] = !within(sum, kMostFactor, wide);
+          const double unit = units[head / H], sum = total[D], share = floor.value_or(0) * total[D + 1];
+          const double norm = sum + share + eps * unit;
+          strange[head] = !within(sum, kMostFactor, wide) || !within(total[D + 1], kMostFactor, wide);
           R.set(head, sum / unit);
-          A.set(head, sum / norm);
+          if (floor) T.set(head, total[D + 1] / unit);
+          A.set(head, (sum + share) / norm);
           for (int64_t c = 0; c < D; ++c) {
             strange[head] |= !std::isfinite(total[c]);
-            p.set(head * D + c, total[c] / norm);
+            p.set(head * D + c, (floor ? total[c] + share * mean[head / H * D + c] : total[c]) / norm);
           }
         });
   };
@@ -144,21 +187,29 @@ std::tuple<Tensor, Tensor, Tensor> score_pool_fwd(const Tensor& x, const Tensor&
     bias.select(0, image).mul_(units[image]);
     run({image, image + 1});
   }
-  return {pooled, mass, score_sum};
+  return {pooled, mass, {score_sum, absolute_sum, token_mean}};
 }
 
 // With g = dpooled / R and offset = g . pooled - dmass eps / R^2, both of one head (R with its eps):
 //   dt_j = [t_j > 0] (x^_j . g - offset)    dx^_j = sum_h r_j g + dt_j key    dkeys = sum_j dt_j x^_j    dkey_bias =
 //   sum_j dt_j
-std::tuple<Tensor, Tensor, Tensor> score_pool_bwd(const Tensor& dpooled, const Tensor& dmass, const Tensor& x,
-                                                  const Tensor& keys, const OptTensor& key_bias, const Tensor& pooled,
-                                                  const Tensor& score_sum, std::optional<double> norm_eps, double eps,
-                                                  const OptTensor& padding_mask, std::array<bool, 3> output_mask) {
+// With a floor R is D above, dt_j += sign(t_j) m with m = score_floor (g . token_mean - offset), and r_j + c in the
+// place of r_j with c = score_floor T / n.
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dpooled, const Tensor& dmass, const Tensor& x,
+                                            const Tensor& keys, const OptTensor& key_bias, const Tensor& pooled,
+                                            const Statistics& saved, std::optional<double> norm_eps, double eps,
+                                            const Floor& floor, const OptTensor& padding_mask,
+                                            std::array<bool, 3> output_mask) {
   Arguments arguments = arguments_of(x, keys, key_bias, norm_eps, eps, padding_mask);
   arguments.tensor("dpooled", dpooled, acc_dtype(x), "BHD");
   arguments.tensor("pooled", pooled, acc_dtype(x), "BHD");
   arguments.tensor("dmass", dmass, acc_dtype(x), "BH");
-  arguments.tensor("score_sum", score_sum, acc_dtype(x), "BH");
+  arguments.tensor("score_sum", saved.score_sum, acc_dtype(x), "BH");
+  demand_floor(arguments, floor);
+  if (floor) {
+    arguments.tensor("absolute_sum", saved.absolute_sum, acc_dtype(x), "BH");
+    arguments.tensor("token_mean", saved.token_mean, acc_dtype(x), "BD");
+  }
   const Images images(x, norm_eps, padding_mask);
   const int64_t B = images.B, H = keys.size(1), D = images.D;
   const bool want_x = output_mask[0], want_keys = output_mask[1], want_bias = output_mask[2] && key_bias;
@@ -168,8 +219,19 @@ std::tuple<Tensor, Tensor, Tensor> score_pool_bwd(const Tensor& dpooled, const T
   if (!want_x && !want_keys && !want_bias) return {dx, dkeys, dbias};
 
   const Plan plan(images, H, 2);
-  const Tensor R = score_sum + eps, g = dpooled / R.unsqueeze(-1);
-  const Tensor offset = plan.padded((g * pooled).sum(-1) - dmass * eps / R.square()), bias = plan.padded(key_bias);
+  const Tensor R = (floor ? saved.score_sum + *floor * saved.absolute_sum : saved.score_sum) + eps;
+  const Tensor g = dpooled / R.unsqueeze(-1), of_mass = dmass * eps / R.square();
+  const Tensor offset = plan.padded((g * pooled).sum(-1) - of_mass), bias = plan.padded(key_bias);
+  Tensor share, dabsolute;
+  if (floor) {
+    std::vector<double> counts(B);
+    for (int64_t image = 0; image < B; ++image) counts[image] = token_count(images, image);
+    share = plan.padded(*floor * saved.absolute_sum / at::tensor(counts, keys.options()).unsqueeze(-1));
+    dabsolute = plan.padded(*floor * ((g * (saved.token_mean.unsqueeze(1) - pooled)).sum(-1) + of_mass));
+  }
+  const auto of_image = [](const Tensor& t, int64_t image) {
+    return t.defined() ? t.select(0, image).data_ptr() : nullptr;
+  };
   const int64_t panels_bytes = images.panels_bytes(plan.matrix_rows, D);
   const int64_t columns_bytes = want_x ? images.panels_bytes(D, plan.matrix_rows) : 0;
   const Buffer panels(plan.group * panels_bytes), columns(plan.group * columns_bytes);
@@ -185,11 +247,17 @@ std::tuple<Tensor, Tensor, Tensor> score_pool_bwd(const Tensor& dpooled, const T
                     panels.data() + slot * panels_bytes, want_x ? columns.data() + slot * columns_bytes : nullptr);
       },
       [&](const Part& part, int64_t slot, void* sums, double* bias_sums, void* scratch) {
-        const ScoreArgs args{H, panels.data() + slot * panels_bytes, columns.data() + slot * columns_bytes,
-                             bias.select(0, part.image).data_ptr(), offset.select(0, part.image).data_ptr()};
+        const ScoreArgs args{H,
+                             panels.data() + slot * panels_bytes,
+                             columns.data() + slot * columns_bytes,
+                             of_image(bias, part.image),
+                             of_image(offset, part.image),
+                             of_image(share, part.image),
+                             of_image(dabsolute, part.image)};
         images.kernels.score_pool.backward(images.image(part.image, dx), args, part.tokens, want_keys ? sums : nullptr,
                                            want_bias ? bias_sums : nullptr, scratch);
       },
+      [](int64_t, const std::vector<double>&) {},
       [&](int64_t head, const std::vector<double>& total) {
         for (int64_t c = 0; c < D && want_keys; ++c) dkeys_of.set(head * D + c, total[c]);
         if (want_bias) Numbers(dbias).set(head, total[D]);
@@ -201,8 +269,33 @@ std::tuple<Tensor, Tensor, Tensor> score_pool_bwd(const Tensor& dpooled, const T
 }  // namespace
 
 TORCH_LIBRARY_IMPL(infsa, CPU, m) {
-  m.impl("score_pool_fwd", TORCH_FN(score_pool_fwd));
-  m.impl("score_pool_bwd", TORCH_FN(score_pool_bwd));
+  m.impl("score_pool_fwd", [](const Tensor& x, const Tensor& keys, const OptTensor& key_bias,
+                              std::optional<double> norm_eps, double eps, const OptTensor& padding_mask) {
+    const auto [pooled, mass, s] = forward(x, keys, key_bias, norm_eps, eps, {}, padding_mask);
+    return std::make_tuple(pooled, mass, s.score_sum);
+  });
+  m.impl("score_pool_bwd", [](const Tensor& dpooled, const Tensor& dmass, const Tensor& x, const Tensor& keys,
+                              const OptTensor& key_bias, const Tensor& pooled, const Tensor& score_sum,
+                              std::optional<double> norm_eps, double eps, const OptTensor& padding_mask,
+                              std::array<bool, 3> output_mask) {
+    const Statistics saved{score_sum, {}, {}};
+    return backward(dpooled, dmass, x, keys, key_bias, pooled, saved, norm_eps, eps, {}, padding_mask, output_mask);
+  });
+  m.impl("score_pool_floor_fwd",
+         [](const Tensor& x, const Tensor& keys, const OptTensor& key_bias, std::optional<double> norm_eps, double eps,
+            double score_floor, const OptTensor& padding_mask) {
+           const auto [pooled, mass, s] = forward(x, keys, key_bias, norm_eps, eps, score_floor, padding_mask);
+           return std::make_tuple(pooled, mass, s.score_sum, s.absolute_sum, s.token_mean);
+         });
+  m.impl("score_pool_floor_bwd",
+         [](const Tensor& dpooled, const Tensor& dmass, const Tensor& x, const Tensor& keys, const OptTensor& key_bias,
+            const Tensor& pooled, const Tensor& score_sum, const Tensor& absolute_sum, const Tensor& token_mean,
+            std::optional<double> norm_eps, double eps, double score_floor, const OptTensor& padding_mask,
+            std::array<bool, 3> output_mask) {
+           const Statistics saved{score_sum, absolute_sum, token_mean};
+           return backward(dpooled, dmass, x, keys, key_bias, pooled, saved, norm_eps, eps, score_floor, padding_mask,
+                           output_mask);
+         });
 }
 
 }  // namespace infsa::cpu

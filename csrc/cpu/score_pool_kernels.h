@@ -38,8 +38,25 @@ void add_to_heads(const ScoreScratch<T>& s, int64_t count, int64_t H, int64_t D,
   }
 }
 
+// What a floor needs beside the scores: sum_j x^_j and, before they become scores, sum_j |t_j|.
+template <typename T> void add_floor(const ScoreScratch<T>& s, const ScoreArgs& a, int64_t count, int64_t D,
+                                     Acc<T>* token_sum, double* absolute_sum) {
+  using A = Acc<T>;
+  for (int64_t c = 0; c < D; c += kLanes<A>) {
+    Vec<A> sum = {};
+    for (int64_t i = 0; i < count; ++i) sum += load(s.block.rows + i * s.block.stride + c);
+    store(token_sum + c, load(token_sum + c) + sum);
+  }
+  for (int64_t h = 0; h < a.H; h += kLanes<A>) {
+    const Vec<A> bias = load(static_cast<const A*>(a.bias) + h);
+    Vec<A> sum = {};
+    for (int64_t i = 0; i < count; ++i) sum += abs(load(s.scores + i * s.stride + h) + bias);
+    for (int64_t l = 0; l < least(kLanes<A>, a.H - h); ++l) absolute_sum[h + l] += double(sum[l]);
+  }
+}
+
 template <typename T>
-void score_forward(const Image& t, const ScoreArgs& a, Range range, void* weighted, double* score_sum, void* memory) {
+void score_forward(const Image& t, const ScoreArgs& a, Range range, const ScoreSums& sums, void* memory) {
   using A = Acc<T>;
   Arena arena(memory);
   ScoreScratch<T> s(t, a.H, false, arena);
@@ -47,18 +64,21 @@ void score_forward(const Image& t, const ScoreArgs& a, Range range, void* weight
     const int64_t count = least(range.end - begin, t.block);
     s.block.load_tokens(t, begin, count);
     multiply(count, t.D, s.block.rows, s.block.stride, static_cast<const A*>(a.panels), s.wide, s.scores, s.stride);
+    if (sums.floor)
+      add_floor(s, a, count, t.D, static_cast<A*>(sums.rows) + a.H * round_up(t.D, kPanel<A>), sums.scores + a.H);
     for (int64_t i = 0; i < count; ++i) {
       A* scores = s.scores + i * s.stride;
       for (int64_t h = 0; h < s.wide; h += kLanes<A>)
         store(scores + h, relu(load(scores + h) + load(static_cast<const A*>(a.bias) + h)));
     }
-    add_to_heads(s, count, a.H, t.D, weighted, score_sum);
+    add_to_heads(s, count, a.H, t.D, sums.rows, sums.scores);
   }
 }
 
 // With [keys; g] of 2 P rows, g = dpooled / R:
 //   dt = [t > 0] (x^ . g - offset)      dx^ = [dt, r] [keys; g]      dkeys = dt^T x^
-template <typename T>
+// and with a floor c per head, whose gradient is m: dt += sign(t) m, and r + c in the place of r.
+template <typename T, bool kFloor>
 void score_backward(const Image& t, const ScoreArgs& a, Range range, void* dkeys, double* dbias, void* memory) {
   using A = Acc<T>;
   Arena arena(memory);
@@ -70,9 +90,16 @@ void score_backward(const Image& t, const ScoreArgs& a, Range range, void* dkeys
     for (int64_t i = 0; i < count; ++i) {
       A* scores = s.scores + i * s.stride;
       for (int64_t h = 0; h < s.wide; h += kLanes<A>) {
-        const Vec<A> score = relu(load(scores + h) + load(static_cast<const A*>(a.bias) + h));
-        const Vec<A> gradient = load(scores + s.wide + h) - load(static_cast<const A*>(a.offset) + h);
-        store(scores + h, keep_first<A>(score <= A(0) ? Vec<A>{} : gradient, a.H - h));
+        const Vec<A> product = load(scores + h) + load(static_cast<const A*>(a.bias) + h);
+        Vec<A> score = relu(product);
+        Vec<A> gradient = load(scores + s.wide + h) - load(static_cast<const A*>(a.offset) + h);
+        gradient = score <= A(0) ? Vec<A>{} : gradient;
+        if constexpr (kFloor) {
+          const Vec<A> dabsolute = load(static_cast<const A*>(a.floor_gradient) + h);
+          gradient += product > A(0) ? dabsolute : product < A(0) ? -dabsolute : Vec<A>{};
+          score += load(static_cast<const A*>(a.floor) + h);
+        }
+        store(scores + h, keep_first<A>(gradient, a.H - h));
         store(scores + s.wide + h, keep_first<A>(score, a.H - h));
       }
     }
@@ -91,7 +118,10 @@ template <typename T> constexpr ScorePoolKernels score_pool_kernels() {
         return arena.bytes;
       },
       score_forward<T>,
-      score_backward<T>,
+      [](const Image& t, const ScoreArgs& a, Range range, void* dkeys, double* dbias, void* memory) {
+        a.floor ? score_backward<T, true>(t, a, range, dkeys, dbias, memory)
+                : score_backward<T, false>(t, a, range, dkeys, dbias, memory);
+      },
   };
 }
 

@@ -71,6 +71,9 @@ INFSA_INLINE VecF32 relu(VecF32 x) {
 
 INFSA_INLINE VecF64 relu(VecF64 x) { return 0.0 > x ? VecF64{} : x; }
 
+// NaN stays NaN.
+template <typename V> INFSA_INLINE V abs(V x) { return x < 0 ? -x : x; }
+
 INFSA_INLINE VecF32 sqrt(VecF32 x) {
 #if INFSA_VEC_BYTES == 64
   return bit_cast<VecF32>(_mm512_sqrt_ps(bit_cast<__m512>(x)));

@@ -106,8 +106,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_bwd(const Tensor& dout, const 
                                                       const OptTensor& head_rho, const OptTensor& key_padding_mask,
                                                       const OptTensor& query_padding_mask,
                                                       std::array<bool, 4> output_mask) {
-  const Sizes s = linear_backward_sizes(kOp, dout, q, k, v, context_, central_query_, energy_sum_, score_sum_, eps, rho,
-                                        head_rho, key_padding_mask, query_padding_mask);
+  const Sizes s =
+      sizes_of(linear_backward_arguments(kOp, dout, q, k, v, context_, central_query_, energy_sum_, score_sum_, eps,
+                                         rho, head_rho, key_padding_mask, query_padding_mask));
   const c10::cuda::CUDAGuard guard(q.device());
   const Tensor context = context_.contiguous(), central_query = central_query_.contiguous();
   const Tensor energy_sum = energy_sum_.contiguous(), score_sum = score_sum_.contiguous();

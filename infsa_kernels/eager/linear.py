@@ -7,13 +7,9 @@ from .common import acc_dtype, effective_rho, remove, rows, scale, split, unit
 
 
 def forward(q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask):
-    u, kappa, u_unit, k_unit = _inputs(q, k, key_padding_mask, query_padding_mask)
+    u, kappa, u_unit, k_unit = inputs(q, k, key_padding_mask, query_padding_mask)
     v = remove(v, key_padding_mask).to(u.dtype)
-
-    energy = torch.linalg.vector_norm(u, dim=-1)  # (B, H, N)
-    energy_sum = energy.sum(-1)
-    weights = energy / (energy_sum + eps * u_unit)[..., None]
-    central_query = (weights[..., None, :] @ u).squeeze(-2)  # (B, H, d)
+    central_query, energy_sum = central_query_of(u, eps * u_unit)
 
     scores = _scores(kappa, central_query, key_padding_mask)  # (B, H, M)
     score_sum = scores.sum(-1)
@@ -26,11 +22,10 @@ def backward(
     dout, q, k, v, context, central_query, energy_sum, score_sum, eps, rho, head_rho, key_padding_mask, query_padding_mask,
     gradients,
 ):  # fmt: skip
-    u, kappa, u_unit, k_unit = _inputs(q, k, key_padding_mask, query_padding_mask)
+    u, kappa, u_unit, k_unit = inputs(q, k, key_padding_mask, query_padding_mask)
     v_acc = remove(v, key_padding_mask).to(u.dtype)
     dout = dout.to(u.dtype)  # (B, H, dv)
     central_query = central_query * u_unit[..., None]
-    E = ((energy_sum + eps) * u_unit)[..., None]
     R, per_score = (t[..., None] for t in split((score_sum + eps) * u_unit * k_unit))
     # What takes dq and dk back from these units and R's.
     s = scale(q)
@@ -51,17 +46,30 @@ def backward(
     if dk is not None:
         dk.copy_(dkappa)
     if dq is not None:
-        # qbar = sum_i e_i u_i / E,  e_i = ||u_i||
         dcentral = (dscores[..., None, :] @ kappa).squeeze(-2)
-        energy = torch.linalg.vector_norm(u, dim=-1)
-        denergy = ((u - central_query[..., None, :]) @ dcentral[..., None]).squeeze(-1) / E
-        direction = torch.where(energy > 0, denergy / energy, 0)
-        du = s_u * ((energy / E)[..., None] * dcentral[..., None, :] + direction[..., None] * u)
+        du = s_u * query_gradient(dcentral, u, central_query, (energy_sum + eps) * u_unit)
         du = remove(du, query_padding_mask)
         dq.copy_(du + dkappa if k is None else du)
 
 
-def _inputs(q, k, key_padding_mask, query_padding_mask) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def central_query_of(u: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
+    """qbar = sum_i e_i u_i / (sum_i e_i + eps) with e_i = ||u_i||, (B, H, d), and sum_i e_i, (B, H)."""
+    energy = torch.linalg.vector_norm(u, dim=-1)  # (B, H, N)
+    energy_sum = energy.sum(-1)
+    weights = energy / (energy_sum + eps)[..., None]
+    return (weights[..., None, :] @ u).squeeze(-2), energy_sum
+
+
+def query_gradient(dcentral: Tensor, u: Tensor, central_query: Tensor, E: Tensor) -> Tensor:
+    """du of qbar = sum_i e_i u_i / E, e_i = ||u_i||: (B, H, N, d)."""
+    E = E[..., None]
+    energy = torch.linalg.vector_norm(u, dim=-1)
+    denergy = ((u - central_query[..., None, :]) @ dcentral[..., None]).squeeze(-1) / E
+    direction = torch.where(energy > 0, denergy / energy, 0)
+    return (energy / E)[..., None] * dcentral[..., None, :] + direction[..., None] * u
+
+
+def inputs(q, k, key_padding_mask, query_padding_mask) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """u = s q and kappa = s k in the accumulation dtype, ignored rows 0, both in the units of their heads, (B, H), given."""
     s, acc = scale(q), acc_dtype(q)
     u = remove(q, query_padding_mask).to(acc)

@@ -25,6 +25,7 @@ _FLOATING = "torch.float32, torch.bfloat16, torch.float16 or torch.float64"
 NUMBERS = {
     "eps": (0.0, "a finite number above 0; the paper's is 1e-6"),
     "rho": (-math.inf, "a finite number; the paper's is 0.95"),
+    "score_floor": (math.nextafter(0, -1), "a finite number of at least 0; 0 is the paper's operator"),
     "norm_eps": (math.nextafter(0, -1), "a finite number of at least 0, or None for no normalisation"),
 }
 
@@ -64,8 +65,11 @@ class Signature:
 
     def __init__(self, schema: str, tensors: dict[str, str], stand_ins: dict[str, str] | None = None):
         name, arguments, results = re.fullmatch(r"(\w+)\((.*)\) -> (.*)", schema).groups()
-        self.op = f"infsa::{re.sub('_(fwd|bwd)$', '', name)}"
-        self.kinds = {n: kind for kind, n in (argument.split("=")[0].split() for argument in arguments.split(", "))}
+        self.name = re.sub("_(fwd|bwd)$", "", name)
+        # A floor is an argument of the public operator, whose name errors tell.
+        self.op = f"infsa::{self.name.removesuffix('_floor')}"
+        given = (argument.split("=")[0].split() for argument in arguments.split(", ") if argument != "*")
+        self.kinds = {n: kind for kind, n in given}
         self.arguments = list(self.kinds)
         self.results = [result.split()[-1] for result in results.strip("()").split(", ")]
         declared = {n: Declared.read(text) for n, text in tensors.items()}
@@ -76,22 +80,22 @@ class Signature:
         at = self.arguments.index
         self._order = [(at(n), n, at((stand_ins or {}).get(n, n))) for n in order]
         self._numbers = [(at(n), n) for n in self.arguments if self.kinds[n].startswith("float")]
-        self._plain = [(n, PLAIN.get("rho" if n == "rho" else kind, ())) for n, kind in self.kinds.items()]
+        self._plain = {n: PLAIN.get("rho" if n == "rho" else kind, ()) for n, kind in self.kinds.items()}
 
     def first_of(self, values: Sequence) -> Tensor:
         """The tensor whose dtype and device the others follow."""
         return values[self._order[0][0]]
 
-    def types(self, values: Sequence) -> None:
-        """TypeError where torch's dispatcher would refuse the values in its own words."""
-        for (name, plain), value in zip(self._plain, values):
-            if not isinstance(value, plain):
+    def types(self, values: Sequence, by_name: dict[str, object]) -> None:
+        """TypeError where torch's dispatcher would refuse the values in its own words, or take a bool for a number."""
+        for name, value in (*zip(self._plain, values), *by_name.items()):
+            if not isinstance(value, self._plain[name]) or isinstance(value, bool):
                 self._type(name, value)
 
     def _type(self, name, value) -> None:
         kind = self.kinds[name]
         if name == "rho":
-            right, expected = hasattr(value, "__float__"), "a number or a Tensor"
+            right, expected = hasattr(value, "__float__") and not isinstance(value, bool), "a number or a Tensor"
         elif kind == "int":
             right, expected = isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool), "an int"
         elif kind.startswith("float"):
@@ -171,10 +175,8 @@ def finite(op, name, x):
 
 def number(op, name, value, expected="a number"):
     """What becomes a float: whatever has one, but no tensor whose gradient, or whose other elements, would be lost."""
-    if isinstance(value, (int, float)):
-        return
     if not isinstance(value, Tensor):
-        if not hasattr(value, "__float__"):
+        if isinstance(value, bool) or not hasattr(value, "__float__"):
             raise TypeError(f"{op}: {name} is a {_kind(value)}, expected {expected}")
     elif value.requires_grad:
         raise TypeError(

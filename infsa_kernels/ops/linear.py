@@ -3,7 +3,8 @@
     e_i = ||u_i||,  qbar = sum_i e_i u_i / (sum_i e_i + eps),  r_j = ReLU(qbar . kappa_j),
     z = rho sum_j r_j v_j / (sum_j r_j + eps)          with u = s q, kappa = s k, s = 1/sqrt(d)
 
-Derivation of the gradients, what is saved and why: docs/linear.md.
+With score_floor above 0 another raw operator runs: linear_floor.py. Derivation of the gradients, what is saved and why:
+docs/linear.md.
 """
 
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from .. import reference
 from ..eager import linear as eager
 from ..eager.common import acc_dtype
-from . import qkv
+from . import linear_floor, qkv
 from .register import RawOps, overridable, public
 
 
@@ -24,6 +25,8 @@ def linear_infsa(
     eps: float = 1e-6,
     key_padding_mask: Tensor | None = None,
     query_padding_mask: Tensor | None = None,
+    *,
+    score_floor: float = 0.0,
 ) -> Tensor:
     """Linear-InfSA: one pooled context per head, given to every query position. O(N) time, O(d) state (paper eqs 16-21).
 
@@ -36,12 +39,15 @@ def linear_infsa(
         key_padding_mask: (B, M) bool, True = ignore that key and its value.
         query_padding_mask: (B, N) bool, True = leave that query out of the central query. For self-attention over a padded
             batch give the same mask twice: the padding would else take part in the average.
+        score_floor: at least 0; 0 is the paper's operator. Above 0 every key's score gains that share of the mean absolute
+            score: a mixture with the mean of the values, which keeps gradients bounded where few scores are positive
+            (docs/linear.md). It has no gradient.
 
     Returns:
         (B, H, N, dv) in the dtype of ``q``: an expanded view (stride 0) of the context ``torch.ops.infsa.linear`` returns.
 
     Raises:
-        ValueError: a wrong shape, device, eps or rho. TypeError: a wrong dtype or layout.
+        ValueError: a wrong shape, device, eps, rho or score_floor. TypeError: a wrong dtype or layout.
 
     Example::
 
@@ -49,7 +55,7 @@ def linear_infsa(
         >>> linear_infsa(q, q, torch.randn(1, 64, 4096, 16)).shape
         torch.Size([1, 64, 4096, 16])
     """
-    context = linear(q, k, v, eps, rho, key_padding_mask, query_padding_mask)
+    context = linear(q, k, v, eps, rho, key_padding_mask, query_padding_mask, score_floor=score_floor)
     return context.unsqueeze(-2).expand(*q.shape[:-1], context.shape[-1])
 
 
@@ -61,14 +67,17 @@ def linear_infsa_scores(
     eps: float = 1e-6,
     key_padding_mask: Tensor | None = None,
     query_padding_mask: Tensor | None = None,
+    *,
+    score_floor: float = 0.0,
 ) -> Tensor:
     """rho a_j, the weight that Linear-InfSA gives to each key: (..., M, 1). Arguments as :func:`linear_infsa`.
 
     In torch operations, for analysis and for dropout on the scores; sums in float32 or wider whatever the dtype of ``q``.
     """
-    qkv.demand_of_scores(linear, raw, q, k, rho, eps, key_padding_mask, query_padding_mask)
+    masks = key_padding_mask, query_padding_mask
+    qkv.demand_of_scores(linear, linear_floor.raw, q, k, rho, eps, *masks, score_floor=score_floor)
     acc = acc_dtype(q)
-    scores = reference.linear_scores(q.to(acc), k.to(acc), rho, eps, key_padding_mask, query_padding_mask)
+    scores = reference.linear_scores(q.to(acc), k.to(acc), rho, eps, *masks, score_floor)
     return scores.to(q.dtype).unsqueeze(-1)
 
 
@@ -119,11 +128,16 @@ raw = RawOps(
 
 @public(
     "linear(Tensor q, Tensor k, Tensor v, float eps=1e-6, Tensor? rho=None, Tensor? key_padding_mask=None, "
-    "Tensor? query_padding_mask=None, str backend='') -> Tensor",
+    "Tensor? query_padding_mask=None, str backend='', *, float score_floor=0.0) -> Tensor",
     TENSORS,
     raw=[raw],
     cast=qkv.cast,
 )
-def linear(q, k, v, eps=1e-6, rho=None, key_padding_mask=None, query_padding_mask=None, backend=""):
+def linear(
+    q, k, v, eps=1e-6, rho=None, key_padding_mask=None, query_padding_mask=None, backend="", *, score_floor=0.0
+):  # fmt: skip
     """`torch.ops.infsa.linear`: the context (B, H, dv), or (B*H, dv)."""
-    return qkv.attend(raw, q, k, v, eps, rho, key_padding_mask, query_padding_mask, backend)
+    given = q, k, v, eps, rho, key_padding_mask, query_padding_mask, backend
+    if score_floor == 0:
+        return qkv.attend(raw, *given)
+    return qkv.attend(linear_floor.raw, *given, score_floor)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..eager.common import acc_dtype
-from . import central_query, check, score_pool
+from . import central_query, check, score_pool, score_pool_floor
 from .autograd import skipped_if_unused
 from .backends import backend_of_backward, choose_backend
 from .register import overridable, public
@@ -40,6 +40,7 @@ def pooled_linear_infsa(
     norm_bias: Tensor | None = None,
     norm_eps: float | None = None,
     padding_mask: Tensor | None = None,
+    score_floor: float = 0.0,
 ) -> Tensor:
     """Linear-InfSA self-attention as a whole layer: LayerNorm, projections, attention, output projection.
 
@@ -57,12 +58,13 @@ def pooled_linear_infsa(
         norm_eps: LayerNorm's eps, if the layer starts with one; None for no LayerNorm.
         norm_weight, norm_bias: (D,), LayerNorm's affine part.
         padding_mask: (B, N) bool, True = the token is removed, as a query and as a key.
+        score_floor: as in :func:`linear_infsa`.
 
     Returns:
         (B, D_out) in the dtype of ``x``: the layer's output at every position.
 
     Raises:
-        ValueError: a wrong shape, device, rho or eps. TypeError: a wrong dtype or layout.
+        ValueError: a wrong shape, device, rho, eps or score_floor. TypeError: a wrong dtype or layout.
 
     Example::
 
@@ -72,7 +74,7 @@ def pooled_linear_infsa(
     """
     return pooled_linear(
         x, q_weight, v_weight, out_weight, num_heads, q_bias, k_weight, k_bias, v_bias, out_bias, rho, eps, norm_weight,
-        norm_bias, norm_eps, padding_mask,
+        norm_bias, norm_eps, padding_mask, score_floor=score_floor,
     )  # fmt: skip
 
 
@@ -129,20 +131,20 @@ _TOKENS = check.Signature(
     "pooled_linear(Tensor x, Tensor q_weight, Tensor v_weight, Tensor out_weight, int num_heads, Tensor? q_bias=None, "
     "Tensor? k_weight=None, Tensor? k_bias=None, Tensor? v_bias=None, Tensor? out_bias=None, Tensor? rho=None, "
     "float eps=1e-6, Tensor? norm_weight=None, Tensor? norm_bias=None, float? norm_eps=None, Tensor? padding_mask=None, "
-    "str backend='') -> Tensor",
+    "str backend='', *, float score_floor=0.0) -> Tensor",
     TENSORS,
     raw=[central_query.raw, score_pool.raw],
     cast=_cast,
 )
 def pooled_linear(
     x, q_weight, v_weight, out_weight, num_heads, q_bias=None, k_weight=None, k_bias=None, v_bias=None, out_bias=None,
-    rho=None, eps=1e-6, norm_weight=None, norm_bias=None, norm_eps=None, padding_mask=None, backend="",
+    rho=None, eps=1e-6, norm_weight=None, norm_bias=None, norm_eps=None, padding_mask=None, backend="", *, score_floor=0.0,
 ):  # fmt: skip
     """`torch.ops.infsa.pooled_linear`: the row (B, D_out)."""
     _check_heads(num_heads, q_weight=q_weight, k_weight=k_weight, v_weight=v_weight, out_weight=out_weight)
     pooled_linear.signature.check(
         (x, q_weight, v_weight, out_weight, num_heads, q_bias, k_weight, k_bias, v_bias, out_bias, rho, eps, norm_weight,
-         norm_bias, norm_eps, padding_mask)
+         norm_bias, norm_eps, padding_mask, backend, score_floor)
     )  # fmt: skip
     if isinstance(rho, Tensor):
         check.rho_tensor(OP, rho, x, num_heads, "(H,)", "x")
@@ -156,7 +158,8 @@ def pooled_linear(
     d, acc = q_weight.shape[0] // num_heads, acc_dtype(x)
     shape = x.shape[0], num_heads, x.shape[1], d
     name = choose_backend("pooled_linear", x.device, x.dtype, shape, backend or backend_of_backward())
-    query_op, pool_op = central_query.raw.forwards[name], score_pool.raw.forwards[name]
+    query_op, pool = central_query.raw.forwards[name], score_pool if score_floor == 0 else score_pool_floor
+    pool_op, floor = pool.raw.forwards[name], () if score_floor == 0 else (score_floor,)
     tensors = x, q_weight, k_weight, v_weight, out_weight, q_bias, k_bias, v_bias, out_bias, norm_weight, norm_bias
     rho_tensor = rho if isinstance(rho, Tensor) else None
 
@@ -184,7 +187,7 @@ def pooled_linear(
         # Inside vmap, functorch brings autocast back, and with it a lower dtype.
         keys = torch.einsum("bhd,hdc->bhc", qbar, weight).to(acc)
         key_bias = None if bias is None else (qbar * bias).sum(-1)
-        pooled, mass, _ = pool_op(x, keys, key_bias, norm_eps, eps, padding_mask)  # (B, H, D), (B, H)
+        pooled, mass, *_ = pool_op(x, keys, key_bias, norm_eps, eps, *floor, padding_mask)  # (B, H, D), (B, H)
 
         weight, bias = heads(v_weight, v_bias)
         z = torch.einsum("bhc,hec->bhe", pooled, weight)

@@ -10,9 +10,13 @@ from .autograd import skipped_if_unused
 from .backends import backend_of_backward, choose_backend
 
 
-def attend(raw, q, k, v, eps, rho, key_padding_mask, query_padding_mask, backend) -> Tensor:
-    """The output of a raw operator (register.RawOps), linear's or pure's, on the backend of choice."""
-    given = raw, q, k, v, eps, rho, key_padding_mask, query_padding_mask
+def attend(raw, q, k, v, eps, rho, key_padding_mask, query_padding_mask, backend, *more) -> Tensor:
+    """The output of a raw operator (register.RawOps), linear's or pure's, on the backend of choice.
+
+    Args:
+        more: numbers that the raw operator takes after eps.
+    """
+    given = raw, q, k, v, eps, rho, key_padding_mask, query_padding_mask, *more
     if q is None or k is None or v is None:
         demand(*given)
     try:
@@ -24,7 +28,7 @@ def attend(raw, q, k, v, eps, rho, key_padding_mask, query_padding_mask, backend
         forward, k = raw.forwards[name], None if tied else k
         with skipped_if_unused(q, k, v, head_rho):
             # Goes on where ``kernels`` says for this backend, in the file of the operator.
-            out = forward(q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask)[0]
+            out = forward(q, k, v, eps, *more, rho, head_rho, key_padding_mask, query_padding_mask)[0]
     except Exception:
         check.in_words(demand, *given)
         raise
@@ -37,13 +41,13 @@ def statistics(raw, q, k, v, eps, key_padding_mask=None, query_padding_mask=None
     return raw.forwards[name](q, None if k is q else k, v, eps, 1.0, None, key_padding_mask, query_padding_mask)[1:]
 
 
-def demand_of_scores(public, raw, q, k, rho, eps, key_padding_mask, query_padding_mask) -> None:
+def demand_of_scores(public, raw, q, k, rho, eps, key_padding_mask, query_padding_mask, **more) -> None:
     """What an operator demands, for its scores, which have no v."""
-    public.signature.types((q, k, k, eps, rho, key_padding_mask, query_padding_mask))
-    demand(raw, q, k, k, eps, rho, key_padding_mask, query_padding_mask)
+    public.signature.types((q, k, k, eps, rho, key_padding_mask, query_padding_mask), more)
+    demand(raw, q, k, k, eps, rho, key_padding_mask, query_padding_mask, *more.values())
 
 
-def demand(raw, q, k, v, eps, rho, key_padding_mask, query_padding_mask) -> None:
+def demand(raw, q, k, v, eps, rho, key_padding_mask, query_padding_mask, *more) -> None:
     """What linear and pure demand of their arguments."""
     for name, t in (("q", q), ("k", k), ("v", v)):
         check.dense(raw.op, name, t)
@@ -52,7 +56,7 @@ def demand(raw, q, k, v, eps, rho, key_padding_mask, query_padding_mask) -> None
         _three_dimensions(raw.name).check((q, k, v))
         q, k, v = q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)
     number = 1.0 if rho is None or isinstance(rho, Tensor) else rho
-    raw.forward.check((q, k, v, eps, number, None, key_padding_mask, query_padding_mask))
+    raw.forward.check((q, k, v, eps, *more, number, None, key_padding_mask, query_padding_mask))
     _split(raw.op, rho, q, unbatched)
 
 

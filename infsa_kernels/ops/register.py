@@ -81,7 +81,7 @@ class RawOps:
     ):  # fmt: skip
         self.forward, self.backward = (Signature(schema, tensors, stand_ins) for schema in (forward, backward))
         self.op, self.kernels, self.formula = self.forward.op, kernels, formula
-        self.name = self.op.removeprefix("infsa::")
+        self.name = self.forward.name
         self.inputs = [result[1:] for result in self.backward.results]
         self._contiguous = tensors.keys() & self.backward.results
         self._like = like or {}
@@ -207,6 +207,10 @@ class RawOps:
             dims = signature.tensors[n].letters
             return dims.index(letter) if letter in dims else -1
 
+        def of_result(letter, n):
+            # What forward returns is no sum: without the letter it does not depend on what has it.
+            return None if signature is self.forward and letter not in signature.tensors[n].letters else at(letter, n)
+
         def existing(arguments) -> list[bool]:
             given = dict(zip(signature.arguments, arguments))
             if signature is self.forward:
@@ -216,7 +220,7 @@ class RawOps:
         return [
             (
                 [at(letter, n) if n in signature.tensors else None for n in signature.arguments],
-                [at(letter, n) for n in signature.results],
+                [of_result(letter, n) for n in signature.results],
             )
             for letter in "BH"
         ], existing
@@ -238,7 +242,7 @@ class PublicOp:
     """`infsa::<name>` and its overload for a rho that is a number, both of them ``composite``; called by schema order.
 
     Args:
-        schema: as torch takes it; it has "Tensor? rho=None" and ends with "str backend=''".
+        schema: as torch takes it; it has "Tensor? rho=None" and "str backend=''", after which all goes by name only.
         tensors: dimensions and dtypes, as for check.Signature.
         raw: the raw operators behind it: a backend runs it that has kernels of all of them.
         cast: (dtype_of, args, kwargs) -> the args and kwargs of the same call with what autocast concerns cast; dtype_of says in
@@ -250,7 +254,7 @@ class PublicOp:
         self, schema: str, tensors: dict[str, str], raw: Sequence[RawOps], cast: Callable, composite: Callable
     ):
         self.signature = Signature(schema, tensors)
-        name = self.signature.op.removeprefix("infsa::")
+        name = self.signature.name
         backends.OPERATORS[name] = frozenset.intersection(*(frozenset(ops.kernels) for ops in raw))
         self._rho_at = self.signature.arguments.index("rho")
         library.define(schema)
@@ -270,11 +274,11 @@ class PublicOp:
         backend_at = self.signature.arguments.index("backend")
         backends.takes_backend.update(dict.fromkeys(self.overloads, backend_at))
 
-    def __call__(self, *arguments) -> Tensor:
-        self.signature.types(arguments)
+    def __call__(self, *arguments, **by_name) -> Tensor:
+        self.signature.types(arguments, by_name)
         # Found by the packet, a number as rho costs 10 us: it has to fail at the other overload first.
         op = self._tensor_rho if isinstance(arguments[self._rho_at], Tensor) else self._scalar_rho
-        return op(*arguments)
+        return op(*arguments, **by_name)
 
 
 def public(

@@ -17,7 +17,7 @@ def shard(op, shardings) -> None:
     Args:
         shardings: ([(dimensions of the arguments, of the results)], exists). A dimension is where the sharded letter lies
             in that tensor, -1 if nowhere: then an argument is replicated and a result is a partial sum; None stands for
-            arguments that are no tensors. exists(args) tells which results have elements.
+            arguments that are no tensors, and for results that are the same on every shard. exists(args) tells which results have elements.
     """
     _waiting.append((op, *shardings))
 
@@ -50,7 +50,7 @@ def _rule(dimensions, exists):
                 for dim, is_tensor in zip(of_arguments, given)
             ]
             outputs = [
-                Replicate() if not there else Shard(dim) if dim >= 0 else Partial()
+                Replicate() if not there or dim is None else Shard(dim) if dim >= 0 else Partial()
                 for dim, there in zip(of_results, present)
             ]
             return outputs, inputs

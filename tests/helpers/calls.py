@@ -40,6 +40,12 @@ class Call:
     eps: float = 1e-6
     key_padding_mask: Tensor | None = None
     query_padding_mask: Tensor | None = None
+    score_floor: float = 0.0  # of linear
+
+    @property
+    def raw_name(self) -> str:
+        """Of the raw operators that run it, without _fwd and _bwd."""
+        return f"{self.op}_floor" if self.score_floor else self.op
 
     def tensors(self) -> dict[str, Tensor]:
         """What can have a gradient, by name."""
@@ -50,11 +56,11 @@ class Call:
         return {"q": self.q, "k": self.k, "v": self.v}
 
     def run(self) -> Tensor:
-        return getattr(torch.ops.infsa, self.op)(*self._arguments())
+        return getattr(torch.ops.infsa, self.op)(*self._arguments(), **self._by_name())
 
     def reference(self, dtype: torch.dtype) -> Tensor:
         q, k, v, eps, rho, *masks = self.to(dtype)._arguments()
-        return REFERENCE[self.op](q, k, v, rho, eps, *masks)
+        return REFERENCE[self.op](q, k, v, rho, eps, *masks, **self._by_name())
 
     def gradients(self, dout: Tensor) -> dict[str, Tensor]:
         return self._differentiate(dout, Call.run)[1]
@@ -82,7 +88,8 @@ class Call:
         rho, head_rho = self.rho, None
         if isinstance(rho, Tensor):
             head_rho, rho = rho.detach().to(accumulation(self.q.dtype)).expand(self.q.shape[:2]), 1.0
-        return self.q, self.k, self.v, self.eps, rho, head_rho, self.key_padding_mask, self.query_padding_mask
+        masks = self.key_padding_mask, self.query_padding_mask
+        return self.q, self.k, self.v, self.eps, *self._by_name().values(), rho, head_rho, *masks
 
     def nearby(self) -> "Call":
         """The same call on values that differ by up to 1/64 of themselves, equal tokens staying equal."""
@@ -95,6 +102,9 @@ class Call:
     def _arguments(self):
         k = self.q if self.k is None else self.k
         return self.q, k, self.v, self.eps, self.rho, self.key_padding_mask, self.query_padding_mask
+
+    def _by_name(self) -> dict[str, float]:
+        return {"score_floor": self.score_floor} if self.score_floor else {}
 
     def _differentiate(self, dout, evaluate) -> tuple[Tensor, dict[str, Tensor]]:
         call = self.leaves()

@@ -13,7 +13,7 @@ import torch
 
 import infsa_kernels  # noqa: F401
 
-OPS = ("linear", "pure", "central_query", "score_pool")
+OPS = ("linear", "linear_floor", "pure", "central_query", "score_pool", "score_pool_floor")
 CALLS = 300
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 OTHER_DTYPES = (*DTYPES, torch.int32, torch.bool, torch.uint8, torch.complex64)
@@ -48,18 +48,20 @@ def good(op: str, rng: random.Random) -> dict:
         return t if rng.random() < 0.5 else None
 
     B, H, N, M, d, v = rng.randint(1, 3), rng.randint(1, 3), *(rng.choice([1, 2, 5, 16, 33]) for _ in range(4))
-    if op in ("linear", "pure"):
+    floor = {"score_floor": rng.choice([0.0, 0.1, 2.0])} if op.endswith("_floor") else {}
+    if op in ("linear", "linear_floor", "pure"):
         k = maybe(numbers(B, H, M, d))
         M = N if k is None else M
         masks = {"key_padding_mask": maybe(torch.rand(B, M) < 0.3), "query_padding_mask": maybe(torch.rand(B, N) < 0.3)}
         tensors = {"q": numbers(B, H, N, d), "k": k, "v": numbers(B, H, M, v)}
-        return tensors | {"eps": 1e-3, "rho": 0.9, "head_rho": maybe(numbers(B, H, dtype=acc))} | masks
+        rest = {"rho": 0.9, "head_rho": maybe(numbers(B, H, dtype=acc))}
+        return tensors | {"eps": 1e-3} | floor | rest | masks
     if op == "central_query":
         tensors = {"weight": numbers(H, d, v), "bias": maybe(numbers(H, d, dtype=acc))}
     else:
         tensors = {"keys": numbers(B, H, v, dtype=acc), "key_bias": maybe(numbers(B, H, dtype=acc))}
-    rest = {"norm_eps": maybe(1e-3), "eps": 1e-3, "padding_mask": maybe(torch.rand(B, N) < 0.3)}
-    return {"x": numbers(B, N, v)} | tensors | rest
+    numbers_of_call = {"norm_eps": maybe(1e-3), "eps": 1e-3} | floor
+    return {"x": numbers(B, N, v)} | tensors | numbers_of_call | {"padding_mask": maybe(torch.rand(B, N) < 0.3)}
 
 
 def backward(op, arguments: dict, rng: random.Random) -> dict:
