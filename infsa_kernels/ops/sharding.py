@@ -17,7 +17,8 @@ def shard(op, shardings) -> None:
     Args:
         shardings: ([(dimensions of the arguments, of the results)], exists). A dimension is where the sharded letter lies
             in that tensor, -1 if nowhere: then an argument is replicated and a result is a partial sum; None stands for
-            arguments that are no tensors, and for results that are the same on every shard. exists(args) tells which results have elements.
+            arguments that are no tensors, and for results that are the same on every shard. exists(args) tells which
+            results have elements.
     """
     _waiting.append((op, *shardings))
 

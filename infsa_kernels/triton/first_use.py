@@ -51,7 +51,7 @@ UNITS_16, UNITS_32 = 2, 32
 class Variant:
     """What is compiled to machine code of its own, as far as a call decides it."""
 
-    op: str  # "linear" or "pure"
+    op: str  # "linear", "linear_floor" or "pure"
     direction: str  # "forward" or "backward"
     dtype: str
     precision: str  # of products of float32
@@ -136,7 +136,8 @@ def usual(device: torch.device) -> list[Variant]:
             described and op == "pure" and not masked and dtype != "float32",
         )
         for op, direction, dtype, tied, masked in itertools.product(
-            ("linear", "pure"), ("forward", "backward"), ("bfloat16", "float16", "float32"), (True, False), (False, True)
+            ("linear", "linear_floor", "pure"), ("forward", "backward"), ("bfloat16", "float16", "float32"), (True, False),
+            (False, True),
         )
     ]  # fmt: skip
 
@@ -145,7 +146,7 @@ def of(op: str, direction: str, arguments) -> Variant:
     """The variant of a call."""
     forward = direction == "forward"
     q, k, v = arguments[:3] if forward else arguments[1:4]
-    masks = arguments[6:8] if forward else arguments[-2:]
+    masks = arguments[-2:]
     read = [t for t in (q, k, v, None if forward else arguments[0]) if t is not None]
     dtype = str(q.dtype).removeprefix("torch.")
     return Variant(
@@ -232,7 +233,7 @@ def _wrong(variant: Variant, results, expected, first) -> str | None:
 
 def _lengths(variant: Variant, device: torch.device) -> list[tuple[int, int]]:
     """Queries and keys of the calls: three tiles and one row, and a whole number of tiles."""
-    if variant.op == "linear":
+    if variant.op != "pure":
         # Short sequences are one program's, long ones are cut into runs. An odd number of queries, so that no score is 0.
         odd = 3 * 32 + 1, 2 * configs.WHOLE + 1
         return [(N, N if variant.tied else N - 1) for N in odd]
@@ -247,7 +248,7 @@ def _lengths(variant: Variant, device: torch.device) -> list[tuple[int, int]]:
 
 
 def _arguments(variant: Variant, device: torch.device, N: int, M: int, random: torch.Generator) -> list:
-    """Of the forward pass: q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask. All heads have the same content."""
+    """Of the forward pass, from q to query_padding_mask, with the floor after eps. All heads have the same content."""
     ignored = [torch.arange(length, device="cpu") % 4 == 2 if variant.masked else None for length in (N, M)]
     queries, keys = (_odd_rows(length, variant, random) for length in (N, M))
     values = torch.randint(-4, 5, (M, variant.dv), generator=random, device="cpu")
@@ -259,7 +260,8 @@ def _arguments(variant: Variant, device: torch.device, N: int, M: int, random: t
     # Rows of a length that the copy engine cannot step over are read through pointers.
     for gap in (0, 1, 2):
         q, k, v = (_amid_nan(x.to(device), gap, variant.token_major) for x in rows)
-        arguments = [q, None if variant.tied else k, v, 2.0**-20, 1.0, head_rho, *masks]
+        numbers = [2.0**-20, 0.125, 1.0] if variant.op == "linear_floor" else [2.0**-20, 1.0]
+        arguments = [q, None if variant.tied else k, v, *numbers, head_rho, *masks]
         if of(variant.op, "forward", arguments).described == variant.described:
             break
     return arguments

@@ -17,8 +17,9 @@ from triton.runtime.jit import compute_cache_key
 from helpers.triton_sass import CODE, RESOURCES, measure
 from helpers.triton_target import compiled, launching
 from infsa_kernels.ops import linear as linear_op
+from infsa_kernels.ops import linear_floor as linear_floor_op
 from infsa_kernels.ops import pure as pure_op
-from infsa_kernels.triton import linear, pure, pure_backward
+from infsa_kernels.triton import linear, linear_floor, pure, pure_backward
 
 TABLE = Path(__file__).parents[1] / "gpu" / "triton_resources.txt"
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
@@ -38,7 +39,13 @@ class Case:
     masked: bool = False
 
     def __str__(self) -> str:
-        return f"{self.dtype}/d{self.d}/N{self.N}" + ("/tied" if self.tied else "") + ("/masked" if self.masked else "")
+        floor = "/floor" if self.op == "linear_floor" else ""
+        return (
+            f"{self.dtype}/d{self.d}/N{self.N}"
+            + floor
+            + ("/tied" if self.tied else "")
+            + ("/masked" if self.masked else "")
+        )
 
     def run(self) -> None:
         def token_major():
@@ -55,11 +62,13 @@ class Case:
 def _forward_and_backward(op, q, k, v, rho, mask) -> None:
     raw, forward, backward = {
         "linear": (linear_op.raw, linear.forward, linear.backward),
+        "linear_floor": (linear_floor_op.raw, linear_floor.forward, linear_floor.backward),
         "pure": (pure_op.raw, pure.forward, pure_backward.backward),
     }[op]
-    out, *saved = forward(q, k, v, 1e-6, 1.0, rho, mask, mask)
+    numbers = (1e-6, 0.1, 1.0) if op == "linear_floor" else (1e-6, 1.0)
+    out, *saved = forward(q, k, v, *numbers, rho, mask, mask)
     saved = [out, *saved] if op == "pure" else saved
-    arguments = torch.empty_like(out), q, k, v, *saved, 1e-6, 1.0, rho, mask, mask
+    arguments = torch.empty_like(out), q, k, v, *saved, *numbers, rho, mask, mask
     backward(*arguments, raw.gradients((*arguments, [True] * 4)))
 
 
@@ -67,6 +76,8 @@ def cases() -> list[Case]:
     """Every configuration, in the variant of it that needs the most registers before the others."""
     found = [Case("linear", "bf16", 16, N, tied) for N in (197, 4096) for tied in (False, True)]
     found += [Case("linear", dtype, 64, 4096, masked=True) for dtype in ("fp16", "fp32")]
+    found += [Case("linear_floor", "bf16", 16, N, tied) for N in (197, 4096) for tied in (False, True)]
+    found += [Case("linear_floor", dtype, 64, 4096, masked=True) for dtype in ("fp16", "fp32")]
     for d in (64, 128, 256):
         for tied in (False, True):
             found += [Case("pure", "fp16", d, 4000, tied, masked) for masked in (False, True)]

@@ -1,0 +1,203 @@
+"""The gradients of Linear-InfSA; the equations stand in linear.py, and what its kernels share with these."""
+
+import torch
+import triton
+import triton.language as tl
+
+from ..eager import linear as eager
+from ..eager.common import scale
+from . import configs
+from .launch import SIZES, countable, launch, padded, relu, strides
+from .tokens import (
+    dot_of_heads,
+    effective_rho,
+    inside,
+    key_counts,
+    keys_of,
+    load_head,
+    load_tokens,
+    offsets,
+    rows_at,
+    store_part,
+    sum_of_splits,
+    where_am_i,
+)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def linear_bwd_keys_kernel(
+    dout, k, v, key_mask, head_rho,  # (B, H, dv), (B, H, M, d), (B, H, M, dv), (B, M), (B, H)
+    context, central_query, score_sum,  # (B, H, dv), (B, H, d), (B, H)
+    absolute_sum, value_mean, key_counts,  # of a floor: (B, H), (B, H, dv), and (B,) if masked
+    dk, dv_out, dhead_rho, dscores, dcentral_parts,  # like k, like v, (B, H), (B, H, M), (B, H, splits, d)
+    dout_strides, k_strides, v_strides, dk_strides, dv_strides, key_mask_strides, head_rho_strides,
+    H, M, splits, split_tokens, scale, eps, rho, score_floor,
+    d: tl.constexpr, dv: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, G: tl.constexpr, BT: tl.constexpr,
+    TIED: tl.constexpr, WANT_Q: tl.constexpr, WANT_K: tl.constexpr, WANT_V: tl.constexpr, WANT_RHO: tl.constexpr,
+):  # fmt: skip
+    b, heads, split, group = where_am_i(splits, H, G)
+    stride_b, stride_h, stride_d = dout_strides
+    dz = load_head(dout, b, heads, H, stride_b, stride_h, stride_d, dv, DV)
+    z = load_head(context, b, heads, H, H * dv, dv, 1, dv, DV)
+    dz_z = dot_of_heads(dz, z)
+    if WANT_RHO and split == 0:
+        store_part(dhead_rho, rho * dz_z, b, heads, H, 0, 1, 1, 1)
+
+    rho = effective_rho(rho, head_rho, head_rho_strides, b, heads, H)
+    norm = load_head(score_sum, b, heads, H, H, 1, 0, 1, 1) + eps
+    if score_floor is not None:
+        share = score_floor * load_head(absolute_sum, b, heads, H, H, 1, 0, 1, 1)
+        norm = norm + share
+        mean = load_head(value_mean, b, heads, H, H * dv, dv, 1, dv, DV)
+        dabsolute = score_floor * dot_of_heads(dz, mean - z) * (rho / norm)
+        share = share / keys_of(key_counts, b, M)
+    gain = rho / norm
+    central = load_head(central_query, b, heads, H, H * d, d, 1, d, D)
+    start = split * split_tokens
+    stop = tl.minimum(start + split_tokens, M)
+    dcentral = tl.zeros([BT, G, D], tl.float32)
+    if WANT_Q or WANT_K or WANT_V:
+        tokens = start + tl.arange(0, BT)
+        k_ahead = load_tokens(k, k_strides, b, heads, tokens, start, stop, H, key_mask, key_mask_strides, d, D)
+        if WANT_Q or WANT_K:
+            v_ahead = load_tokens(v, v_strides, b, heads, tokens, start, stop, H, key_mask, key_mask_strides, dv, DV)
+        for _ in range(start, stop, BT):
+            rows = rows_at(b, heads, tokens, start, stop, H, key_mask, key_mask_strides)
+            exists = rows_at(b, heads, tokens, start, stop, H, None, key_mask_strides)
+            dk_at, dv_at = offsets(dk_strides, b, heads, tokens, D), offsets(dv_strides, b, heads, tokens, DV)
+            dscores_at = offsets((tl.cast(H, tl.int64) * M, M, 1, 0), b, heads, tokens, 1)
+            tokens += BT
+            b_k = k_ahead.to(tl.float32)
+            k_ahead = load_tokens(k, k_strides, b, heads, tokens, start, stop, H, key_mask, key_mask_strides, d, D)
+            # r_j = s ReLU(qbar . k_j)
+            t = tl.sum(b_k * central[None, :, :], 2, keep_dims=True)
+            r = relu(t) * scale
+            if WANT_Q or WANT_K:
+                b_v = v_ahead.to(tl.float32)
+                v_ahead = load_tokens(
+                    v, v_strides, b, heads, tokens, start, stop, H, key_mask, key_mask_strides, dv, DV
+                )
+                dr = (tl.sum(b_v * dz[None, :, :], 2, keep_dims=True) - dz_z[None, :, :]) * gain[None, :, :]
+                # NaN scores pass the gradient on, as torch's ReLU does.
+                dr = tl.where(rows & ~(r <= 0.0), dr, 0.0)
+                if score_floor is not None:
+                    signed = tl.where(t > 0.0, dabsolute[None, :, :], tl.where(t < 0.0, -dabsolute[None, :, :], 0.0))
+                    dr += tl.where(rows, signed, 0.0)
+                if WANT_Q:
+                    dcentral += dr * b_k
+                if WANT_Q and TIED:
+                    tl.store(dscores + dscores_at, dr, mask=exists)
+                if WANT_K:
+                    b_dk = tl.where(rows, dr * central[None, :, :] * scale, 0.0)
+                    tl.store(dk + dk_at, b_dk.to(dk.dtype.element_ty), mask=inside(exists, d, D))
+            if WANT_V:
+                # z = rho sum_j r_j v_j / R, and r_j with the floor in it
+                if score_floor is not None:
+                    r += share[None, :, :]
+                b_dv = tl.where(rows, r * gain[None, :, :] * dz[None, :, :], 0.0)
+                tl.store(dv_out + dv_at, b_dv.to(dv_out.dtype.element_ty), mask=inside(exists, dv, DV))
+    if WANT_Q:
+        store_part(dcentral_parts, tl.sum(dcentral, 0) * scale, b, heads, H, split, splits, d, D)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def linear_bwd_queries_kernel(
+    q, query_mask, key_mask, dq,  # (B, H, N, d), (B, N), (B, M), like q
+    central_query, energy_sum, dscores, dcentral_parts, key_splits,  # (B, H, d), (B, H), (B, H, M), (B, H, splits, d)
+    q_strides, dq_strides, query_mask_strides, key_mask_strides, H, N, splits, split_tokens, scale, eps,
+    d: tl.constexpr, D: tl.constexpr, G: tl.constexpr, BT: tl.constexpr, TIED: tl.constexpr,
+):  # fmt: skip
+    b, heads, split, group = where_am_i(splits, H, G)
+    dcentral = sum_of_splits(dcentral_parts, b, heads, H, key_splits, d, D, G, BT)
+    central = load_head(central_query, b, heads, H, H * d, d, 1, d, D)
+    central_dcentral = dot_of_heads(central, dcentral)
+    per_energy = scale / (load_head(energy_sum, b, heads, H, H, 1, 0, 1, 1) + eps)
+    start = split * split_tokens
+    stop = tl.minimum(start + split_tokens, N)
+    steps = tl.cdiv(stop - start, BT)
+    # Backwards, as in the forward pass: the tied Q was read last at its end.
+    tokens = start + (steps - 1) * BT + tl.arange(0, BT)
+    ahead = load_tokens(q, q_strides, b, heads, tokens, start, stop, H, query_mask, query_mask_strides, d, D)
+    for _ in range(steps):
+        rows = rows_at(b, heads, tokens, start, stop, H, query_mask, query_mask_strides)
+        exists = rows_at(b, heads, tokens, start, stop, H, None, query_mask_strides)
+        if TIED:
+            key_rows = rows_at(b, heads, tokens, start, stop, H, key_mask, key_mask_strides)
+            dr = tl.load(
+                dscores + offsets((tl.cast(H, tl.int64) * N, N, 1, 0), b, heads, tokens, 1), mask=key_rows, other=0.0
+            )
+        dq_at = offsets(dq_strides, b, heads, tokens, D)
+        tokens -= BT
+        b_q = ahead.to(tl.float32)
+        ahead = load_tokens(q, q_strides, b, heads, tokens, start, stop, H, query_mask, query_mask_strides, d, D)
+        # qbar = sum_i e_i u_i / E,  e_i = ||u_i||,  u = s q
+        u = b_q * scale
+        e = tl.sqrt(tl.sum(u * u, 2, keep_dims=True))
+        de = tl.sum(u * dcentral[None, :, :], 2, keep_dims=True) - central_dcentral[None, :, :]
+        direction = tl.where(e > 0.0, de / e, 0.0)
+        b_dq = per_energy[None, :, :] * (e * dcentral[None, :, :] + direction * u)
+        b_dq = tl.where(rows, b_dq, 0.0)
+        if TIED:
+            # dk_j = s dr_j qbar, whose row this is too
+            b_dq += tl.where(key_rows, dr * central[None, :, :] * scale, 0.0)
+        tl.store(dq + dq_at, b_dq.to(dq.dtype.element_ty), mask=inside(exists, d, D))
+
+
+def backward(
+    dout, q, k, v, context, central_query, energy_sum, score_sum, eps, rho, head_rho, key_padding_mask, query_padding_mask,
+    gradients,
+):  # fmt: skip
+    rest = rho, head_rho, key_padding_mask, query_padding_mask, gradients
+    if 0 in (*q.shape, *v.shape):
+        return eager.backward(dout, q, k, v, context, central_query, energy_sum, score_sum, eps, *rest)
+    return launch_backward(dout, q, k, v, context, central_query, energy_sum, score_sum, None, None, eps, None, *rest)
+
+
+def launch_backward(
+    dout, q, k, v, context, central_query, energy_sum, score_sum, absolute_sum, value_mean, eps, score_floor, rho, head_rho,
+    key_padding_mask, query_padding_mask, gradients,
+):  # fmt: skip
+    """linear_floor_bwd, or without the floor's three arguments linear_bwd."""
+    B, H, N, d = q.shape
+    M, dv_size = v.shape[2:]
+    countable("infsa::linear", q, v)
+    dq, dk, dv, dhead_rho = gradients
+    want_q = dq is not None
+    tied = k is None
+    k = q if tied else k
+    context, central_query, energy_sum, score_sum, absolute_sum, value_mean = (
+        None if t is None else t.contiguous()
+        for t in (context, central_query, energy_sum, score_sum, absolute_sum, value_mean)
+    )
+    config = configs.linear(q, v, max(N, M))
+    groups = B * triton.cdiv(H, config.heads)
+    splits, split_tokens = config.splits(N, groups)
+    key_splits, key_split_tokens = config.splits(M, groups)
+    sizes = {
+        "d": d,
+        "D": padded(d),
+        "G": config.heads,
+        "BT": config.tokens,
+        "num_warps": config.num_warps,
+        "TIED": tied,
+    }
+
+    dcentral_parts = q.new_empty(B, H, key_splits, d, dtype=torch.float32) if want_q else None
+    dscores = q.new_empty(B, H, M, dtype=torch.float32) if want_q and tied else None
+    launch(
+        linear_bwd_keys_kernel, groups * key_splits, q.device,
+        dout, k, v, key_padding_mask, head_rho, context, central_query, score_sum,
+        absolute_sum, value_mean, key_counts(score_floor, key_padding_mask),
+        dk, dv, dhead_rho, dscores, dcentral_parts,
+        dout.stride(), k.stride(), v.stride(), strides(dk, 4), strides(dv, 4),
+        strides(key_padding_mask, 2), strides(head_rho, 2), H, M, key_splits, key_split_tokens, scale(q), eps, rho, score_floor,
+        dv=dv_size, DV=padded(dv_size), WANT_Q=want_q, WANT_K=dk is not None, WANT_V=dv is not None,
+        WANT_RHO=dhead_rho is not None, **sizes,
+    )  # fmt: skip
+    if want_q:
+        launch(
+            linear_bwd_queries_kernel, groups * splits, q.device,
+            q, query_padding_mask, key_padding_mask, dq, central_query, energy_sum, dscores, dcentral_parts, key_splits,
+            q.stride(), dq.stride(), strides(query_padding_mask, 2), strides(key_padding_mask, 2),
+            H, N, splits, split_tokens, scale(q), eps, **sizes,
+        )  # fmt: skip
