@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from .ops import central_query, linear, pure, score_pool
+from .ops import central_query, linear, linear_floor, pure, score_pool, score_pool_floor
 from .torch_private import OpOverload
 
 
@@ -38,9 +38,11 @@ def translation_table() -> dict[OpOverload, Callable]:
     _onnxscript()
     translations = {
         linear.raw: _linear,
+        linear_floor.raw: _linear_floor,
         pure.raw: _pure,
         central_query.raw: _central_query,
         score_pool.raw: _score_pool,
+        score_pool_floor.raw: _score_pool_floor,
     }
     return {forward: translation for raw, translation in translations.items() for forward in raw.forwards.values()}
 
@@ -70,6 +72,10 @@ op = _Opset()
 
 
 def _linear(q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask):
+    return _linear_floor(q, k, v, eps, None, rho, head_rho, key_padding_mask, query_padding_mask)[:5]
+
+
+def _linear_floor(q, k, v, eps, score_floor, rho, head_rho, key_padding_mask, query_padding_mask):
     acc = _accumulation(q)
     s = _number(_scale(_static("infsa::linear", q, 3)), acc)
     u = op.Mul(_keep(op.Cast(q, to=acc), _of_rows(query_padding_mask), acc), s)  # (B, H, N, d)
@@ -78,13 +84,15 @@ def _linear(q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask):
 
     energy = op.ReduceL2(u, [3], keepdims=0)  # (B, H, N)
     qbar, energy_sum = _centre(u, energy, eps, acc)  # (B, H, d), (B, H)
-    scores = op.Relu(op.MatMul(kappa, op.Unsqueeze(qbar, [3])))  # (B, H, M, 1)
-    scores = _keep(scores, _of_rows(key_padding_mask), acc)
-    score_sum = op.ReduceSum(scores, [2, 3], keepdims=0)
-    weights = op.Div(scores, op.Unsqueeze(op.Add(score_sum, _number(eps, acc)), [2, 3]))
+    products = op.MatMul(kappa, op.Unsqueeze(qbar, [3]))  # (B, H, M, 1)
+    products = _keep(products, _of_rows(key_padding_mask), acc)
+    weights, score_sum, absolute_sum, shares = _weights(
+        products, [2, 3], _of_rows(key_padding_mask), eps, score_floor, acc
+    )
     context = op.Squeeze(op.MatMul(op.Transpose(weights, perm=[0, 1, 3, 2]), v), [2])  # (B, H, dv)
     out = op.Mul(context, _effective_rho(rho, head_rho, [2], acc))
-    return op.Cast(out, to=q.dtype), context, qbar, energy_sum, score_sum
+    mean = shares and op.Squeeze(op.MatMul(op.Transpose(shares, perm=[0, 1, 3, 2]), v), [2])
+    return op.Cast(out, to=q.dtype), context, qbar, energy_sum, score_sum, absolute_sum, mean
 
 
 def _pure(q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask):
@@ -128,15 +136,35 @@ def _central_query(x, weight, bias, norm_eps, eps, padding_mask):
 
 
 def _score_pool(x, keys, key_bias, norm_eps, eps, padding_mask):
+    return _score_pool_floor(x, keys, key_bias, norm_eps, eps, None, padding_mask)[:3]
+
+
+def _score_pool_floor(x, keys, key_bias, norm_eps, eps, score_floor, padding_mask):
     acc = _accumulation(x)
     rows = _normalise(x, norm_eps, padding_mask, acc)
-    scores = op.MatMul(keys, op.Transpose(rows, perm=[0, 2, 1]))  # (B, H, N)
-    scores = op.Relu(scores if key_bias is None else op.Add(scores, op.Unsqueeze(key_bias, [2])))
-    if padding_mask is not None:
-        scores = _keep(scores, op.Unsqueeze(padding_mask, [1]), acc)
-    score_sum = op.ReduceSum(scores, [2], keepdims=0)
-    R = op.Add(score_sum, _number(eps, acc))
-    return op.MatMul(op.Div(scores, op.Unsqueeze(R, [2])), rows), op.Div(score_sum, R), score_sum
+    products = op.MatMul(keys, op.Transpose(rows, perm=[0, 2, 1]))  # (B, H, N)
+    products = products if key_bias is None else op.Add(products, op.Unsqueeze(key_bias, [2]))
+    mask = None if padding_mask is None else op.Unsqueeze(padding_mask, [1])
+    products = _keep(products, mask, acc)
+    weights, score_sum, absolute_sum, shares = _weights(products, [2], mask, eps, score_floor, acc)
+    mass = op.ReduceSum(weights, [2], keepdims=0)
+    mean = shares and op.ReduceMean(op.MatMul(shares, rows), [1], keepdims=0)  # the heads have equal rows
+    return op.MatMul(weights, rows), mass, score_sum, absolute_sum, mean
+
+
+def _weights(products, axes, mask, eps, score_floor, acc):
+    """ReLU(products), with a floor unless that is None, over their sum + eps; their sums, and what each key has of a mean."""
+    scores = op.Relu(products)
+    score_sum = op.ReduceSum(scores, axes, keepdims=0)
+    norm, absolute_sum, shares = score_sum, None, None
+    if score_floor is not None:
+        absolute_sum = op.ReduceSum(op.Abs(products), axes, keepdims=0)
+        ones = _keep(op.Expand(_number(1.0, acc), op.Shape(products)), mask, acc)
+        shares = op.Div(ones, op.Max(op.ReduceSum(ones, axes, keepdims=1), _number(1.0, acc)))
+        floor = op.Mul(absolute_sum, _number(score_floor, acc))
+        scores = op.Add(scores, op.Mul(op.Unsqueeze(floor, axes), shares))
+        norm = op.Add(score_sum, floor)
+    return op.Div(scores, op.Unsqueeze(op.Add(norm, _number(eps, acc)), axes)), score_sum, absolute_sum, shares
 
 
 def _centre(u, energy, eps, acc):

@@ -128,18 +128,31 @@ def _pure(q, k, eps, key_padding_mask, query_padding_mask, **_) -> TokenGraph:
     return TokenGraph(q, k, key_padding_mask=key_padding_mask, query_padding_mask=query_padding_mask, eps=eps)
 
 
-def _linear(q, k, eps, key_padding_mask, query_padding_mask, **_) -> LinearGraph:
-    return LinearGraph(_by_heads(q), _by_heads(k), key_padding_mask, query_padding_mask, eps)
+def _linear(q, k, eps, key_padding_mask, query_padding_mask, score_floor, **_) -> LinearGraph:
+    tied, q = k is q, _by_heads(q)
+    return LinearGraph(q, q if tied else _by_heads(k), key_padding_mask, query_padding_mask, eps, score_floor)
 
 
 def _pooled_linear(
-    x, num_heads, q_weight, q_bias, k_weight, k_bias, eps, norm_weight, norm_bias, norm_eps, padding_mask, **_
+    x,
+    num_heads,
+    q_weight,
+    q_bias,
+    k_weight,
+    k_bias,
+    eps,
+    norm_weight,
+    norm_bias,
+    norm_eps,
+    padding_mask,
+    score_floor,
+    **_,
 ) -> LinearGraph:
     x, norm_weight, norm_bias = (None if t is None else t.to(acc_dtype(x)) for t in (x, norm_weight, norm_bias))
     x = x if norm_eps is None else F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, norm_eps)
     q = _heads(x, q_weight, q_bias, num_heads)
     k = q if k_weight is None else _heads(x, k_weight, k_bias, num_heads)
-    return LinearGraph(q, k, padding_mask, padding_mask, eps)
+    return LinearGraph(q, k, padding_mask, padding_mask, eps, score_floor)
 
 
 def _softmax(query, key, attn_mask, is_causal, scale, **_) -> SoftmaxGraph:

@@ -88,18 +88,26 @@ class SoftmaxGraph(_Rows):
 class LinearGraph(_Rows):
     """W = 1 a^T with the weights a of Linear-InfSA: every token looks at the same. O(N) time and memory.
 
-    All centralities of such a graph are functions of a. Rows are 0 where a head has no positive score.
+    All centralities of such a graph are functions of a. Rows are 0 where a head has no positive score and no floor.
 
     Args:
-        q, k: as of :func:`infsa_kernels.linear_infsa`, as are the masks and eps.
+        q, k: as of :func:`infsa_kernels.linear_infsa`, as are the masks, eps and score_floor.
     """
 
-    def __init__(self, q: Tensor, k: Tensor, key_padding_mask=None, query_padding_mask=None, eps: float = 1e-6):
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        key_padding_mask=None,
+        query_padding_mask=None,
+        eps: float = 1e-6,
+        score_floor: float = 0.0,
+    ):
         acc = acc_dtype(q)
         self.q = q.to(acc)
         self.k = self.q if k is q else k.to(acc)
         masks = key_padding_mask, query_padding_mask
-        self.weights = linear_infsa_scores(self.q, self.k, 1.0, eps, *masks)  # (B, H, M, 1)
+        self.weights = linear_infsa_scores(self.q, self.k, 1.0, eps, *masks, score_floor=score_floor)  # (B, H, M, 1)
 
     def scores(self, tokens) -> Tensor:
         """Rows of W for R tokens: (B, H, R, M)."""

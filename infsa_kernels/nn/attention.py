@@ -8,11 +8,12 @@ from torch import Tensor, nn
 
 from ..ops.pooled_linear import pooled_linear_infsa
 from .checks import fraction, integer, number
-from .functional import attend, check_variant, refuse_dropout
+from .functional import attend, check_score_floor, check_variant, refuse_dropout
 from .fx import Leaf
 from .masks import multihead_padding, refuse_attention_masks
 from .plain import is_exactly, is_plain
 from .rho import attach_rho, logit, rho_of
+from .state import key_projection_errors, take_names
 
 
 class InfSAAttention(Leaf):
@@ -33,7 +34,7 @@ class InfSAAttention(Leaf):
         dropout: probability of dropping a score, in training. The pure variant then holds its N x M scores.
         bias: whether the four projections have biases.
         add_bias_kv: whether one learned key and value join those given.
-        add_zero_attn: whether a key and value of zeros joins. It scores 0, so only the weights show it.
+        add_zero_attn: whether a key and value of zeros joins. It scores 0, so only the weights show it, if there is no floor.
         kdim, vdim: sizes of key and value tokens (default: ``embed_dim``).
         batch_first: whether tokens come as (B, N, D) instead of (N, B, D).
         variant: "linear_infsa", O(N); "pure_infsa", O(N^2); or "multi_hop_infsa", O(N^2) a hop: the sum over hops
@@ -45,6 +46,8 @@ class InfSAAttention(Leaf):
         rho_trainable: whether ``rho_logit`` is a parameter, or a buffer.
         rho_per_head: whether ``rho_logit`` has shape (H,), or (1,).
         eps: added to the operators' denominators.
+        score_floor: of linear_infsa: the share of the mean absolute score that every score gains; 0 is the paper's operator.
+            What it is for: docs/nn.md, Training.
 
     Raises:
         ValueError: an argument out of range. TypeError: one of another type. NotImplementedError: what multi_hop_infsa has no
@@ -84,6 +87,7 @@ class InfSAAttention(Leaf):
         rho_trainable: bool = True,
         rho_per_head: bool = False,
         eps: float = 1e-6,
+        score_floor: float = 0.0,
     ):
         super().__init__()
         kdim = embed_dim if kdim is None else kdim
@@ -99,6 +103,7 @@ class InfSAAttention(Leaf):
                 "every head takes an equal part"
             )
         check_variant("InfSAAttention", variant, hops)
+        check_score_floor("InfSAAttention", variant, score_floor)
         if not 0 <= dropout <= 1:
             raise ValueError(f"InfSAAttention: dropout is {dropout}, expected a probability between 0 and 1")
         if not (math.isfinite(eps) and eps > 0):
@@ -121,7 +126,7 @@ class InfSAAttention(Leaf):
         self.kdim, self.vdim = kdim, vdim
         self.dropout, self.batch_first, self.add_zero_attn = dropout, batch_first, add_zero_attn
         self.variant, self.tied, self.rho_init, self.rho_per_head = variant, tied, rho_init, rho_per_head
-        self.eps, self.hops = float(eps), None if hops is None else int(hops)
+        self.eps, self.hops, self.score_floor = float(eps), None if hops is None else int(hops), float(score_floor)
 
         factory = {"device": device, "dtype": dtype}
         self.q_proj = nn.Linear(embed_dim, embed_dim, bias, **factory)
@@ -255,6 +260,7 @@ class InfSAAttention(Leaf):
             or (self.training and self.dropout > 0)
             or self.bias_k is not None
             or not self.kdim == self.vdim == self.embed_dim
+            or self._zero_key_counts
         ):
             return None
         device = x.device
@@ -281,6 +287,7 @@ class InfSAAttention(Leaf):
             norm_bias=None if norm is None else norm.bias,
             norm_eps=None if norm is None else norm.eps,
             padding_mask=padding_mask,
+            score_floor=self.score_floor,
         )
 
     def _attend(self, query, key, value, key_padding_mask, query_padding_mask, need_weights, norm):
@@ -306,15 +313,25 @@ class InfSAAttention(Leaf):
             )
             key_padding_mask = None if key_padding_mask is None else F.pad(key_padding_mask, (0, 1))
 
+        if self._zero_key_counts:
+            k, v = (F.pad(t, (0, 0, 0, 1)) for t in (k, v))
+            key_padding_mask = None if key_padding_mask is None else F.pad(key_padding_mask, (0, 1))
+
         context, weights = attend(
             q, k, v, self.variant, self.rho, self.eps, key_padding_mask, query_padding_mask,
-            hops=self.hops, dropout_p=self.dropout if self.training else 0.0, need_scores=need_weights,
+            hops=self.hops, score_floor=self.score_floor, dropout_p=self.dropout if self.training else 0.0,
+            need_scores=need_weights,
         )  # fmt: skip
         out = self._per_token(self.out_proj, context.transpose(1, 2).flatten(2))
         return out, weights if need_weights else None
 
+    @property
+    def _zero_key_counts(self) -> bool:
+        """Whether the key of add_zero_attn changes the output: it scores 0, but a floor gives it its share."""
+        return self.add_zero_attn and self.score_floor > 0
+
     def _finish_weights(self, weights, query, query_padding_mask, average):
-        if self.add_zero_attn:
+        if self.add_zero_attn and not self._zero_key_counts:
             weights = F.pad(weights, (0, 1))
         weights = weights.mean(1) if average else weights
         weights = weights.expand(*weights.shape[:-2], query.shape[1], -1)
@@ -398,30 +415,11 @@ class InfSAAttention(Leaf):
             state |= {"bias_k": self.bias_k.detach(), "bias_v": self.bias_v.detach()}
         return state | {f"out_proj.{name}": t.detach() for name, t in self.out_proj.named_parameters()}
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):
-        """Takes the keys of nn.MultiheadAttention too, which has no rho: this module's stays.
-
-        A tied module has no place for the key projection: it is left over as ``k_proj.*``, which a strict load refuses.
-        """
-        names = ("q_proj", "k_proj", "v_proj")
-        foreign = False
-        for parameter in ("weight", "bias"):
-            fused = state_dict.pop(f"{prefix}in_proj_{parameter}", None)
-            if fused is not None:
-                foreign = True
-                state_dict |= {f"{prefix}{n}.{parameter}": t for n, t in zip(names, fused.chunk(3))}
-        for name in names:
-            weight = state_dict.pop(f"{prefix}{name}_weight", None)
-            if weight is not None:
-                foreign = True
-                state_dict[f"{prefix}{name}.weight"] = weight
-        key = prefix + "rho_logit"
-        if foreign and not self.rho_logit.is_meta:
-            state_dict.setdefault(key, self.rho_logit.detach())
-        if key in state_dict and state_dict[key].numel() == 1:
-            # The authors' is (); and one rho for the layer is the same for every head.
-            state_dict[key] = state_dict[key].reshape(1).expand(self.rho_logit.shape).clone()
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
+        """Takes the keys of nn.MultiheadAttention too, which has no rho: this module's stays."""
+        take_names(self, state_dict, prefix)
+        errors += key_projection_errors(self, state_dict, prefix) if strict else []
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
 
     def extra_repr(self) -> str:
         text = f"{self.embed_dim}, {self.num_heads}, variant={self.variant!r}, tied={self.tied}"
@@ -434,5 +432,6 @@ class InfSAAttention(Leaf):
             "add_zero_attn": self.add_zero_attn,
             "batch_first": self.batch_first,
             "rho_per_head": self.rho_per_head,
+            "score_floor": self.score_floor,
         }
         return ", ".join([text, *(f"{name}={value}" for name, value in shown.items() if value)])

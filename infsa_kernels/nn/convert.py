@@ -9,7 +9,10 @@ from torch import nn
 
 from .checks import LEAVE_OUT, class_path, fraction
 from .families import Options, Plan, dispatches, is_known, note_on, plan_of
-from .functional import check_variant
+from .functional import check_score_floor, check_variant
+
+# The floor that converted models of Linear-InfSA train with, from runs on small data sets: docs/nn.md, Training.
+FLOOR_TO_TRAIN_WITH = 0.1
 
 
 @dataclass(frozen=True)
@@ -21,17 +24,20 @@ class ConversionReport:
         converted: the class that each converted module had, by its name in the model.
         refused: why each other attention module was left as it was, by its name in the model.
         notes: what may still make a converted module raise when it is run, by its name in the model.
+        advice: what to know before training; empty if nothing.
     """
 
     model: nn.Module
     converted: dict[str, str] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
+    advice: str = ""
 
     def __str__(self) -> str:
         lines = [f"converted {name or '(the model)'}: {what}" for name, what in self.converted.items()]
         lines += [f"note      {name or '(the model)'}: {what}" for name, what in self.notes.items()]
         lines += [f"refused   {name or '(the model)'}: {why}" for name, why in self.refused.items()]
+        lines += [f"advice    {self.advice}"] * bool(self.advice)
         return "\n".join(lines) or "no attention found"
 
 
@@ -47,6 +53,7 @@ def convert(
     inplace: bool = False,
     strict: bool = False,
     hops: int | None = None,
+    score_floor: float = 0.0,
 ) -> ConversionReport:
     """Turns the attention of a model into InfSA: exactly, or not at all and with the reason.
 
@@ -71,13 +78,15 @@ def convert(
         inplace: whether ``model`` itself is changed, or a copy.
         strict: whether a refused module raises, with nothing changed, instead of being left as it was and reported.
         hops: of multi_hop_infsa; None for all of them.
+        score_floor: of linear_infsa, as in :class:`InfSAAttention`. Keys keep their own projection, so train with a floor;
+            the report says with which.
 
     Returns:
         A :class:`ConversionReport`: the model, what was converted, and what was refused and why.
 
     Raises:
-        ValueError: an unknown variant, rho_init out of range, a model that is already wrapped for distributed training.
-        TypeError: rho_init is no number. NotImplementedError: strict, and a module is refused.
+        ValueError: an unknown variant, rho_init or score_floor out of range, a model that is already wrapped for distributed
+        training. TypeError: rho_init or score_floor is no number. NotImplementedError: strict, and a module is refused.
 
     Example::
 
@@ -85,7 +94,7 @@ def convert(
         >>> print(report)
         >>> model = report.model
     """
-    options = _checked_options(variant, rho_init, rho_trainable, copy_weights, hops)
+    options = _checked_options(variant, rho_init, rho_trainable, copy_weights, hops, score_floor)
     include, exclude = _patterns("include_patterns", include_patterns), _patterns("exclude_patterns", exclude_patterns)
     types = (target_types,) if isinstance(target_types, type) else target_types and tuple(target_types)
     for module in model.modules():
@@ -129,7 +138,7 @@ def convert(
     new = _apply(plans)
     _switch_configs(model, plans, options)
     _install(model, new)
-    return replace(report, model=new.get(model, model))
+    return replace(report, model=new.get(model, model), advice=_advice(options) if plans else "")
 
 
 def replace_attention(
@@ -139,6 +148,7 @@ def replace_attention(
     rho_trainable: bool = True,
     copy_weights: bool = True,
     hops: int | None = None,
+    score_floor: float = 0.0,
 ) -> nn.Module:
     """The InfSA counterpart of one attention module, to be put in its place; arguments as :func:`convert`.
 
@@ -148,7 +158,7 @@ def replace_attention(
     Raises:
         NotImplementedError: this module cannot be converted; the message says why. ValueError: as :func:`convert`.
     """
-    options = _checked_options(variant, rho_init, rho_trainable, copy_weights, hops)
+    options = _checked_options(variant, rho_init, rho_trainable, copy_weights, hops, score_floor)
     plan = "it is no attention that convert() knows"
     if is_known(attention):
         plan = plan_of(attention, options, parents=(), tied=set(), named=False)
@@ -159,10 +169,20 @@ def replace_attention(
     return new
 
 
-def _checked_options(variant, rho_init, rho_trainable, copy_weights, hops) -> Options:
+def _checked_options(variant, rho_init, rho_trainable, copy_weights, hops, score_floor) -> Options:
     check_variant("convert", variant, hops)
+    check_score_floor("convert", variant, score_floor)
     fraction("convert", "rho_init", rho_init)
-    return Options(variant, rho_init, rho_trainable, copy_weights, hops)
+    return Options(variant, rho_init, rho_trainable, copy_weights, hops, float(score_floor))
+
+
+def _advice(options: Options) -> str:
+    if options.variant != "linear_infsa" or options.score_floor > 0:
+        return ""
+    return (
+        f"to train it, convert with score_floor={FLOOR_TO_TRAIN_WITH}: keys have a projection of their own, so heads may have no "
+        "positive score, and gradients may be large (docs/nn.md, Training)"
+    )
 
 
 def _patterns(name: str, patterns: str | Iterable[str] | None) -> list[re.Pattern]:

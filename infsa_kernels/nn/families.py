@@ -26,6 +26,7 @@ class Options:
     rho_trainable: bool
     copy_weights: bool
     hops: int | None
+    score_floor: float
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,7 @@ def _like(module: nn.MultiheadAttention, options: Options, device: torch.device 
         hops=options.hops,
         rho_init=options.rho_init,
         rho_trainable=options.rho_trainable,
+        score_floor=options.score_floor,
     )
 
 
@@ -242,7 +244,7 @@ def _adopt(module: nn.Module, options: Options) -> nn.Module:
         for part in _owners_of_parameters(module):
             part.reset_parameters()
     attach_rho(module, options.rho_init, options.rho_trainable)
-    module.hops = options.hops
+    module.hops, module.score_floor = options.hops, options.score_floor
     return module
 
 

@@ -1,5 +1,7 @@
 """`infsa_attention`: the operators by the name of their variant, with dropout on the scores."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -8,7 +10,7 @@ from ..graph.walks import multi_hop_infsa
 from ..ops.linear import linear_infsa, linear_infsa_scores
 from ..ops.pure import pure_infsa, pure_infsa_scores
 from ..ops.register import overridable
-from .checks import NO_DROPOUT, integer
+from .checks import NO_DROPOUT, integer, number
 from .masks import without
 
 VARIANTS = ("linear_infsa", "pure_infsa", "multi_hop_infsa")
@@ -28,6 +30,7 @@ def infsa_attention(
     query_padding_mask: Tensor | None = None,
     *,
     hops: int | None = None,
+    score_floor: float = 0.0,
 ) -> Tensor:
     """InfSA attention over projected q, k, v, by ``variant``.
 
@@ -38,6 +41,7 @@ def infsa_attention(
             ``dropout_p > 0 and training`` the pure variant holds the N x M matrix and runs in torch operations.
         training: whether dropout applies.
         hops: of multi_hop_infsa; None for all of them.
+        score_floor: of linear_infsa, as in :func:`linear_infsa`.
 
     The other arguments, the shapes and the errors are those of :func:`pure_infsa`.
 
@@ -48,10 +52,12 @@ def infsa_attention(
         NotImplementedError: dropout with multi_hop_infsa.
     """
     check_variant("infsa_attention", variant, hops)
+    check_score_floor("infsa_attention", variant, score_floor)
     if not 0 <= dropout_p <= 1:
         raise ValueError(f"infsa_attention: dropout_p is {dropout_p}, expected a probability between 0 and 1")
     masks = key_padding_mask, query_padding_mask
-    context, _ = attend(q, k, v, variant, rho, eps, *masks, hops=hops, dropout_p=dropout_p if training else 0.0)
+    dropped = dropout_p if training else 0.0
+    context, _ = attend(q, k, v, variant, rho, eps, *masks, hops=hops, score_floor=score_floor, dropout_p=dropped)
     return context.expand(*q.shape[:-1], v.shape[-1])
 
 
@@ -66,6 +72,7 @@ def attend(
     query_padding_mask: Tensor | None,
     *,
     hops: int | None = None,
+    score_floor: float = 0.0,
     dropout_p: float = 0.0,
     need_scores: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
@@ -79,7 +86,7 @@ def attend(
 
     def fused(v):
         if variant == "linear_infsa":
-            return linear_infsa(q, k, v, rho, eps, *masks)[..., :1, :]
+            return linear_infsa(q, k, v, rho, eps, *masks, score_floor=score_floor)[..., :1, :]
         if variant == "pure_infsa":
             return pure_infsa(q, k, v, rho, eps, *masks)
         return multi_hop_infsa(q, k, v, rho, hops, eps, *masks, tol=1e-12 if q.dtype == torch.float64 else 1e-6)
@@ -87,7 +94,7 @@ def attend(
     if not (need_scores or dropout_p > 0):
         return fused(v), None
     if variant == "linear_infsa":
-        scores = linear_infsa_scores(q, k, rho, eps, *masks).mT
+        scores = linear_infsa_scores(q, k, rho, eps, *masks, score_floor=score_floor).mT
     elif variant == "pure_infsa":
         scores = pure_infsa_scores(q, k, rho, eps, *masks)
     else:
@@ -106,6 +113,19 @@ def check_variant(op: str, variant: str, hops: int | None) -> None:
     if variant != "multi_hop_infsa":
         raise ValueError(f"{op}: hops is {hops!r}, expected None with variant={variant!r}, which has one")
     integer(op, "hops", hops)
+
+
+def check_score_floor(op: str, variant: str, score_floor: float) -> None:
+    number(op, "score_floor", score_floor)
+    if not (math.isfinite(score_floor) and score_floor >= 0):
+        raise ValueError(
+            f"{op}: score_floor is {score_floor}, expected a finite number of at least 0; 0 is the paper's operator"
+        )
+    if score_floor > 0 and variant != "linear_infsa":
+        raise ValueError(
+            f"{op}: score_floor is {score_floor}, expected 0 with variant={variant!r}: only linear_infsa divides by a sum of "
+            "scores, which a floor keeps from 0"
+        )
 
 
 def refuse_dropout(op: str, dropout: float) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..ops.pooled_linear import pooled_linear_infsa
 from .checks import NO_CAUSAL
-from .functional import attend
+from .functional import attend, check_score_floor
 from .fx import Leaf
 from .masks import padding_of_scores_mask, without
 from .plain import is_plain
@@ -19,8 +19,8 @@ class InfSAAttention(Leaf, Attention):
     """timm's attention with Linear-InfSA between its projections: same arguments, same parameters, and ``rho_logit``.
 
     timm calls classes, not functools.partial objects: choose with :class:`PureInfSAAttention`, :class:`MultiHopInfSAAttention`,
-    or a subclass that sets ``variant``, ``hops``, ``rho_init`` or ``rho_trainable``. State dicts of timm's attention load: rho
-    then stays as it is.
+    or a subclass that sets ``variant``, ``hops``, ``rho_init``, ``rho_trainable`` or ``score_floor``. State dicts of timm's
+    attention load: rho then stays as it is.
 
     Example::
 
@@ -31,8 +31,10 @@ class InfSAAttention(Leaf, Attention):
     hops: int | None = None
     rho_init = 0.95
     rho_trainable = True
+    score_floor = 0.0
 
     def __init__(self, dim: int, num_heads: int = 8, *args, device=None, dtype=None, **kwargs):
+        check_score_floor(type(self).__name__, self.variant, self.score_floor)
         super().__init__(dim, num_heads, *args, device=device, dtype=dtype, **kwargs)
         attach_rho(self, self.rho_init, self.rho_trainable)
 
@@ -84,6 +86,7 @@ class InfSAAttention(Leaf, Attention):
             out_bias=self.proj.bias,
             rho=rho_of(self),
             padding_mask=ignore,
+            score_floor=self.score_floor,
         )
         return out.unsqueeze(1)
 
@@ -92,8 +95,9 @@ class InfSAAttention(Leaf, Attention):
         q, k = self.q_norm(q), self.k_norm(k)
         dropout = self.attn_drop.p if self.training else 0.0
         context, _ = attend(
-            q, k, v, self.variant, rho_of(self), 1e-6, ignore, ignore, hops=self.hops, dropout_p=dropout
-        )
+            q, k, v, self.variant, rho_of(self), 1e-6, ignore, ignore, hops=self.hops, score_floor=self.score_floor,
+            dropout_p=dropout,
+        )  # fmt: skip
         context = self.norm(context.transpose(1, 2).flatten(2))
         if getattr(self, "gate", None) is not None:
             context = context * self.gate(x).sigmoid()

@@ -69,7 +69,7 @@ def register() -> None:
     """Registers "infsa_linear", "infsa_pure" and "infsa_multi_hop" as attention implementations and makers of their masks.
 
     rho is ``sigmoid(module.rho_logit)`` where the attention module has such a tensor of shape (1,) or (H,), as after
-    :func:`infsa_kernels.nn.convert`, and 0.95 elsewhere.
+    :func:`infsa_kernels.nn.convert`, and 0.95 elsewhere. ``module.score_floor`` is the floor, by default 0.
 
     Honoured: padding (``attention_mask``, 1 = keep: those tokens are removed as keys and as queries and get an output of 0),
     grouped-query attention, rotary embeddings, dropout, ``output_attentions``. The scale of the scores has no effect: all
@@ -159,8 +159,8 @@ def _attend(
 
     rho = rho_of(module) if hasattr(module, "rho_logit") else RHO
     out, weights = attend(
-        query, key, value, variant, rho, 1e-6, ignore, ignore, hops=getattr(module, "hops", None), dropout_p=dropout,
-        need_scores=output_attentions,
+        query, key, value, variant, rho, 1e-6, ignore, ignore, hops=getattr(module, "hops", None),
+        score_floor=getattr(module, "score_floor", 0.0), dropout_p=dropout, need_scores=output_attentions,
     )  # fmt: skip
     out, weights = (
         None if t is None else without(ignore, t.expand(*query.shape[:3], t.shape[3])) for t in (out, weights)

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .attention import InfSAAttention
 from .checks import integer, number
+from .functional import check_score_floor
 from .fx import Leaf
 from .neumann import NeumannSum
 from .patches import PatchEmbed, resized_positions, whole_patches
@@ -43,12 +44,13 @@ class InfViT(nn.Module):
         num_heads: heads of a layer (default: of size 16 if linear, else 64).
         mlp_ratio: hidden size of the MLP over D.
         variant: "linear_infsa", "pure_infsa", "multi_hop_infsa" or "softmax" (scaled_dot_product_attention).
-        tied: whether keys share the projection of the queries (the paper's symmetric operator).
+        tied: whether keys share the projection of the queries (the paper's symmetric operator). Default: as the paper has it,
+            True for linear_infsa and False else.
         pool: "cls", an extra token that the head reads, or "mean" over all tokens and no extra one.
         pos_embed: whether positions are learned. They are resized bicubically to the picture's patches.
         neumann: None, or "layer" or "head": the attention's outputs of all layers, discounted (:class:`NeumannSum`), join the
             last layer's tokens.
-        hops, rho_init, rho_trainable, rho_per_head: as in :class:`InfSAAttention`.
+        hops, rho_init, rho_trainable, rho_per_head, score_floor: as in :class:`InfSAAttention`.
 
     Raises:
         ValueError: an argument out of range. TypeError: one of another type.
@@ -66,7 +68,7 @@ class InfViT(nn.Module):
         mlp_ratio: float = 4.0,
         *,
         variant: str = "linear_infsa",
-        tied: bool = False,
+        tied: bool | None = None,
         pool: str = "cls",
         pos_embed: bool = True,
         neumann: str | None = None,
@@ -74,6 +76,7 @@ class InfViT(nn.Module):
         rho_init: float = 0.95,
         rho_trainable: bool = True,
         rho_per_head: bool = False,
+        score_floor: float = 0.0,
         device=None,
         dtype=None,
     ):
@@ -87,6 +90,7 @@ class InfViT(nn.Module):
             )
         if variant == "softmax" and hops is not None:
             raise ValueError(f"InfViT: hops is {hops!r}, expected None with variant='softmax', which has one")
+        check_score_floor("InfViT", variant, score_floor)
         height, width = (img_size, img_size) if not isinstance(img_size, (tuple, list)) else img_size
         for name, size in (("img_size", height), ("img_size", width), ("patch_size", patch_size), ("in_chans", in_chans),
                            ("embed_dim", embed_dim), ("num_heads", 1 if num_heads is None else num_heads)):  # fmt: skip
@@ -102,7 +106,9 @@ class InfViT(nn.Module):
         self.grad_checkpointing = False
 
         factory = {"device": device, "dtype": dtype}
+        tied = variant == "linear_infsa" if tied is None else tied
         infsa = dict(tied=tied, hops=hops, rho_init=rho_init, rho_trainable=rho_trainable, rho_per_head=rho_per_head)
+        infsa["score_floor"] = score_floor
         self.patch_embed = PatchEmbed(in_chans, embed_dim, patch_size, patch_size, **factory)
         extra = int(pool == "cls")
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim, **factory)) if extra else None

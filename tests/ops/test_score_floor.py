@@ -346,7 +346,7 @@ def test_a_wrong_argument_beside_a_floor_is_named(device, backend):
     q, k, v = make(device).qkv().values()
     with pytest.raises(ValueError, match=r"^infsa::linear: k has shape \[2, 3, 29, 15\], expected \(B, H, M, d\)"):
         linear_infsa(q, k[..., :-1], v, score_floor=0.1)
-    with pytest.raises(ValueError, match="^infsa::linear: eps is 0"):
+    with pytest.raises(ValueError, match=r"^infsa::linear: eps is 0"):
         linear_infsa(q, k, v, eps=0.0, score_floor=0.1)
 
 
