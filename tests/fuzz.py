@@ -346,6 +346,7 @@ def layer_case(draw: Random) -> tuple[str, Callable]:
     )  # fmt: skip
     # As above: the gradient of a head with few positive scores is a difference of two equal terms, unless eps is of their size.
     call["eps"] = draw.choice([1e-1, 1.0])
+    call["score_floor"] = draw.choice([0.0, 0.0, 1e-2, 0.3])
     call["x"] = layout(draw, 3)(call["x"].detach()).requires_grad_()
     dout = pooled_linear_calls.output_gradient(call)
     form = draw.choice(["plain", "compiled", "checkpointed"])

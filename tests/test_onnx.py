@@ -58,6 +58,9 @@ def calls(q, k, v, rho, keys_out, queries_out) -> dict[str, Call]:
             made[f"{op}, {dtype}, tied"] = Call(op, low[0], None, low[0], 0.5, 1e-3)
         flat = q.flatten(0, 1)
         made[f"{op}, (B*H, N, d), tied"] = Call(op, flat, None, flat)
+    masks = keys_out, queries_out
+    made["linear, floor, masked"] = Call("linear", q, k, v, rho, 1e-6, *masks, score_floor=0.1)
+    made["linear, floor, tied"] = Call("linear", q.half(), None, q.half(), 0.5, 1e-3, score_floor=0.1)
     return made
 
 
@@ -146,6 +149,7 @@ class Raw(nn.Module):
         x = tokens_and_weights[0]
         q = x.unflatten(-1, (4, 6)).transpose(1, 2)
         outputs = [*self.op("linear_fwd", q, None, q, 1e-6, 0.5, None, None, None)]
+        outputs += self.op("linear_floor_fwd", q, None, q, 1e-6, 0.1, 0.5, None, mask, mask)
         outputs += self.op("pure_fwd", 9 * q, None, q, 1e-6, 1.0, None, mask, mask)
         outputs += self.of_tokens(*tokens_and_weights[:2], None, None, None)
         for x, weight in zip(tokens_and_weights[::2], tokens_and_weights[1::2]):
@@ -158,7 +162,8 @@ class Raw(nn.Module):
         keys = weight.to(acc).sum(1).expand(len(x), -1, -1)
         key_bias = None if bias is None else bias.sum(1).expand(len(x), -1)
         queries = self.op("central_query_fwd", x, weight, bias, norm_eps, 1e-6, mask)
-        return *queries, *self.op("score_pool_fwd", x, keys, key_bias, norm_eps, 1e-6, mask)
+        pooled = self.op("score_pool_fwd", x, keys, key_bias, norm_eps, 1e-6, mask)
+        return *queries, *pooled, *self.op("score_pool_floor_fwd", x, keys, key_bias, norm_eps, 1e-6, 0.1, mask)
 
     def op(self, name, *arguments):
         return getattr(torch.ops.infsa, name + self.suffix)(*arguments)

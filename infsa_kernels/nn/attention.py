@@ -13,7 +13,7 @@ from .fx import Leaf
 from .masks import multihead_padding, refuse_attention_masks
 from .plain import is_exactly, is_plain
 from .rho import attach_rho, logit, rho_of
-from .state import key_projection_errors, take_names
+from .state import demand_same_keys, take_names
 
 
 class InfSAAttention(Leaf):
@@ -415,11 +415,15 @@ class InfSAAttention(Leaf):
             state |= {"bias_k": self.bias_k.detach(), "bias_v": self.bias_v.detach()}
         return state | {f"out_proj.{name}": t.detach() for name, t in self.out_proj.named_parameters()}
 
-    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
+    def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
+        """As nn.Module's; strict, a checkpoint that is tied where the module is not, or the other way round, says so."""
+        demand_same_keys(self, state_dict, strict)
+        return super().load_state_dict(state_dict, strict, assign)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
         """Takes the keys of nn.MultiheadAttention too, which has no rho: this module's stays."""
         take_names(self, state_dict, prefix)
-        errors += key_projection_errors(self, state_dict, prefix) if strict else []
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         text = f"{self.embed_dim}, {self.num_heads}, variant={self.variant!r}, tied={self.tied}"

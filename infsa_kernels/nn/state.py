@@ -1,5 +1,7 @@
 """State dicts of InfSAAttention: nn.MultiheadAttention's names and the authors' become its own, before they are loaded."""
 
+from collections.abc import Mapping
+
 from torch import Tensor, nn
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
@@ -26,13 +28,16 @@ def take_names(module: nn.Module, state_dict: dict[str, Tensor], prefix: str) ->
         state_dict[key] = state_dict[key].reshape(1).expand(module.rho_logit.shape).clone()
 
 
-def key_projection_errors(module: nn.Module, state_dict: dict[str, Tensor], prefix: str) -> list[str]:
-    """What a strict load says where the module is tied and the checkpoint is not, or the other way round."""
-    has_key = prefix + "k_proj.weight" in state_dict
-    if prefix + "q_proj.weight" not in state_dict or has_key != module.tied:
-        return []
-    return [
-        f"{prefix.removesuffix('.') or 'InfSAAttention'} has tied={module.tied}, and the checkpoint comes with "
-        f"{'a key projection of its own (k_proj)' if has_key else 'no key projection (k_proj)'}: make the model with "
-        f"tied={not module.tied}."
-    ]
+def demand_same_keys(model: nn.Module, state_dict: Mapping[str, Tensor], strict: bool) -> None:
+    """RuntimeError, if strict, where an attention module is tied and its checkpoint is not, or the other way round."""
+    for name, module in model.named_modules():
+        prefix = name and name + "."
+        keys = [f"{prefix}{key}" for key in ("k_proj.weight", "k_proj_weight", "in_proj_weight")]
+        tied = getattr(module, "tied", None)
+        if not strict or tied is None or f"{prefix}out_proj.weight" not in state_dict:
+            continue
+        if tied == any(key in state_dict for key in keys):
+            raise RuntimeError(
+                f"{type(model).__name__}.load_state_dict: {name or 'the module'} has tied={tied}, and the checkpoint "
+                f"{'a' if tied else 'no'} projection of its own for keys (k_proj); make the model with tied={not tied}"
+            )

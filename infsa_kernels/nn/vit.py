@@ -23,6 +23,7 @@ from .fx import Leaf
 from .neumann import NeumannSum
 from .patches import PatchEmbed, resized_positions, whole_patches
 from .plain import is_plain
+from .state import demand_same_keys
 
 # Tokens that patch embedding and MLP take at a time without gradients: enough to fill a GPU with matrix products.
 CHUNK_TOKENS = 4096
@@ -141,6 +142,11 @@ class InfViT(nn.Module):
         if isinstance(self.head, nn.Linear):
             nn.init.zeros_(self.head.weight)
             nn.init.zeros_(self.head.bias)
+
+    def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
+        """As nn.Module's; strict, a checkpoint that is tied where the model is not, or the other way round, says so."""
+        demand_same_keys(self, state_dict, strict)
+        return super().load_state_dict(state_dict, strict, assign)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Whether training keeps only the input of every block and computes the rest again in the backward pass."""

@@ -43,7 +43,7 @@ def test_multihead_attention_checkpoints_go_both_ways(arguments):
 
 
 def test_a_tied_module_refuses_a_key_projection():
-    with pytest.raises(RuntimeError, match=r"Unexpected key.*k_proj\.weight"):
+    with pytest.raises(RuntimeError, match="has tied=True, and the checkpoint a projection of its own for keys"):
         InfSAAttention(D, H, tied=True).load_state_dict(nn.MultiheadAttention(D, H).state_dict())
     tied = InfSAAttention(D, H, tied=True)
     weight = tied.multihead_state_dict()["in_proj_weight"]

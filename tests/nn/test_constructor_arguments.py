@@ -12,9 +12,9 @@ INTEGERS = {
     InfViT: ("img_size", "patch_size", "in_chans", "num_classes", "embed_dim", "depth", "num_heads"),
 }
 NUMBERS = {
-    InfSAAttention: ("dropout", "rho_init", "eps"),
+    InfSAAttention: ("dropout", "rho_init", "eps", "score_floor"),
     NeumannSum: ("gamma_init",),
-    InfViT: ("mlp_ratio", "rho_init"),
+    InfViT: ("mlp_ratio", "rho_init", "score_floor"),
 }
 VALID = {InfSAAttention: dict(embed_dim=8, num_heads=2), NeumannSum: dict(num_layers=2),
          InfViT: dict(img_size=8, patch_size=4, embed_dim=8, depth=1, num_heads=2)}  # fmt: skip
