@@ -48,8 +48,11 @@ FEW = 256
 PROGRAMS = {"sm_80": 648, "sm_90": 792, "sm_100": 888, "sm_120": 1020, "gfx942": 1216}
 
 
-def linear(q: Tensor, v: Tensor, tokens: int) -> Linear:
-    """16 elements of each tensor per thread: more cost registers, fewer leave too few loads in flight."""
+def linear(q: Tensor, v: Tensor, tokens: int, floored: bool = False) -> Linear:
+    """16 elements of each tensor per thread: more cost registers, fewer leave too few loads in flight.
+
+    ``floored``: the forward pass with a floor, whose second sum of values makes float32 spill at 16.
+    """
     B, H, _, d = q.shape
     D = triton.next_power_of_2(max(d, v.shape[3]))
     short = tokens <= WHOLE
@@ -59,7 +62,8 @@ def linear(q: Tensor, v: Tensor, tokens: int) -> Linear:
     # Short sequences wait for memory, not for bandwidth: one large tile.
     num_warps = 8 if short else 4
     programs = 1 if short else PROGRAMS[arch_of(q.device)]
-    return Linear(heads, max(1, num_warps * 512 // (heads * D)), num_warps, programs)
+    elements = 8 if floored and q.element_size() == 4 else 16
+    return Linear(heads, max(1, num_warps * 32 * elements // (heads * D)), num_warps, programs)
 
 
 @dataclass(frozen=True)

@@ -192,7 +192,7 @@ def launch_forward(q, k, v, eps, score_floor, rho, head_rho, key_padding_mask, q
     countable("infsa::linear", q, v)
     tied = k is None
     k = q if tied else k
-    config = configs.linear(q, v, max(N, M))
+    config = configs.linear(q, v, max(N, M), score_floor is not None)
     groups = B * triton.cdiv(H, config.heads)
     splits, split_tokens = config.splits(N, groups)
     key_splits, key_split_tokens = config.splits(M, groups)

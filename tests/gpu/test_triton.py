@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers.calls import OPS, Call, check, output_gradient, raw_op
+from helpers.calls import OPS, Call, check, expected, output_gradient, raw_op
 from helpers.interpreter import needs_interpreter
 from helpers.layouts import LAYOUTS
 from helpers.sweep import some
@@ -171,6 +171,41 @@ def test_empty_sizes_and_repeated_runs(op, triton):
         check(call, output_gradient(call), draws=1)
     call = make(op, dtype=torch.bfloat16, N=200, M=190)
     assert torch.equal(call.run(), call.run())
+
+
+@interpreted
+@by_tie
+@pytest.mark.parametrize(
+    "sizes", [{"N": 130, "M": 97, "H": 2}, {"N": 30, "M": 20, "d": 20, "dv": 9}], ids=["long", "short"]
+)
+def test_floor(tied, sizes, triton):
+    """In splits and in one program; with masks, NaN under them, and one sample that ignores all keys."""
+    for dtype, masked in ((torch.float32, True), (torch.bfloat16, False)):
+        call = make("linear", dtype=dtype, tied=tied, score_floor=0.3, **sizes)
+        if masked:
+            call.key_padding_mask = torch.rand(2, call.v.shape[2]) < 0.4
+            call.key_padding_mask[1] = True
+            call.query_padding_mask = torch.rand(2, sizes["N"]) < 0.4
+            call.v.masked_fill_(call.key_padding_mask[:, None, :, None], float("nan"))
+            wanted = expected(replace(call, v=call.v.nan_to_num()), dout := output_gradient(call), 3)
+            check(call, dout, wanted)
+        else:
+            check(call, output_gradient(call), draws=3)
+    backward = raw_op("linear_floor_bwd", "triton")
+    raw, dout = call.raw(), output_gradient(call)
+    saved = raw_op("linear_floor_fwd", "triton")(*raw)[1:]
+    everything = backward(dout, *raw[:3], *saved, *raw[3:], [True] * 4)
+    for number in range(0, 15, 3):
+        wanted = [bool(number >> i & 1) for i in range(4)]
+        for made, whole, asked in zip(backward(dout, *raw[:3], *saved, *raw[3:], wanted), everything, wanted):
+            assert torch.equal(made, whole) if asked else made.shape == (0,)
+
+
+@interpreted
+def test_empty_sizes_with_a_floor(triton):
+    for sizes in ({"B": 0}, {"N": 0}, {"M": 0}, {"d": 0}, {"dv": 0}):
+        call = make("linear", **sizes, layout="contiguous", score_floor=0.1)
+        check(call, output_gradient(call), draws=1)
 
 
 @interpreted

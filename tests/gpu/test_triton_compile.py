@@ -96,7 +96,9 @@ def check_budgets(row: dict[str, str]) -> None:
 LENGTHS = sorted({rows * columns + 1 for rows in range(14, 65, 3) for columns in range(14, 65, 7)})[::3]
 
 
-@pytest.mark.parametrize(("op", "heads", "d", "most"), [("linear", 64, 16, 7), ("pure", 16, 64, 8)])
+@pytest.mark.parametrize(
+    ("op", "heads", "d", "most"), [("linear", 64, 16, 7), ("linear_floor", 64, 16, 7), ("pure", 16, 64, 8)]
+)
 def test_lengths_share_their_kernels(op, heads, d, most):
     """As many pictures of as many sizes, and 4 kernels forward and backward: each is compiled in seconds, once."""
     assert len(LENGTHS) >= 40

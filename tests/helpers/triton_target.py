@@ -8,7 +8,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from infsa_kernels.triton import configs, linear, pure, pure_backward
+from infsa_kernels.triton import configs, linear, linear_backward, pure, pure_backward
 
 RUN = JITFunction.run
 
@@ -19,7 +19,8 @@ def launching(arch: str, launch: Callable):
 
     What `compiled` makes of these is what the GPU would run: options, specialisation and all are the package's own.
     """
-    kernels = {f for m in (linear, pure, pure_backward) for f in vars(m).values() if isinstance(f, JITFunction)}
+    modules = linear, linear_backward, pure, pure_backward
+    kernels = {f for module in modules for f in vars(module).values() if isinstance(f, JITFunction)}
 
     def forget():
         for kernel in kernels:

@@ -122,17 +122,45 @@ def pooled_layer_is_sharded(mesh):
     tensors = {name: torch.randn(size, dtype=torch.float64) for name, size in sizes.items()}
     placements = [{"x": Shard(0)}, {"q_weight": Shard(0)}, {"x": Shard(1)}]
 
-    def step(tensors):
+    def step(tensors, floor):
         leaves = {name: t.requires_grad_() for name, t in tensors.items()}
-        out = infsa_kernels.pooled_linear_infsa(**leaves, num_heads=H, norm_eps=1e-5)
+        out = infsa_kernels.pooled_linear_infsa(**leaves, num_heads=H, norm_eps=1e-5, score_floor=floor)
         out.square().sum().backward()
         return [out, *(t.grad for t in leaves.values())]
 
-    expected = step({name: t.clone() for name, t in tensors.items()})
-    for where in placements:
-        placed = {n: distribute_tensor(t.clone(), mesh, [where.get(n, Replicate())]) for n, t in tensors.items()}
-        for actual, truth in zip(step(placed), expected):
+    for floor in (0.0, 0.3):
+        expected = step({name: t.clone() for name, t in tensors.items()}, floor)
+        for where in placements:
+            placed = {n: distribute_tensor(t.clone(), mesh, [where.get(n, Replicate())]) for n, t in tensors.items()}
+            for actual, truth in zip(step(placed, floor), expected):
+                assert_close(actual.full_tensor(), truth)
+
+
+def a_floor_is_sharded(mesh):
+    """Of both operators that have one; the mean token, which has no heads, is the same on every shard of these."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    tensors, masks = inputs()
+    del tensors["rho"]
+
+    def step(q, k, v, mask):
+        out = infsa_kernels.linear_infsa(q, k, v, key_padding_mask=mask, score_floor=0.3)
+        return [out, *torch.autograd.grad(out.square().sum(), (q, k, v))]
+
+    expected = step(*(t.requires_grad_() for t in tensors.values()), masks["key_padding_mask"])
+    for where, of_mask in ((Shard(0), Shard(0)), (Shard(1), Replicate()), (Shard(2), Replicate())):
+        q, k, v = (distribute_tensor(t.detach(), mesh, [where]).requires_grad_() for t in tensors.values())
+        for actual, truth in zip(
+            step(q, k, v, distribute_tensor(masks["key_padding_mask"], mesh, [of_mask])), expected
+        ):
             assert_close(actual.full_tensor(), truth)
+    x, keys = torch.randn(B, N, D, dtype=torch.float64), torch.randn(B, H, D, dtype=torch.float64)
+    forward = raw_op("score_pool_floor_fwd", "eager")
+    sharded = distribute_tensor(x, mesh, [Replicate()]), distribute_tensor(keys, mesh, [Shard(1)])
+    for actual, truth in zip(
+        forward(*sharded, None, 1e-5, 1e-6, 0.3, None), forward(x, keys, None, 1e-5, 1e-6, 0.3, None)
+    ):
+        assert_close(actual.full_tensor(), truth)
 
 
 def work(rank, store, checks):
@@ -149,7 +177,7 @@ def work(rank, store, checks):
     "checks",
     [
         [placements_are_equivalent, sharded_work_stays_where_it_is, two_mesh_dimensions_and_uneven_shards],
-        [pooled_layer_is_sharded],
+        [pooled_layer_is_sharded, a_floor_is_sharded],
         [raw_operators_are_sharded],  # in processes that have called no public operator before
     ],
     ids=["public", "layer", "raw"],
