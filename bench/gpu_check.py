@@ -4,7 +4,7 @@ What a file of DIR has is not done again, so a machine that goes away costs what
 time. The last step draws DIR/goals.png and the plots of the rows and prints one short table. `--dry-run` does the same on the
 CPU with tiny sizes in Triton's interpreter (TRITON_INTERPRET=1): its figures mean nothing.
 
-Needs torch, triton, numpy, pytest and matplotlib, and no network.
+Needs torch, triton, numpy, psutil, pytest and matplotlib, and no network.
 """
 
 import argparse

@@ -15,6 +15,7 @@ import warnings
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 
+import psutil
 import torch
 
 from . import engine, machine
@@ -126,15 +127,10 @@ def main() -> None:
 
 def limit_memory() -> None:
     """An allocation beyond what is available raises, before the system begins to kill."""
-    try:
-        import resource
-
-        with open("/proc/self/statm") as f:
-            mapped = int(f.read().split()[0]) * resource.getpagesize()
-    except (ImportError, OSError):
-        return
-    most = mapped + int(MEMORY_SHARE * machine.available_memory(torch.device("cpu")))
-    resource.setrlimit(resource.RLIMIT_AS, (most, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    process = psutil.Process()
+    if hasattr(process, "rlimit"):
+        most = process.memory_info().vms + int(MEMORY_SHARE * psutil.virtual_memory().available)
+        process.rlimit(psutil.RLIMIT_AS, (most, process.rlimit(psutil.RLIMIT_AS)[1]))
 
 
 if __name__ == "__main__":
