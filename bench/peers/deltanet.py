@@ -20,7 +20,7 @@ CHUNK = 64
 
 
 class GatedDeltaNet(Mechanism):
-    LABEL, SOURCE = "Gated DeltaNet (causal)", "2412.06464"
+    NAME, LABEL, SOURCE = "gated_deltanet", "Gated DeltaNet (causal)", "2412.06464"
     TIME, STATE, CAUSAL = "N D (d + C)", "d * d", True
     NOTE = "plain torch in chunks of 64; beta and g as learned per head, the short convolution left out"
 
@@ -51,7 +51,7 @@ class GatedDeltaNet(Mechanism):
 
 class GatedDeltaNetFla(GatedDeltaNet):
     COMPILES = False
-    LABEL = "Gated DeltaNet (causal, fla)"
+    NAME, LABEL = "gated_deltanet_fla", "Gated DeltaNet (causal, fla)"
     NOTE = "flash-linear-attention's kernels"
     NEEDS = "fla", "flash-linear-attention"
 

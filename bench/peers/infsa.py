@@ -60,7 +60,7 @@ class Untied:
 
 
 class LinearInfSA(InfSA):
-    LABEL, OP, POOLED, FUSED = "Linear-InfSA", "linear", True, True
+    NAME, LABEL, OP, POOLED, FUSED = "linear_infsa", "Linear-InfSA", "linear", True, True
     TIME, STATE, HEADS = "N D", "2 * (d + 1)", 64
     NOTE = "the pooled layer: exact, one product of N tokens and a D x D matrix"
 
@@ -107,11 +107,11 @@ class LinearInfSA(InfSA):
 
 
 class LinearInfSAUntied(Untied, LinearInfSA):
-    LABEL = "Linear-InfSA, untied"
+    NAME, LABEL = "linear_infsa_untied", "Linear-InfSA, untied"
 
 
 class LinearInfSAPerToken(LinearInfSA):
-    LABEL, LEVELS, FUSED = "Linear-InfSA, per token", ("layer",), False
+    NAME, LABEL, LEVELS, FUSED = "linear_infsa_per_token", "Linear-InfSA, per token", ("layer",), False
     NOTE = "the authors' order: q, v and the output projected for every token; only the operator is fused"
 
     def limits(self, case, which):
@@ -127,18 +127,19 @@ class LinearInfSAPerToken(LinearInfSA):
 
 class LinearPlain(LinearInfSA):
     PLAIN = COMPILES = True
-    LABEL, LEVELS, NOTE = "Linear-InfSA, plain torch", ("operator",), "the equations in torch operations"
+    NAME, LABEL, LEVELS = "linear_plain", "Linear-InfSA, plain torch", ("operator",)
+    NOTE = "the equations in torch operations"
 
     def core(self, q, k, v):
         return reference.linear(q, self.keys(q, k), v, RHO, EPS).unsqueeze(2)
 
 
 class LinearPlainUntied(Untied, LinearPlain):
-    LABEL = "Linear-InfSA, plain torch, untied"
+    NAME, LABEL = "linear_plain_untied", "Linear-InfSA, plain torch, untied"
 
 
 class PureInfSA(InfSA):
-    LABEL, OP = "Pure InfSA", "pure"
+    NAME, LABEL, OP = "pure_infsa", "Pure InfSA", "pure"
     TIME, STATE, QUADRATIC = "N^2 D", "2 * N * d + 1", True
 
     def core(self, q, k, v):
@@ -178,23 +179,20 @@ class PureInfSA(InfSA):
 
 
 class PureInfSAUntied(Untied, PureInfSA):
-    LABEL = "Pure InfSA, untied"
+    NAME, LABEL = "pure_infsa_untied", "Pure InfSA, untied"
 
 
 class PurePlain(PureInfSA):
     PLAIN = COMPILES = True
-    LABEL, LEVELS, NOTE = (
-        "Pure InfSA, plain torch",
-        ("operator",),
-        "the equations in torch operations: holds N x N scores",
-    )
+    NAME, LABEL, LEVELS = "pure_plain", "Pure InfSA, plain torch", ("operator",)
+    NOTE = "the equations in torch operations: holds N x N scores"
 
     def core(self, q, k, v):
         return reference.pure(q, self.keys(q, k), v, RHO, EPS)
 
 
 class PurePlainUntied(Untied, PurePlain):
-    LABEL = "Pure InfSA, plain torch, untied"
+    NAME, LABEL = "pure_plain_untied", "Pure InfSA, plain torch, untied"
 
 
 def flops(op: str, which: str, B: int, H: int, N: int, d: int) -> int:

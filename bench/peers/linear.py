@@ -14,7 +14,7 @@ CHUNK = 128
 
 
 class SimpleLinear(Mechanism):
-    LABEL, SOURCE = "Linear attention (causal)", "2006.16236"
+    NAME, LABEL, SOURCE = "simple_linear", "Linear attention (causal)", "2006.16236"
     TIME, STATE, CAUSAL = "N D (d + C)", "d * d", True
     NOTE = "plain torch in chunks of 128; no feature map, no normaliser"
 
@@ -28,7 +28,7 @@ class SimpleLinear(Mechanism):
 
 class SimpleLinearFla(SimpleLinear):
     COMPILES = False
-    LABEL, NOTE = "Linear attention (causal, fla)", "flash-linear-attention's kernels"
+    NAME, LABEL, NOTE = "simple_linear_fla", "Linear attention (causal, fla)", "flash-linear-attention's kernels"
     NEEDS = "fla", "flash-linear-attention"
 
     def core(self, q, k, v):
@@ -42,7 +42,7 @@ class SimpleLinearFla(SimpleLinear):
 
 
 class Bidirectional(Mechanism):
-    LABEL, SOURCE = "Linear attention", "2006.16236"
+    NAME, LABEL, SOURCE = "linear_attention", "Linear attention", "2006.16236"
     TIME, STATE = "N D d", "d * (d + 1)"
 
     def core(self, q, k, v):
@@ -54,7 +54,8 @@ class Bidirectional(Mechanism):
 
 class BidirectionalFlash(Bidirectional):
     COMPILES = False
-    LABEL, NOTE = "Linear attention (flash_bla)", "the kernels of flash-bidirectional-linear-attention"
+    NAME, LABEL = "linear_attention_flash", "Linear attention (flash_bla)"
+    NOTE = "the kernels of flash-bidirectional-linear-attention"
     NEEDS = "flash_bla", "flash-bidirectional-linear-attention"
 
     def mix(self, q, k, v):

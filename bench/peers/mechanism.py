@@ -8,6 +8,9 @@ from torch import Tensor, nn
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
+# Every mechanism by its name, in the order of their definition.
+KNOWN: dict[str, type["Mechanism"]] = {}
+
 
 class Mechanism(nn.Module):
     """``core(q, k, v)`` on (B, H, N, d), and ``forward(x)`` on (B, N, D): projections, core, local parts, projection.
@@ -20,6 +23,7 @@ class Mechanism(nn.Module):
         local: whether the layer has the mechanism's convolutions, where it has any.
     """
 
+    NAME: str  # of its rows; a class without one of its own is no mechanism
     LABEL: str
     SOURCE: str  # arXiv number
     TIME: str  # growth of the core's time, in N tokens, D channels, d per head
@@ -36,6 +40,10 @@ class Mechanism(nn.Module):
     FUSED = False  # the layer is more than its projections around its core
     PLAIN = False  # the plain code that our kernels' errors are measured by
     COMPILES = True  # False for kernels, which are the same compiled, and for loops over tokens
+
+    def __init_subclass__(cls):
+        if "NAME" in vars(cls):
+            KNOWN[cls.NAME] = cls
 
     def __init__(self, dim: int, num_heads: int, grid: tuple[int, int], local: bool = False):
         super().__init__()
