@@ -62,6 +62,3 @@ class GatedDeltaNetFla(GatedDeltaNet):
         beta = self.beta.sigmoid().to(q.dtype).expand(tokens[0].shape[:3]).contiguous()
         g = F.logsigmoid(self.g.float()).expand(tokens[0].shape[:3]).contiguous()
         return chunk_gated_delta_rule(*tokens, g=g, beta=beta, scale=scale(q))[0].transpose(1, 2)
-
-    def truth(self, q, k, v, rows):
-        return GatedDeltaNet.core(self, q, k, v)[:, :, rows]

@@ -40,9 +40,6 @@ class TritonSigmoid(Sigmoid):
 
         return sigmoid_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
 
-    def truth(self, q, k, v, rows):
-        return Sigmoid.core(self, q[:, :, rows], k, v)
-
 
 class ReLU(Elementwise):
     NAME, LABEL, SOURCE = "relu", "ReLU attention", "2309.08586"

@@ -37,19 +37,13 @@ class SimpleLinearFla(SimpleLinear):
         tokens = [t.transpose(1, 2).contiguous() for t in (q, k, v)]
         return chunk_linear_attn(*tokens, scale=scale(q), normalize=False)[0].transpose(1, 2)
 
-    def truth(self, q, k, v, rows):
-        return SimpleLinear.core(self, q, k, v)[:, :, rows]
-
 
 class Bidirectional(Mechanism):
     NAME, LABEL, SOURCE = "linear_attention", "Linear attention", "2006.16236"
     TIME, STATE = "N D d", "d * (d + 1)"
 
     def core(self, q, k, v):
-        return self.mix(F.elu(q) + 1, F.elu(k) + 1, v)
-
-    def mix(self, q, k, v):
-        return normalised_linear_attention(q, k, v)
+        return normalised_linear_attention(F.elu(q) + 1, F.elu(k) + 1, v)
 
 
 class BidirectionalFlash(Bidirectional):
@@ -58,10 +52,7 @@ class BidirectionalFlash(Bidirectional):
     NOTE = "the kernels of flash-bidirectional-linear-attention"
     NEEDS = "flash_bla", "flash-bidirectional-linear-attention"
 
-    def mix(self, q, k, v):
+    def core(self, q, k, v):
         from flash_bla.ops.linear_attn.fused import linear_attention
 
-        return linear_attention(q, k, v, eps=1e-6)
-
-    def truth(self, q, k, v, rows):
-        return normalised_linear_attention(F.elu(q) + 1, F.elu(k) + 1, v)[:, :, rows]
+        return linear_attention(F.elu(q) + 1, F.elu(k) + 1, v, eps=1e-6)

@@ -81,10 +81,14 @@ class Mechanism(nn.Module):
         raise NotImplementedError
 
     def truth(self, q: Tensor, k: Tensor, v: Tensor, rows: Tensor) -> Tensor:
-        """Rows of the core's output, by plain torch operations in the dtype of q: what the core is checked against."""
+        """Rows of the core's output, by plain torch operations in the dtype of q: what the core is checked against.
+
+        For kernels of a package, these are those of the class that they are a subclass of.
+        """
+        plain = next(cls for cls in type(self).mro() if not vars(cls).get("NEEDS"))
         if self.QUADRATIC:
-            return self.core(q[:, :, rows], k, v)
-        out = self.core(q, k, v)
+            return plain.core(self, q[:, :, rows], k, v)
+        out = plain.core(self, q, k, v)
         return out if self.POOLED else out[:, :, rows]
 
     def results(
@@ -143,7 +147,7 @@ class Mechanism(nn.Module):
 
     def sublayer_truth(self, x: Tensor, norm: nn.LayerNorm, rows: Tensor) -> Tensor:
         """Rows of ``sublayer`` with the core by :meth:`truth`."""
-        if not self.QUADRATIC and type(self).truth is Mechanism.truth:
+        if not (self.QUADRATIC or self.NEEDS) and type(self).truth is Mechanism.truth:
             return self.sublayer(x, norm)[:, rows]
         y = norm(x)
         q, k, v = self.project(y)
