@@ -4,10 +4,9 @@ They take q, k and v and give nothing back that could be compared; "qkv" and the
 """
 
 import functools
-import statistics
-import time
 
 import torch
+from torch.utils.benchmark import Timer
 
 import infsa_kernels
 
@@ -38,9 +37,7 @@ def moving(what: str, tensors: str) -> type[Limit]:
     """Reads, copies into place, or copies into fresh memory, of the tensors named."""
 
     class Moving(Limit):
-        LABEL = {"read": "a read of ", "copy": "a copy of ", "clone": "a fresh copy of "}[what] + ", ".join(
-            tensors.upper()
-        )
+        LABEL = f"a {'fresh copy' if what == 'clone' else what} of {', '.join(tensors.upper())}"
         targets = None
 
         def core(self, q, k, v):
@@ -118,24 +115,18 @@ def tensor(*shape, device):
 @functools.cache
 def fastest_read(device) -> str:
     x = torch.randn(1 << 24, device=device)
-    return min(READS, key=lambda way: _seconds(lambda: READS[way](x), device))
+    return min(READS, key=lambda way: _seconds(READS[way], x))
 
 
 @functools.cache
 def fastest_product(device, dtype) -> str:
-    return min(PRODUCTS, key=lambda way: _seconds(lambda: PRODUCTS[way](*matrices(device, dtype)), device))
+    return min(PRODUCTS, key=lambda way: _seconds(PRODUCTS[way], *matrices(device, dtype)))
 
 
-def _seconds(run, device) -> float:
-    def timed():
-        began = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - began
-
-    timed()
-    return statistics.median(timed() for _ in range(3))
+def _seconds(run, *arguments) -> float:
+    call = {"run": run, "arguments": arguments}
+    timer = Timer("run(*arguments)", globals=call, num_threads=torch.get_num_threads())
+    return timer.blocked_autorange(min_run_time=0.1).median
 
 
 def bytes_per_s(row: dict) -> float:
