@@ -6,6 +6,7 @@ from itertools import product
 from pathlib import Path
 
 from . import cases, goals, machine, peers, plots
+from .image import PATCH
 from .rows import PASSES, TITLES, best, columns, durations, latest, load, over_linear, select, slope, usual
 
 # Part of the processor that others may take before the report warns.
@@ -28,7 +29,7 @@ def screen(rows: list[dict], drawn: list[Path]) -> str:
             fwd, bwd = (best(usual(rows), level="operator", pixels=pixels, which=which) for which in ("fwd", "bwd"))
             own = fwd.get(name, {})
             over = [_over(fwd.get(other), own) for other in (plain, "softmax")]
-            what = f"{peers.label(name)}, operator, N = {(pixels // 16) ** 2:,}"
+            what = f"{peers.label(name)}, operator, N = {(pixels // PATCH) ** 2:,}"
             limit = _shown(own, "share_of_limit", "{:.0%}")
             operators.append([what, _time(own), _time(bwd.get(name, {})), limit, *over, _shown(own, "error", "{:.0e}")])
     found = [g for g in goals.compare(rows) if g["value"] is not None]
@@ -117,18 +118,10 @@ def tables(rows: list[dict]):
     for graph, *values in sorted(found, key=lambda c: (cases.LEVELS.index(c[1]), c[2] or 0, c[3], c[0], str(c))):
         case = dict(zip(kinds, values))
         chosen = best([r for r in rows if (r["way"] == "graph") == graph], **case)
-        pixels = case["pixels"]
-        depth = [f"{case['depth']} layers"] if case["depth"] else []
-        parts = [
-            case["level"],
-            *depth,
-            f"{pixels} x {pixels}",
-            f"N = {(pixels // 16) ** 2}",
-            case["pass"],
-            case["dtype"],
-        ]
-        parts += ["[B,H,N,d]"] * (case["layout"] == "bhnd") + [f"batch {case['batch']}"] * (case["batch"] > 1)
-        title = ", ".join([*parts, *["CUDA graph"] * graph])
+        depth = f", {case['depth']} layers" if case["depth"] else ""
+        size = f"{case['pixels']} x {case['pixels']}, N = {(case['pixels'] // PATCH) ** 2}"
+        unusual = ["[B,H,N,d]"] * (case["layout"] == "bhnd") + [f"batch {case['batch']}"] * (case["batch"] > 1)
+        title = ", ".join([case["level"] + depth, size, case["pass"], case["dtype"], *unusual, *["CUDA graph"] * graph])
         fastest_first = sorted(chosen.values(), key=lambda r: r.get("median_s", float("inf")))
         yield title, case["level"], [_cells(row, chosen) for row in fastest_first]
 
@@ -195,10 +188,8 @@ def page(rows: list[dict], drawn: list[Path]) -> str:
     every = list(tables(rows))
     sections = [{"title": "Operators beside their equations", "images": _embedded(drawn, "overview"), "tables": []}]
     for level in cases.LEVELS:
-        found = [(title, lines) for title, of, lines in every if of == level]
-        sections += (
-            [{"title": f"Level: {TITLES[level]}", "images": _embedded(drawn, level), "tables": found}] if found else []
-        )
+        if found := [(title, lines) for title, of, lines in every if of == level]:
+            sections.append({"title": f"Level: {TITLES[level]}", "images": _embedded(drawn, level), "tables": found})
     environments = {json.dumps({**r["environment"], "date": "", "other_load": 0}): r["environment"] for r in rows}
     template = Environment(loader=PackageLoader("bench", "."), autoescape=True).get_template("page.html.j2")
     return template.render(
