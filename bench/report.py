@@ -69,12 +69,10 @@ def _limits(rows: list[dict]) -> list[str]:
         mine = usual(select(rows, level=level, name=name, which="fwd", status="ok"))
         row = max((r for r in mine if "share_of_limit" in r), key=lambda r: r["N"], default=None)
         if row:
-            if row["limit"] == "read":
-                rate, bound = f"{row['bytes_per_s'] / 1e9:.1f} GB/s", "memory: a read of its inputs"
-            else:
-                rate, bound = f"{row['flops_per_s'] / 1e9:.0f} GFLOP/s", "arithmetic: torch's fastest matrix product"
+            memory = row["limit"] == "read"
+            bound = "memory: a read of its inputs" if memory else "arithmetic: torch's fastest matrix product"
             what = f"{peers.label(name)}, {level}, N = {row['N']:,}"
-            lines.append(f"  {what}: {rate}, {row['share_of_limit']:.0%} of {bound}")
+            lines.append(f"  {what}: {_rate(row, memory)}, {row['share_of_limit']:.0%} of {bound}")
     for row in select(rows, level="model", name="linear_infsa", which="fwd", status="ok")[-1:]:
         parts = row.get("parts_s") or {}
         each = ", ".join(f"{name} {seconds / sum(parts.values()):.0%}" for name, seconds in parts.items())
@@ -88,11 +86,9 @@ def _speeds(rows: list[dict]) -> list[str]:
               "gemm": "multiplies matrices at", "gemm_mm": "by torch.mm"}  # fmt: skip
     found = []
     for name, what in limits.items():
-        row = max(usual(select(rows, name=name, status="ok")), key=lambda r: (r["N"], -r["median_s"]), default=None)
-        if row and name.startswith("gemm"):
-            found += [f"{what} {row['flops_per_s'] / 1e9:.0f} GFLOP/s"] if "flops_per_s" in row else []
-        elif row:
-            found.append(f"{what} {peers.machine.bytes_per_s(row) / 1e9:.1f} GB/s")
+        timed = [r for r in usual(select(rows, name=name, status="ok")) if _rate(r)]
+        if row := max(timed, key=lambda r: (r["N"], -r["median_s"]), default=None):
+            found.append(f"{what} {_rate(row)}")
     return [f"  This machine: {', '.join(found)}"] if found else []
 
 
@@ -164,6 +160,10 @@ def _time(row: dict) -> str:
 
 def _over(row: dict | None, own: dict) -> str:
     return f"{row['median_s'] / own['median_s']:.2f}" if row and "median_s" in row and "median_s" in own else ""
+
+
+def _rate(row: dict, memory: bool = True) -> str:
+    return _shown(row, "bytes_per_s", "{:.1f} GB/s", 1e9) * memory or _shown(row, "flops_per_s", "{:.0f} GFLOP/s", 1e9)
 
 
 def _shown(row: dict, field: str, form: str, scale: float = 1.0) -> str:

@@ -52,6 +52,10 @@ def moving(what: str, tensors: str) -> type[Limit]:
             self.targets = self.targets or [torch.empty_like(t) for t in dense]
             return [target.copy_(t) for target, t in zip(self.targets, dense)]
 
+        def work(self, case, which):
+            size = case["batch"] * self.tokens * self.dim * DTYPES[case["dtype"]].itemsize
+            return {"bytes": (1 if what == "read" else 2) * len(tensors) * size}
+
     return Moving
 
 
@@ -127,12 +131,6 @@ def _seconds(run, *arguments) -> float:
     call = {"run": run, "arguments": arguments}
     timer = Timer("run(*arguments)", globals=call, num_threads=torch.get_num_threads())
     return timer.blocked_autorange(min_run_time=0.1).median
-
-
-def bytes_per_s(row: dict) -> float:
-    """What a row of a read or of a copy of Q and V moved a second."""
-    size = 2 * row["batch"] * row["N"] * row["dim"] * DTYPES[row["dtype"]].itemsize
-    return (1 if row["name"] == "read" else 2) * size / row["median_s"]
 
 
 # The machine's limits by name; of memory, of arithmetic, and of launching.
