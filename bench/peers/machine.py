@@ -6,7 +6,6 @@ They take q, k and v and give nothing back that could be compared; "qkv" and the
 import functools
 
 import torch
-from torch.utils.benchmark import Timer
 
 import infsa_kernels
 
@@ -128,6 +127,8 @@ def fastest_product(device, dtype) -> str:
 
 
 def _seconds(run, *arguments) -> float:
+    from torch.utils.benchmark import Timer  # late: it takes setuptools with it
+
     call = {"run": run, "arguments": arguments}
     timer = Timer("run(*arguments)", globals=call, num_threads=torch.get_num_threads())
     return timer.blocked_autorange(min_run_time=0.1).median
