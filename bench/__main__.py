@@ -9,12 +9,14 @@ OUT/rows.jsonl. What has its row is not measured again (--again does), so an int
 
 import argparse
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
 from . import cases, compare, peers, report
 from .engine import passes
+from .image import PATCH
 from .machine import ROOT
 from .run import describe, live, run
 
@@ -91,15 +93,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     known = f"mechanisms, as softmax,mlla+local,linear_infsa@triton; there are {', '.join(peers.MECHANISMS)}"
     add("--all", action="store_true", help="everything instead of the main figures, each level in its minutes")
     add("--level", type=_of(cases.LEVELS), help="of operator,layer,model")
-    add("--only", type=cases.names_of, help=known)
-    add("--sizes", type=cases.sizes_of, help="sides of the picture in pixels, multiples of 16")
+    add("--only", type=_of(peers.MECHANISMS), help=known)
+    add("--sizes", type=_sizes, help="sides of the picture in pixels, multiples of 16")
     add("--phase", type=_of(("fwd", "train")), help="of fwd,train (default: both)")
     add("--way", type=_of(("eager", "compile", "graph")), help="of eager,compile,graph (default: eager)")
-    add(
-        "--depth",
-        type=lambda value: [int(part) for part in value.split(",")],
-        help="layers of the models (default: 4,24)",
-    )
+    add("--depth", type=_of(cases.DEPTHS, int), help="layers of the models (default: 4,24)")
     add("--dtype", choices=("fp32", "bf16", "fp16", "fp64"), help="default: fp32 on a CPU, bf16 on a GPU")
     add("--layout", choices=("bnhd", "bhnd"), help="of q, k and v in memory (default: bnhd)")
     add("--batch", type=int, help="pictures in a call (default: 1)")
@@ -125,14 +123,27 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def _of(known: tuple[str, ...]):
-    def parts(value: str) -> list[str]:
-        found = value.split(",")
-        if unknown := set(found) - set(known):
-            raise argparse.ArgumentTypeError(f"no {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+def _of(known: Iterable, kind=str):
+    """Parts of a list with commas, each one of those known; a mechanism may name its backend."""
+
+    def parts(value: str) -> list:
+        found = [kind(part) for part in value.split(",")]
+        bases = {peers.base(part) if known is peers.MECHANISMS else part for part in found}
+        if unknown := sorted(bases - set(known), key=str):
+            raise argparse.ArgumentTypeError(
+                f"no {', '.join(map(str, unknown))}; there are {', '.join(map(str, known))}"
+            )
         return found
 
     return parts
+
+
+def _sizes(value: str) -> list[int]:
+    sizes = [int(part) for part in value.split(",")]
+    if any(size < 112 or size % PATCH for size in sizes):
+        why = "mechanisms pool 7 x 7 landmarks from the grid"
+        raise argparse.ArgumentTypeError(f"a size is a multiple of {PATCH} from 112: {why}")
+    return sizes
 
 
 if __name__ == "__main__":

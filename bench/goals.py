@@ -137,7 +137,7 @@ def _goal(what: str, value: float | None, most: float | None = None, least: floa
 def _value(rows: list[dict], case: dict, which: str, field: str):
     """The value in the row that fits; of a mechanism on several backends, the best; None if it was not measured."""
     others = {f: v for f, v in case.items() if f != "name"}
-    fit = [r for r in select(rows, which=which, status="ok", **others) if r["name"].partition("@")[0] == case["name"]]
+    fit = [r for r in select(rows, which=which, status="ok", **others) if peers.base(r["name"]) == case["name"]]
     fit = [r for r in fit if r.get(field) and ("way" in case or r["way"] == "eager")]
     if "dtype" not in case:
         fit = usual(fit) or [r for r in fit if r["dtype"] == DTYPE[r["device"]]]

@@ -34,17 +34,20 @@ VARIANTS = tuple(
 )
 
 
+def base(name: str) -> str:
+    return name.partition("@")[0]
+
+
 def of(name: str) -> type[Mechanism]:
-    return MECHANISMS[name.partition("@")[0]][0]
+    return MECHANISMS[base(name)][0]
 
 
 def label(name: str) -> str:
-    base, at, backend = name.partition("@")
-    cls, local = MECHANISMS[base]
-    return cls.LABEL + (" + local parts" if local else "") + (f" on {backend}" if at else "")
+    cls, local = MECHANISMS[base(name)]
+    return cls.LABEL + (" + local parts" if local else "") + name.removeprefix(base(name)).replace("@", " on ")
 
 
 def build(name: str, dim: int, grid: tuple[int, int], num_heads: int | None = None) -> Mechanism:
     """The mechanism for tokens of size ``dim`` on a grid of patches; raises NotImplementedError naming what it lacks."""
-    cls, local = MECHANISMS[name.partition("@")[0]]
+    cls, local = MECHANISMS[base(name)]
     return cls(dim, num_heads or max(1, dim * cls.HEADS // 1024), grid, local)

@@ -85,10 +85,11 @@ def test_goals_of_a_gpu_are_all_in_its_plan():
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--only", "lunch"], "no mechanism lunch"),
+        (["--only", "lunch"], "no lunch; there are linear_infsa"),
         (["--sizes", "100"], "multiple of 16"),
         (["--level", "all"], "no all; there are operator"),
         (["--way", "slow"], "no slow"),
+        (["--depth", "7"], "no 7; there are 4, 24"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments, said, capsys):
