@@ -32,23 +32,23 @@ class InfSA(Mechanism):
     def keys(self, q, k):
         return k if self.KEYS else q
 
-    def layer_parts(self) -> tuple[float, float]:
+    def layer_flops(self) -> tuple[float, float]:
         """Operations that the layer's forward and backward pass need at least, for one picture."""
         raise NotImplementedError
 
-    def layer_flops(self, which: str) -> float:
-        fwd, bwd = self.layer_parts()
-        return {"fwd": fwd, "bwd": bwd, "train": fwd + bwd}[which]
-
     def limits(self, case, which):
-        if case["level"] == "operator":
-            return self.operator_limits(case, which)
+        if case["level"] == "operator" and self.OP == "linear":
+            return {
+                move + self.KEYS: 1.0 for move in {"fwd": ("read",), "bwd": ("copy",), "train": ("read", "copy")}[which]
+            }
         # Of layers with keys of their own the forward pass alone is counted.
-        return {} if self.KEYS and which != "fwd" else products(self.layer_flops(which), case)
+        if case["level"] == "layer" and self.KEYS and which != "fwd":
+            return {}
+        return {"gemm": self.work(case, which)["flops"] / (2 * GEMM_SIZE[case["device"]] ** 3)}
 
     def work(self, case, which):
         if case["level"] == "layer":
-            return {"flops": case["batch"] * self.layer_flops(which)}
+            return {"flops": case["batch"] * of_pass(which, *self.layer_flops())}
         row = case["batch"] * self.dim * DTYPES[case["dtype"]].itemsize  # bytes of a token
         moved = traffic(self.OP, which, not self.KEYS, self.tokens * row, row)
         count = flops(self.OP, which, case["batch"], self.num_heads, self.tokens, self.head_dim)
@@ -83,11 +83,7 @@ class LinearInfSA(InfSA):
     def rows_to_check(self, gradients, rows, gradients_up_to):
         return self.tokens, gradients
 
-    def operator_limits(self, case, which):
-        parts = {"fwd": ("read",), "bwd": ("copy",), "train": ("read", "copy")}[which]
-        return {part + self.KEYS: 1.0 for part in parts}
-
-    def layer_parts(self):
+    def layer_flops(self):
         # The query projection, and two products of N x D and D x H; backward again, and their gradients.
         size = self.tokens * self.dim
         return size * (2 * self.dim + 4 * self.num_heads), size * (6 * self.dim + 10 * self.num_heads)
@@ -168,11 +164,7 @@ class PureInfSA(InfSA):
     def rows_to_check(self, gradients, rows, gradients_up_to):
         return min(rows, self.tokens), gradients
 
-    def operator_limits(self, case, which):
-        count = flops("pure", which, case["batch"], self.num_heads, self.tokens, self.head_dim)
-        return products(count / case["batch"], case)
-
-    def layer_parts(self):
+    def layer_flops(self):
         # 6 N D^2 for the three projections and 4 N^2 D forward; backward twice and two and a half times that.
         projections, products = 6 * self.tokens * self.dim**2, 4 * self.tokens**2 * self.dim
         return projections + products, 2 * projections + 2.5 * products
@@ -202,7 +194,7 @@ def flops(op: str, which: str, B: int, H: int, N: int, d: int) -> int:
         out = getattr(torch.ops.infsa, op)(q, q, v)
         fwd = counter.get_total_flops()
         torch.autograd.grad(out, [q, v], torch.empty_like(out))
-    return {"fwd": fwd, "bwd": counter.get_total_flops() - fwd, "train": counter.get_total_flops()}[which]
+    return of_pass(which, fwd, counter.get_total_flops() - fwd)
 
 
 def traffic(op: str, which: str, tied: bool, tokens: int, heads: int) -> int:
@@ -216,7 +208,7 @@ def traffic(op: str, which: str, tied: bool, tokens: int, heads: int) -> int:
     fwd = inputs + out
     # Pure's backward reads out as well as dout: its norm's gradient needs <dout, out>.
     bwd = 2 * inputs + out * (2 if op == "pure" else 1)
-    return {"fwd": fwd, "bwd": bwd, "train": fwd + bwd}[which]
+    return of_pass(which, fwd, bwd)
 
 
 def drawn(heads: int, count: int, seed: int) -> list[int]:
@@ -224,9 +216,8 @@ def drawn(heads: int, count: int, seed: int) -> list[int]:
     return torch.randperm(heads, generator=torch.Generator().manual_seed(seed))[:count].sort().values.tolist()
 
 
-def products(count: float, case: dict) -> dict[str, float]:
-    """Operations of one picture as a number of the machine's matrix products."""
-    return {"gemm": case["batch"] * count / (2 * GEMM_SIZE[case["device"]] ** 3)}
+def of_pass(which: str, fwd: float, bwd: float) -> float:
+    return {"fwd": fwd, "bwd": bwd, "train": fwd + bwd}[which]
 
 
 def pure_rows(inputs, dout, rows, dtype, gradients) -> tuple[Tensor, dict[str, Tensor]]:
