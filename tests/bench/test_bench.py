@@ -285,7 +285,7 @@ print(*seen.peaks, seen.result_bytes, sum(t.nbytes for t in kept))
 
 def test_peak_memory_is_that_of_the_lap():
     """In a process of its own: what other tests leave to the allocator and to the garbage collector is none of it."""
-    memory = timer.HostMemory()
+    memory = timer.Memory(CPU)
     memory.start()
     if memory.peaks is None:
         pytest.skip("this system has no resettable high-water mark")
