@@ -28,9 +28,8 @@ def main(arguments: list[str] | None = None) -> int:
     if args.compare:
         return compare.show(*(compare.load(path) for path in args.compare))
     if args.versus:
-        return compare.versus(
-            args.versus, versus_plan(args), args.device, args.rounds, args.budget, args.out / "versus"
-        )
+        plan, out = versus_plan(args), args.out / "versus"
+        return compare.versus(args.versus, plan, args.device, args.rounds, args.budget, out)
     if args.report:
         return show(args, "tables")
     rows = []
@@ -54,21 +53,25 @@ def chosen(args) -> list[tuple[str, list[dict], float]]:
     if args.all:
         plans = {level: cases.everything(level, args.device, args.quick) for level in levels}
     elif args.own_plan:
-        case = {f: getattr(args, f) for f in ("dtype", "layout", "batch") if getattr(args, f)}
-        sizes = args.sizes or (cases.QUICK_SIZES if args.quick else (1024,))
-        plans = {level: cases.turns(level, args.only or cases.FIELD[level], sizes, args.device, args.phase, args.way,
-                                    depths=args.depth, **case) for level in levels}  # fmt: skip
+        sizes = cases.QUICK_SIZES if args.quick else (1024,)
+        plans = {level: asked(args, level, cases.FIELD[level], sizes) for level in levels}
     else:
         plans = {"main": cases.main(args.device, args.quick)}
     given = args.minutes or (cases.QUICK_MINUTES if args.quick else None)
     return [(level, turns, given or minutes.get(level, minutes["main"])) for level, turns in plans.items()]
 
 
+def asked(args, level: str, names: list[str], sizes: tuple[int, ...]) -> list[dict]:
+    """The turns that the options choose; ``names`` and ``sizes`` where they do not say which."""
+    case = {f: getattr(args, f) for f in ("dtype", "layout", "batch") if getattr(args, f)}
+    names, sizes = args.only or names, args.sizes or sizes
+    return cases.turns(level, names, sizes, args.device, args.phase, args.way, depths=args.depth, **case)
+
+
 def versus_plan(args) -> list[dict]:
     usual = compare.VERSUS
-    names, sizes = args.only or usual["names"], args.sizes or usual["sizes"]
     levels = args.level or usual["levels"]
-    return [turn for level in levels for turn in cases.turns(level, names, sizes, args.device, depths=args.depth)]
+    return [turn for level in levels for turn in asked(args, level, usual["names"], usual["sizes"])]
 
 
 def show(args, what: str) -> int:

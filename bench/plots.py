@@ -172,7 +172,7 @@ def speed_ups(rows, title):
     rows = [r for r in rows if r["name"] not in peers.LIMITS]
     bars, N = {}, headline(rows) if rows else 0
     for which in PASSES:
-        chosen = {n: r for n, r in best(rows, N=N, which=which).items() if r["status"] == "ok"}
+        chosen = best(rows, N=N, which=which, status="ok")
         times = {n: over for n, r in chosen.items() if n != "linear_infsa" and (over := over_linear(r, chosen))}
         if times and (which != "bwd" or rows[0]["level"] == "operator"):
             bars[which] = sorted(times.items(), key=lambda item: item[1])

@@ -19,25 +19,26 @@ SLOPE_FROM_N = 1024
 
 def key(row: dict) -> tuple:
     """What makes two rows the same measurement."""
-    e = row.get("environment", {})
-    return (*(row.get(f) for f in IDENTITY), *(e.get(f) for f in ("device", "threads", "torch", "commit")))
+    return (*(row.get(f) for f in IDENTITY), *_machine(row), row.get("environment", {}).get("commit"))
+
+
+def _machine(row: dict) -> tuple:
+    return tuple(row.get("environment", {}).get(f) for f in ("device", "threads", "torch"))
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
 
 
 def load(path: Path) -> list[dict]:
     """The rows of a file, the last of each measurement."""
-    if not path.exists():
-        return []
-    rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-    return list({key(row): row for row in rows}.values())
+    return list({key(row): row for row in (read(path) if path.exists() else ())}.values())
 
 
 def latest(rows: list[dict]) -> list[dict]:
     """Rows that may stand in one table: of the machine that measured last, and of each level's last commit there."""
 
-    def machine(row):
-        return tuple(row["environment"].get(f) for f in ("device", "threads", "torch"))
-
-    rows = [r for r in rows if machine(r) == machine(rows[-1])]
+    rows = [r for r in rows if _machine(r) == _machine(rows[-1])]
     commits = {r["level"]: r["environment"].get("commit") for r in rows}
     return [r for r in rows if r["environment"].get("commit") == commits[r["level"]]]
 
