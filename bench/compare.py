@@ -141,10 +141,7 @@ def checkout(rev: str, repository: Path) -> Iterator[tuple[Path, str]]:
     """A temporary folder with revision ``rev`` under this tree's harness, and its commit."""
 
     def git(*arguments):
-        run = subprocess.run(["git", *map(str, arguments)], cwd=repository, capture_output=True, text=True)
-        if run.returncode:
-            raise SystemExit(f"git {' '.join(map(str, arguments))}: {run.stderr.strip()}")
-        return run.stdout.strip()
+        return _output(["git", *map(str, arguments)], repository)
 
     commit = git("rev-parse", "--verify", f"{rev}^{{commit}}")
     with tempfile.TemporaryDirectory() as folder:
@@ -162,10 +159,14 @@ def checkout(rev: str, repository: Path) -> Iterator[tuple[Path, str]]:
 
 def build(root: Path) -> None:
     """Builds the extension in place, by this Python."""
-    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-    run = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    _output([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], root)
+
+
+def _output(command: list[str], folder: Path) -> str:
+    run = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if run.returncode:
-        raise SystemExit(f"the revision does not build:\n{run.stdout[-2000:]}{run.stderr[-2000:]}")
+        raise SystemExit(f"failed: {' '.join(command)}\n{run.stdout[-2000:]}{run.stderr[-2000:]}")
+    return run.stdout.strip()
 
 
 def measure(plan: list[dict], roots: dict[str, Path], device: str, rounds: int, budget: float) -> dict[str, list[dict]]:
