@@ -25,7 +25,7 @@ FLOPS, BLOCK_SCORES, HEAD_TOKENS = 1e10, 1 << 21, 1 << 18
 
 
 class InfSA(Mechanism):
-    SOURCE, PROJECTIONS, COMPILES = "2603.00175", "qv", False
+    SOURCE, PROJECTIONS, COMPILES, BY_ROWS = "2603.00175", "qv", False, True
     OP: str  # its operator
     KEYS = ""  # "_qkv" with keys of their own: the machine's limits of that name move them too
 
@@ -79,9 +79,6 @@ class LinearInfSA(InfSA):
     def head_groups(self, gradients):
         chosen = drawn(self.num_heads, max(8, HEAD_TOKENS // self.tokens), self.tokens)
         return [chosen[i : i + 8] for i in range(0, len(chosen), 8)]
-
-    def rows_to_check(self, gradients, rows, gradients_up_to):
-        return self.tokens, gradients
 
     def layer_flops(self):
         # The query projection, and two products of N x D and D x H; backward again, and their gradients.
@@ -160,9 +157,6 @@ class PureInfSA(InfSA):
     def head_groups(self, gradients):
         per_head = (4 if gradients else 2) * self.tokens**2 * self.head_dim
         return [drawn(self.num_heads, max(1, int(FLOPS / per_head)), self.tokens)]
-
-    def rows_to_check(self, gradients, rows, gradients_up_to):
-        return min(rows, self.tokens), gradients
 
     def layer_flops(self):
         # 6 N D^2 for the three projections and 4 N^2 D forward; backward twice and two and a half times that.

@@ -38,6 +38,7 @@ class Mechanism(nn.Module):
     HAS_LOCAL = False
     POOLED = False  # the core gives one token for all: (B, H, 1, d)
     FUSED = False  # the layer is more than its projections around its core
+    BY_ROWS = False  # float64 gradients of a few rows or heads are cheap at any length
     PLAIN = False  # the plain code that our kernels' errors are measured by
     COMPILES = True  # False for kernels, which are the same compiled, and for loops over tokens
 
@@ -115,11 +116,6 @@ class Mechanism(nn.Module):
     def head_groups(self, gradients: bool) -> list[list[int]]:
         """Heads that ``results`` looks at, and at how many at once: all, unless heads do not mix and float64 is dear."""
         return [list(range(self.num_heads))]
-
-    def rows_to_check(self, gradients: bool, rows: int, gradients_up_to: int) -> tuple[int, bool]:
-        """How many tokens are compared with float64, and whether gradients are."""
-        gradients = gradients and self.tokens <= gradients_up_to
-        return (self.tokens if gradients else min(rows, self.tokens)), gradients
 
     def local_part(self, x: Tensor, v: Tensor) -> Tensor:
         """(B, N, D) from the layer's tokens (B, N, D) and values (B, H, N, d)."""
