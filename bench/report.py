@@ -53,10 +53,7 @@ def _side_by_side(rows: list[dict], level: str, title: str, count: int) -> list[
         return []
     timed, lines = sorted(fwd, key=lambda n: fwd[n]["median_s"]), [[title, "forward", "x", "training", "x"]]
     for name in timed[:count]:
-        pairs = [
-            (_time(p.get(name, {})), f"{over:.2f}" if (over := over_linear(p.get(name, {}), p)) else "")
-            for p in (fwd, train)
-        ]
+        pairs = [(_time(p.get(name, {})), _ratio(over_linear(p.get(name, {}), p))) for p in (fwd, train)]
         lines.append([f"  {peers.label(name)}", *pairs[0], *pairs[1]])
     rest = ", ".join(peers.label(n) for n in timed[count:])
     return ["", *columns(lines, 1), *([f"  slower: {rest}"] if rest else [])]
@@ -123,11 +120,11 @@ def tables(rows: list[dict]):
 
 
 def _cells(row: dict, chosen: dict[str, dict]) -> dict[str, str]:
-    ok, over = row["status"] == "ok", over_linear(row, chosen)
+    ok = row["status"] == "ok"
     result = durations(row["median_s"], row.get("p20_s"), row.get("p80_s")) if ok else (row["status"], "")
     return {
         "mechanism": row["label"], "way": row["way"], "result": result[0], "[p20, p80]": result[1],
-        "x Linear": f"{over:.2f}" if over else "", "GB/s": _shown(row, "bytes_per_s", "{:.1f}", 1e9),
+        "x Linear": _ratio(over_linear(row, chosen)), "GB/s": _shown(row, "bytes_per_s", "{:.1f}", 1e9),
         "GFLOP/s": _shown(row, "flops_per_s", "{:.0f}", 1e9), "of limit": _shown(row, "share_of_limit", "{:.0%}"),
         "peak MB": _shown(row, "peak_bytes", "{:.1f}", 1e6), "parameters": _shown(row, "parameters", "{:,.0f}"),
         "error": _shown(row, "error", "{:.0e}"), "allowed": _shown(row, "bound", "{:.0e}"),
@@ -159,7 +156,11 @@ def _time(row: dict) -> str:
 
 
 def _over(row: dict | None, own: dict) -> str:
-    return f"{row['median_s'] / own['median_s']:.2f}" if row and "median_s" in row and "median_s" in own else ""
+    return _ratio(row["median_s"] / own["median_s"]) if row and "median_s" in row and "median_s" in own else ""
+
+
+def _ratio(value: float | None) -> str:
+    return f"{value:.2f}" if value else ""
 
 
 def _rate(row: dict, memory: bool = True) -> str:
