@@ -51,7 +51,7 @@ def _side_by_side(rows: list[dict], level: str, title: str, count: int) -> list[
     fwd, train = (best(rows, which=which, status="ok") for which in ("fwd", "train"))
     if not fwd:
         return []
-    timed, lines = sorted(fwd, key=lambda n: fwd[n]["median_s"]), [[title, "forward", "x", "training", "x"]]
+    timed, lines = list(fwd), [[title, "forward", "x", "training", "x"]]
     for name in timed[:count]:
         pairs = [(_time(p.get(name, {})), _ratio(over_linear(p.get(name, {}), p))) for p in (fwd, train)]
         lines.append([f"  {peers.label(name)}", *pairs[0], *pairs[1]])
@@ -115,8 +115,7 @@ def tables(rows: list[dict]):
         size = f"{case['pixels']} x {case['pixels']}, N = {(case['pixels'] // PATCH) ** 2}"
         unusual = ["[B,H,N,d]"] * (case["layout"] == "bhnd") + [f"batch {case['batch']}"] * (case["batch"] > 1)
         title = ", ".join([case["level"] + depth, size, case["pass"], case["dtype"], *unusual, *["CUDA graph"] * graph])
-        fastest_first = sorted(chosen.values(), key=lambda r: r.get("median_s", float("inf")))
-        yield title, case["level"], [_cells(row, chosen) for row in fastest_first]
+        yield title, case["level"], [_cells(row, chosen) for row in chosen.values()]
 
 
 def _cells(row: dict, chosen: dict[str, dict]) -> dict[str, str]:
