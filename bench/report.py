@@ -51,11 +51,11 @@ def _side_by_side(rows: list[dict], level: str, title: str, count: int) -> list[
     fwd, train = (best(rows, which=which, status="ok") for which in ("fwd", "train"))
     if not fwd:
         return []
-    timed, lines = list(fwd), [[title, "forward", "x", "training", "x"]]
-    for name in timed[:count]:
+    lines = [[title, "forward", "x", "training", "x"]]
+    for name in list(fwd)[:count]:
         pairs = [(_time(p.get(name, {})), _ratio(over_linear(p.get(name, {}), p))) for p in (fwd, train)]
         lines.append([f"  {peers.label(name)}", *pairs[0], *pairs[1]])
-    rest = ", ".join(peers.label(n) for n in timed[count:])
+    rest = ", ".join(peers.label(n) for n in list(fwd)[count:])
     return ["", *columns(lines, 1), *([f"  slower: {rest}"] if rest else [])]
 
 
@@ -163,7 +163,8 @@ def _ratio(value: float | None) -> str:
 
 
 def _rate(row: dict, memory: bool = True) -> str:
-    return _shown(row, "bytes_per_s", "{:.1f} GB/s", 1e9) * memory or _shown(row, "flops_per_s", "{:.0f} GFLOP/s", 1e9)
+    moved = _shown(row, "bytes_per_s", "{:.1f} GB/s", 1e9)
+    return moved if memory and moved else _shown(row, "flops_per_s", "{:.0f} GFLOP/s", 1e9)
 
 
 def _shown(row: dict, field: str, form: str, scale: float = 1.0) -> str:
