@@ -59,6 +59,14 @@ class Untied:
     PROJECTIONS, KEYS = "qkv", "_qkv"
 
 
+class Plain:
+    PLAIN = COMPILES = True
+    LEVELS, NOTE = ("operator",), "the equations in torch operations"
+
+    def core(self, q, k, v):
+        return self.truth(q, k, v, slice(None))
+
+
 class LinearInfSA(InfSA):
     NAME, LABEL, OP, POOLED, FUSED = "linear_infsa", "Linear-InfSA", "linear", True, True
     TIME, STATE, HEADS = "N D", "2 * (d + 1)", 64
@@ -118,13 +126,8 @@ class LinearInfSAPerToken(LinearInfSA):
         return Mechanism.sublayer(self, x, norm)
 
 
-class LinearPlain(LinearInfSA):
-    PLAIN = COMPILES = True
-    NAME, LABEL, LEVELS = "linear_plain", "Linear-InfSA, plain torch", ("operator",)
-    NOTE = "the equations in torch operations"
-
-    def core(self, q, k, v):
-        return reference.linear(q, self.keys(q, k), v, RHO, EPS).unsqueeze(2)
+class LinearPlain(Plain, LinearInfSA):
+    NAME, LABEL = "linear_plain", "Linear-InfSA, plain torch"
 
 
 class LinearPlainUntied(Untied, LinearPlain):
@@ -168,13 +171,9 @@ class PureInfSAUntied(Untied, PureInfSA):
     NAME, LABEL = "pure_infsa_untied", "Pure InfSA, untied"
 
 
-class PurePlain(PureInfSA):
-    PLAIN = COMPILES = True
-    NAME, LABEL, LEVELS = "pure_plain", "Pure InfSA, plain torch", ("operator",)
-    NOTE = "the equations in torch operations: holds N x N scores"
-
-    def core(self, q, k, v):
-        return reference.pure(q, self.keys(q, k), v, RHO, EPS)
+class PurePlain(Plain, PureInfSA):
+    NAME, LABEL = "pure_plain", "Pure InfSA, plain torch"
+    NOTE = f"{Plain.NOTE}: holds N x N scores"
 
 
 class PurePlainUntied(Untied, PurePlain):
