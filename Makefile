@@ -106,7 +106,7 @@ sanitize: $(VENV)/built ## the CPU kernels under AddressSanitizer and UBSan
 	  $(bin)/pytest tests/ops/test_operators.py tests/ops/test_fuzz.py tests/ops/test_pooled_linear.py -k "cpu-cpu or random_calls" -x || exit 1; \
 	done
 
-# On a machine with a GPU, in its own Python (torch with CUDA, triton, numpy, pytest, matplotlib, ninja) and without a network.
+# On a machine with a GPU, in its own Python (torch with CUDA, triton, numpy, psutil, pytest, matplotlib, ninja) and without a network.
 gpu-check: ## proves and measures everything on a GPU
 	$(GPU_PYTHON) setup.py -q build_ext --inplace
 	$(GPU_PYTHON) -m bench.gpu_check $(GPU_ARGS)

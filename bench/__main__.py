@@ -9,12 +9,14 @@ OUT/rows.jsonl. What has its row is not measured again (--again does), so an int
 
 import argparse
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
 from . import cases, compare, peers, report
 from .engine import passes
+from .image import PATCH
 from .machine import ROOT
 from .run import describe, live, run
 
@@ -26,9 +28,8 @@ def main(arguments: list[str] | None = None) -> int:
     if args.compare:
         return compare.show(*(compare.load(path) for path in args.compare))
     if args.versus:
-        return compare.versus(
-            args.versus, versus_plan(args), args.device, args.rounds, args.budget, args.out / "versus"
-        )
+        plan, out = versus_plan(args), args.out / "versus"
+        return compare.versus(args.versus, plan, args.device, args.rounds, args.budget, out)
     if args.report:
         return show(args, "tables")
     rows = []
@@ -52,21 +53,25 @@ def chosen(args) -> list[tuple[str, list[dict], float]]:
     if args.all:
         plans = {level: cases.everything(level, args.device, args.quick) for level in levels}
     elif args.own_plan:
-        case = {f: getattr(args, f) for f in ("dtype", "layout", "batch") if getattr(args, f)}
-        sizes = args.sizes or (cases.QUICK_SIZES if args.quick else (1024,))
-        plans = {level: cases.turns(level, args.only or cases.FIELD[level], sizes, args.device, args.phase, args.way,
-                                    depths=args.depth, **case) for level in levels}  # fmt: skip
+        sizes = cases.QUICK_SIZES if args.quick else (1024,)
+        plans = {level: asked(args, level, cases.FIELD[level], sizes) for level in levels}
     else:
         plans = {"main": cases.main(args.device, args.quick)}
     given = args.minutes or (cases.QUICK_MINUTES if args.quick else None)
     return [(level, turns, given or minutes.get(level, minutes["main"])) for level, turns in plans.items()]
 
 
+def asked(args, level: str, names: list[str], sizes: tuple[int, ...]) -> list[dict]:
+    """The turns that the options choose; ``names`` and ``sizes`` where they do not say which."""
+    case = {f: getattr(args, f) for f in ("dtype", "layout", "batch") if getattr(args, f)}
+    names, sizes = args.only or names, args.sizes or sizes
+    return cases.turns(level, names, sizes, args.device, args.phase, args.way, depths=args.depth, **case)
+
+
 def versus_plan(args) -> list[dict]:
     usual = compare.VERSUS
-    names, sizes = args.only or usual["names"], args.sizes or usual["sizes"]
     levels = args.level or usual["levels"]
-    return [turn for level in levels for turn in cases.turns(level, names, sizes, args.device, depths=args.depth)]
+    return [turn for level in levels for turn in asked(args, level, usual["names"], usual["sizes"])]
 
 
 def show(args, what: str) -> int:
@@ -91,15 +96,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     known = f"mechanisms, as softmax,mlla+local,linear_infsa@triton; there are {', '.join(peers.MECHANISMS)}"
     add("--all", action="store_true", help="everything instead of the main figures, each level in its minutes")
     add("--level", type=_of(cases.LEVELS), help="of operator,layer,model")
-    add("--only", type=cases.names_of, help=known)
-    add("--sizes", type=cases.sizes_of, help="sides of the picture in pixels, multiples of 16")
+    add("--only", type=_of(peers.MECHANISMS), help=known)
+    add("--sizes", type=_sizes, help="sides of the picture in pixels, multiples of 16")
     add("--phase", type=_of(("fwd", "train")), help="of fwd,train (default: both)")
     add("--way", type=_of(("eager", "compile", "graph")), help="of eager,compile,graph (default: eager)")
-    add(
-        "--depth",
-        type=lambda value: [int(part) for part in value.split(",")],
-        help="layers of the models (default: 4,24)",
-    )
+    add("--depth", type=_of(cases.DEPTHS, int), help="layers of the models (default: 4,24)")
     add("--dtype", choices=("fp32", "bf16", "fp16", "fp64"), help="default: fp32 on a CPU, bf16 on a GPU")
     add("--layout", choices=("bnhd", "bhnd"), help="of q, k and v in memory (default: bnhd)")
     add("--batch", type=int, help="pictures in a call (default: 1)")
@@ -125,14 +126,27 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def _of(known: tuple[str, ...]):
-    def parts(value: str) -> list[str]:
-        found = value.split(",")
-        if unknown := set(found) - set(known):
-            raise argparse.ArgumentTypeError(f"no {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+def _of(known: Iterable, kind=str):
+    """Parts of a list with commas, each one of those known; a mechanism may name its backend."""
+
+    def parts(value: str) -> list:
+        found = [kind(part) for part in value.split(",")]
+        bases = {peers.base(part) if known is peers.MECHANISMS else part for part in found}
+        if unknown := sorted(bases - set(known), key=str):
+            raise argparse.ArgumentTypeError(
+                f"no {', '.join(map(str, unknown))}; there are {', '.join(map(str, known))}"
+            )
         return found
 
     return parts
+
+
+def _sizes(value: str) -> list[int]:
+    sizes = [int(part) for part in value.split(",")]
+    if any(size < 112 or size % PATCH for size in sizes):
+        why = "mechanisms pool 7 x 7 landmarks from the grid"
+        raise argparse.ArgumentTypeError(f"a size is a multiple of {PATCH} from 112: {why}")
+    return sizes
 
 
 if __name__ == "__main__":

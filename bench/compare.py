@@ -16,15 +16,17 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 from .engine import IDENTITY
 from .machine import ROOT
-from .rows import columns, durations
+from .rows import columns, durations, read
 from .worker import Worker
 
 MACHINE = ("device", "threads", "torch", "infsa_kernels", "commit", "isa")
+HARDWARE = ("device", "threads", "isa")
 
 # Rows that say nothing of the code.
 NO_RESULT = ("not reached", "skipped")
@@ -46,7 +48,7 @@ def show(a: dict[tuple, dict], b: dict[tuple, dict]) -> int:
 
 def load(path: Path) -> dict[tuple, dict]:
     """The rows of a file by measurement; repetitions in one environment are one row, of an older one are left out."""
-    return merge([json.loads(line) for line in path.read_text().splitlines() if line.strip()])
+    return merge(read(path))
 
 
 def merge(rows: list[dict]) -> dict[tuple, dict]:
@@ -65,17 +67,15 @@ def compare(a: dict[tuple, dict], b: dict[tuple, dict]) -> list[dict]:
 
 def text(changes: list[dict], a: dict[tuple, dict], b: dict[tuple, dict]) -> str:
     lines = [f"{side}: {_describe(rows)}" for side, rows in (("A", a), ("B", b))]
-    if {_hardware(r) for r in a.values()} != {_hardware(r) for r in b.values()}:
+    if {_machine(r, HARDWARE) for r in a.values()} != {_machine(r, HARDWARE) for r in b.values()}:
         lines.append("WARNING: the machines or their settings differ: the ratios are not those of the code")
     table = [["", "A", "B", "B / A", "noise", ""]]
     for c in changes:
         noise = "[{:.2f}, {:.2f}]".format(*c["noise"]) if c.get("noise") else "few calls" if "ratio" in c else ""
         times = [durations(c[side])[0] if isinstance(c[side], float) else c[side] for side in "ab"]
         table.append([c["what"], *times, f"{c['ratio']:.3f}" if "ratio" in c else "", noise, c["change"]])
-    counts = {change: sum(c["change"] == change for c in changes) for change in ("slower", "faster", "lost", "new")}
-    beyond = (
-        ", ".join(f"{count} {change}" for change, count in counts.items() if count) or "none changed beyond its noise"
-    )
+    counts = Counter(c["change"] for c in changes if c["change"])
+    beyond = ", ".join(f"{count} {change}" for change, count in counts.items()) or "none changed beyond its noise"
     only = f"Only in A: {len(a.keys() - b.keys())}, in B: {len(b.keys() - a.keys())}."
     return "\n".join([*lines, "", *columns(table, 1), "", f"{len(changes)} rows in both: {beyond}. {only}"])
 
@@ -107,12 +107,8 @@ def _change(a: dict, b: dict) -> dict:
     return {"a": a["median_s"], "b": b["median_s"], "ratio": ratio, "noise": noise, "change": change}
 
 
-def _machine(row: dict) -> tuple:
-    return tuple(row.get("environment", {}).get(f) for f in MACHINE)
-
-
-def _hardware(row: dict) -> tuple:
-    return tuple(row.get("environment", {}).get(f) for f in ("device", "threads", "isa"))
+def _machine(row: dict, facts: tuple = MACHINE) -> tuple:
+    return tuple(row.get("environment", {}).get(f) for f in facts)
 
 
 def _describe(rows: dict[tuple, dict]) -> str:
@@ -145,10 +141,7 @@ def checkout(rev: str, repository: Path) -> Iterator[tuple[Path, str]]:
     """A temporary folder with revision ``rev`` under this tree's harness, and its commit."""
 
     def git(*arguments):
-        run = subprocess.run(["git", *map(str, arguments)], cwd=repository, capture_output=True, text=True)
-        if run.returncode:
-            raise SystemExit(f"git {' '.join(map(str, arguments))}: {run.stderr.strip()}")
-        return run.stdout.strip()
+        return _output(["git", *map(str, arguments)], repository)
 
     commit = git("rev-parse", "--verify", f"{rev}^{{commit}}")
     with tempfile.TemporaryDirectory() as folder:
@@ -166,10 +159,14 @@ def checkout(rev: str, repository: Path) -> Iterator[tuple[Path, str]]:
 
 def build(root: Path) -> None:
     """Builds the extension in place, by this Python."""
-    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-    run = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    _output([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], root)
+
+
+def _output(command: list[str], folder: Path) -> str:
+    run = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if run.returncode:
-        raise SystemExit(f"the revision does not build:\n{run.stdout[-2000:]}{run.stderr[-2000:]}")
+        raise SystemExit(f"failed: {' '.join(command)}\n{run.stdout[-2000:]}{run.stderr[-2000:]}")
+    return run.stdout.strip()
 
 
 def measure(plan: list[dict], roots: dict[str, Path], device: str, rounds: int, budget: float) -> dict[str, list[dict]]:

@@ -54,10 +54,8 @@ class Verdict:
     def row(self) -> dict:
         error = self.error if math.isfinite(self.error) else None
         found = {"error": error, "bound": self.bound, "worst": self.what, "checked": self.checked}
-        if self.right:
-            return found
         reason = f"{self.what}: error {self.error:.1e} of its largest entry, allowed {self.bound:.1e}"
-        return found | {"status": "wrong", "reason": reason}
+        return found if self.right else found | {"status": "wrong", "reason": reason}
 
 
 def examine(subject: Subject, function=None) -> Verdict:
@@ -67,18 +65,17 @@ def examine(subject: Subject, function=None) -> Verdict:
     size = subject.case["depth"] if level == "model" else subject.module.num_heads
     key = subject.name, size, by_phase and subject.case["phase"], *(str(subject.case[f]) for f in CASE)
     if key not in _verdicts:
-        compare = {"operator": _operator, "layer": _layer, "model": _model}[level]
-        _verdicts[key] = compare(subject, function or subject.function())
+        function = function or subject.function()
+        if level == "operator":
+            _verdicts[key] = _core(subject, function, subject.inputs, subject.case["phase"] == "train")
+        else:
+            _verdicts[key] = (_layer if level == "layer" else _model)(subject, function)
     return _verdicts[key]
 
 
 def forget() -> None:
     """What was examined: the code has changed since."""
     _verdicts.clear()
-
-
-def _operator(subject: Subject, function) -> Verdict:
-    return _core(subject, function, subject.inputs, subject.case["phase"] == "train")
 
 
 def _layer(subject: Subject, function) -> Verdict:
@@ -114,8 +111,9 @@ def _model(subject: Subject, function) -> Verdict:
 def _core(subject: Subject, function, inputs: list[Tensor], train: bool) -> Verdict:
     """Compares a core on q, k and v."""
     exact = copy.deepcopy(subject.module).double()
-    count, gradients = exact.rows_to_check(train, ROWS, GRADIENTS_UP_TO)
-    rows = _drawn(subject, count)
+    gradients = train and (exact.BY_ROWS or subject.tokens <= GRADIENTS_UP_TO)
+    whole = exact.POOLED or (gradients and not exact.BY_ROWS)
+    rows = _drawn(subject, subject.tokens if whole else ROWS)
     shape = list(inputs[2].shape)
     shape[2] = 1 if exact.POOLED else shape[2]
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(inputs[2])

@@ -1,6 +1,7 @@
 """The figures that are to be reached, each beside what the rows say: ratios of calls in turn."""
 
 from dataclasses import dataclass
+from itertools import product
 
 from . import peers
 from .cases import DTYPE
@@ -93,10 +94,10 @@ def _gpu() -> list[Goal]:
 
 GPU = _gpu()
 
-# What the layers are to reach: name, how many times as long the next one takes, who the others are, and whether one is.
+# What the layers are to reach: name, how many times as long the next one takes, and which comparators count.
 NEXT = (
-    ("linear_infsa", 1.5, "every comparator but mean pooling", lambda cls: cls is not peers.mean.Mean),
-    ("pure_infsa", 1.0, "every quadratic comparator", lambda cls: cls.QUADRATIC),
+    ("linear_infsa", 1.5, lambda cls: cls is not peers.mean.Mean),
+    ("pure_infsa", 1.0, lambda cls: cls.QUADRATIC),
 )
 NEXT_PIXELS = (1024, 2048)
 DISPATCH_US, SCRATCH_MB = 15, 64
@@ -137,7 +138,7 @@ def _goal(what: str, value: float | None, most: float | None = None, least: floa
 def _value(rows: list[dict], case: dict, which: str, field: str):
     """The value in the row that fits; of a mechanism on several backends, the best; None if it was not measured."""
     others = {f: v for f, v in case.items() if f != "name"}
-    fit = [r for r in select(rows, which=which, status="ok", **others) if r["name"].partition("@")[0] == case["name"]]
+    fit = [r for r in select(rows, which=which, status="ok", **others) if peers.base(r["name"]) == case["name"]]
     fit = [r for r in fit if r.get(field) and ("way" in case or r["way"] == "eager")]
     if "dtype" not in case:
         fit = usual(fit) or [r for r in fit if r["dtype"] == DTYPE[r["device"]]]
@@ -147,18 +148,16 @@ def _value(rows: list[dict], case: dict, which: str, field: str):
 def following(rows: list[dict]) -> list[dict]:
     """The layer's goals, each with the comparator that came next, where the rows have times for both."""
     found = []
-    for pixels in NEXT_PIXELS:
-        for which in ("fwd", "train"):
-            chosen = best(rows, level="layer", pixels=pixels, which=which, status="ok")
-            times = {n: over_linear(r, chosen) for n, r in chosen.items()}
-            for name, least, others, among in NEXT:
-                rivals = [n for n in chosen if n not in peers.OWN and among(peers.of(n))]
-                if times.get(name) and rivals:
-                    after = min(rivals, key=times.get)
-                    what = f"{peers.label(name)}, layer, {pixels} x {pixels}, {which}: times faster than {peers.label(after)}"
-                    goal = _goal(what, times[after] / times[name], least=least)
-                    more = {"name": name, "pixels": pixels, "pass": which, "others": others, "next": after}
-                    found.append(goal | more)
+    for pixels, which in product(NEXT_PIXELS, ("fwd", "train")):
+        chosen = best(rows, level="layer", pixels=pixels, which=which, status="ok")
+        times = {n: over_linear(r, chosen) for n, r in chosen.items()}
+        for name, least, among in NEXT:
+            rivals = [n for n in chosen if n not in peers.OWN and among(peers.of(n))]
+            if times.get(name) and rivals:
+                after = min(rivals, key=times.get)
+                case = f"{peers.label(name)}, layer, {pixels} x {pixels}, {which}"
+                what = f"{case}: times faster than {peers.label(after)}"
+                found.append(_goal(what, times[after] / times[name], least=least) | {"name": name, "next": after})
     return found
 
 

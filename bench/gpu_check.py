@@ -1,10 +1,10 @@
 """`python -m bench.gpu_check --out DIR`: everything that has to be seen on a GPU: the tests, the goals' figures, a few tiles.
 
 What a file of DIR has is not done again, so a machine that goes away costs what it was at; `--seconds` begins no part after that
-time. The last step draws DIR/goals.png and the plots of the rows and prints one short table. `--dry-run` does the same on the
+time. The last step prints one short table and draws DIR/goals.png and the plots of the rows. `--dry-run` does the same on the
 CPU with tiny sizes in Triton's interpreter (TRITON_INTERPRET=1): its figures mean nothing.
 
-Needs torch, triton, numpy, pytest and matplotlib, and no network.
+Needs torch, triton, numpy, psutil, pytest and matplotlib, and no network.
 """
 
 import argparse
@@ -68,10 +68,9 @@ def speed(args) -> None:
 
 
 def tiles(args) -> None:
-    """A few candidates at the paper's heads; DIR/tune.json."""
-    at = args.out / "tune.json"
-    if not at.exists():
-        tune.main(["--quick", "--out", str(at), *(["--dry-run"] if args.dry_run else [])])
+    """A few candidates at the paper's heads, or all; DIR/tune.json."""
+    if not (args.out / "tune.json").exists():
+        tune.write(args.out / "tune.json", args.device, args.dry_run, quick=not args.all_tiles)
 
 
 PARTS = {"tests": tests, "speed": speed, "tune": tiles}
@@ -79,12 +78,12 @@ PARTS = {"tests": tests, "speed": speed, "tune": tiles}
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_check", description=__doc__)
-    parser.add_argument(
-        "--out", type=Path, default=ROOT / "bench" / "out" / "gpu", help="folder for rows, logs and plots"
-    )
-    parser.add_argument("--parts", default=",".join(PARTS), help=f"which of {', '.join(PARTS)}, in this order")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no part after this time")
-    parser.add_argument("--dry-run", action="store_true", help="on the CPU, tiny sizes")
+    add, out = parser.add_argument, ROOT / "bench" / "out" / "gpu"
+    add("--out", type=Path, default=out, help="folder for rows, logs and plots")
+    add("--parts", default=",".join(PARTS), help=f"which of {', '.join(PARTS)}, in this order")
+    add("--seconds", type=float, default=float("inf"), help="begin no part after this time")
+    add("--all-tiles", action="store_true", help="every candidate of tune, at every size")
+    add("--dry-run", action="store_true", help="on the CPU, tiny sizes")
     args = parser.parse_args(arguments)
     if unknown := set(args.parts.split(",")) - set(PARTS):
         parser.error(f"no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
@@ -105,15 +104,12 @@ def report(out: Path) -> int:
     """Prints what the folder has, and draws it; 1 if something was wrong."""
     rows, found = load(out / "rows.jsonl"), json.loads(at.read_text()) if (at := out / "tests.json").exists() else {}
     reached = [goals.ratio(goal, rows) for goal in goals.GPU]
-    try:
-        draw(rows, reached, out)
-    except ImportError as error:
-        print(f"no plots: {error}")
     lines = [f"{what:<58} {value:>12.3g}" for what, value in ratios(rows).items()]
     # A mechanism that is not there is no fault; one that is wrong is.
     wrong = [f"WRONG: {r['name']} N={r['N']} {r['pass']}: {r['reason']}" for r in select(rows, status="wrong")]
     lines += [f"tests of {name:<20} {'passed' if f['passed'] else 'FAILED'}: {f['tests']}" for name, f in found.items()]
     print("\n".join([*lines, *wrong, *map(goals.line, reached)]))
+    draw(rows, reached, out)
     return int(bool(wrong) or not all(f["passed"] for f in found.values()))
 
 

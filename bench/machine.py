@@ -7,6 +7,7 @@ import platform
 import subprocess
 from pathlib import Path
 
+import psutil
 import torch
 
 import infsa_kernels
@@ -38,36 +39,20 @@ def describe(facts: dict) -> str:
 
 
 class OtherLoad:
-    """Which part of the processor's time others than this process took since this object was made; None where not told."""
+    """Which part of the processor's time others than this process took since this object was made."""
 
     def __init__(self):
-        self._begin = self._ticks()
+        self._begin = self._seconds()
 
-    def share(self) -> float | None:
-        if self._begin is None:
-            return None
-        total, busy, own = (now - then for now, then in zip(self._ticks(), self._begin))
-        return max(0.0, busy - own) / total if total else 0.0
+    def share(self) -> float:
+        total, idle, own = (now - then for now, then in zip(self._seconds(), self._begin))
+        return max(0.0, total - idle - own) / total if total else 0.0
 
-    def _ticks(self) -> tuple[float, float, float] | None:
-        try:
-            with open("/proc/stat") as f:
-                user, nice, system, idle, iowait, *interrupts = map(int, f.readline().split()[1:8])
-        except OSError:
-            return None
-        busy = user + nice + system + sum(interrupts)
-        return busy + idle + iowait, busy, sum(os.times()[:4]) * os.sysconf("SC_CLK_TCK")
-
-
-def available_memory(device: torch.device) -> int:
-    """Bytes that a new allocation may take; where the system does not tell, none that could be exceeded."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        with open("/proc/meminfo") as f:
-            return next(int(line.split()[1]) << 10 for line in f if line.startswith("MemAvailable"))
-    except OSError:
-        return 1 << 62
+    def _seconds(self) -> tuple[float, float, float]:
+        every = psutil.cpu_times()
+        # Linux counts what its guests take in user and nice too.
+        total = sum(every) - getattr(every, "guest", 0.0) - getattr(every, "guest_nice", 0.0)
+        return total, every.idle + getattr(every, "iowait", 0.0), sum(os.times()[:4])
 
 
 def _cpu_model() -> str:

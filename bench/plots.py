@@ -10,11 +10,11 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, NullLocator, PercentFormatter
 
 from . import machine, peers
 from .image import PATCH, photograph
-from .rows import FINAL, PASSES, TITLES, best, over_linear, select, slope, unit, usual
+from .rows import FINAL, PASSES, TITLES, best, over_linear, select, slope, usual
 
 # The lines of a plot over N: the paper's nine, the operators beside their equations, the floor, the closest peer.
 LINES = (*peers.PAPER, "linear_plain", "pure_plain", "mean", "fastformer")
@@ -27,6 +27,7 @@ COLOURS = {
 }  # fmt: skip
 OTHERS, LIMIT, MUTED = "#b9c2cb", "#2f8f5b", "#6b7785"
 DASHED = (0, (5, 3))
+SECONDS, BYTES = EngFormatter("s"), EngFormatter("B")
 
 SETTINGS = {
     "figure.facecolor": "white", "savefig.dpi": 130, "font.size": 10.5, "text.color": "#1f2933", "axes.edgecolor": "#b8c0c8",
@@ -50,7 +51,9 @@ def draw_all(rows: list[dict], out: Path) -> list[Path]:
         here = select(rows, level=level)
         for depth in sorted({r["depth"] for r in here}, key=lambda depth: depth or 0):
             figures |= _of_level(level, depth, [r for r in here if r["depth"] == depth])
-    figures["operator_roofline"] = floors(select(every, way="graph"))
+    graphs = [r for r in select(every, way="graph") if "share_of_limit" in r]
+    floors = {f"{r['label']} N={r['N']} x{r['batch']} {r['pass']}": r["share_of_limit"] for r in graphs}
+    figures["operator_roofline"] = share_bars(floors, "least time of bytes or products / measured time")
     for name, figure in figures.items():
         if figure is not None:
             where = machine.describe(every[-1]["environment"])[:170]
@@ -65,14 +68,14 @@ def _of_level(level: str, depth: int | None, rows: list[dict]) -> dict:
     tag = f"{level}_{depth}" if depth else level
     title = TITLES[level] + (f" of {depth} layers" if depth else "")
     figures = {
-        "latency": over_N(rows, "median_s", f"Time of one call, {title}", seconds, slopes=True),
-        "memory": over_N(rows, "peak_bytes", f"Peak memory beyond weights and inputs, {title}", megabytes),
+        "latency": over_N(rows, "median_s", f"Time of one call, {title}", SECONDS, slopes=True),
+        "memory": over_N(rows, "peak_bytes", f"Peak memory beyond weights and inputs, {title}", BYTES),
         "speed_up": speed_ups(rows, title),
         "accuracy": errors(rows, title),
         "limit": shares(rows, title),
     }
     if level == "model":
-        figures["throughput"] = over_N(rows, "images_per_s", f"Pictures per second, {title}", lambda x, _: f"{x:g}")
+        figures["throughput"] = over_N(rows, "images_per_s", f"Pictures per second, {title}", "{x:g}")
         figures["energy"] = energies(rows, title)
     return {f"{tag}_{name}": figure for name, figure in figures.items()}
 
@@ -108,7 +111,7 @@ def overview(rows: list[dict]):
         name, limit = f"{op}_infsa", "a read of Q, V" if op == "linear" else "fastest matrix product"
         times = dict(points(rows, name, "fwd", "median_s"))
         least = [(N, share * times[N]) for N, share in points(rows, name, "fwd", "share_of_limit")]
-        lines(ax, rows, (name, f"{op}_plain", "softmax"), "fwd", "median_s", seconds, slopes=True, limit=(limit, least))
+        lines(ax, rows, (name, f"{op}_plain", "softmax"), "fwd", "median_s", SECONDS, slopes=True, limit=(limit, least))
         ax.set_title(f"{peers.label(name)}, forward", fontsize=11)
         ax.tick_params(labelsize=8.5)
         ax.set_xlabel(f"tokens N, from a picture of so many pixels · {peers.of(name).HEADS} heads", fontsize=9)
@@ -159,9 +162,8 @@ def _why_it_ends(rows, name, which, last) -> str:
 
 def headline(rows: list[dict]) -> int:
     """The largest picture at which most mechanisms have a time."""
-    counts = {
-        N: sum(r["status"] == "ok" for r in best(rows, N=N, which="fwd").values()) for N in {r["N"] for r in rows}
-    }
+    timed = {(r["N"], r["name"]) for r in select(rows, which="fwd", status="ok")}
+    counts = {N: sum(at == N for at, _ in timed) for N in {r["N"] for r in rows}}
     return max(N for N, count in counts.items() if 2 * count >= max(counts.values()))
 
 
@@ -170,7 +172,7 @@ def speed_ups(rows, title):
     rows = [r for r in rows if r["name"] not in peers.LIMITS]
     bars, N = {}, headline(rows) if rows else 0
     for which in PASSES:
-        chosen = {n: r for n, r in best(rows, N=N, which=which).items() if r["status"] == "ok"}
+        chosen = best(rows, N=N, which=which, status="ok")
         times = {n: over for n, r in chosen.items() if n != "linear_infsa" and (over := over_linear(r, chosen))}
         if times and (which != "bwd" or rows[0]["level"] == "operator"):
             bars[which] = sorted(times.items(), key=lambda item: item[1])
@@ -188,7 +190,7 @@ def speed_ups(rows, title):
         ax.axvline(1, color=COLOURS["linear_infsa"], linewidth=1.6)
         low, high = min(0.5, *times), max(2.0, *times)
         ax.set(xscale="log", xlim=(low / (high / low) ** 0.15, high * (high / low) ** 0.1), title=PASSES[which])
-        log_axis(ax.xaxis, high / low, lambda x, _: f"{x:g}×")
+        log_axis(ax.xaxis, high / low, "{x:g}×")
         ax.margins(y=0.01)
         ax.invert_yaxis()
         ax.tick_params(axis="y", labelsize=9, length=0)
@@ -249,13 +251,6 @@ def energies(rows, title):
     return figure
 
 
-def floors(rows):
-    """Every time of ours in a CUDA graph: the least time of its bytes or products over it."""
-    rows = [r for r in rows if "share_of_limit" in r]
-    bars = {f"{r['label']} N={r['N']} x{r['batch']} {r['pass']}": r["share_of_limit"] for r in rows}
-    return share_bars(bars, "least time of bytes or products / measured time")
-
-
 def share_bars(bars: dict[str, float], title: str):
     """A bar for each share, 1 = reached."""
     if not bars:
@@ -302,27 +297,16 @@ def axis_of_lengths(ax: Axes, rows: list[dict], lengths: list[int]) -> None:
     """Logarithmic N, with the picture's side below it, and room for labels at the right."""
     decades = np.log10(max(lengths) / min(lengths)) or 1.0
     ax.set_xscale("log")
-    ax.set_xlim(
-        min(lengths) * 10 ** (-0.04 * decades), max(lengths) * 10 ** (decades * LABEL_SHARE / (1 - LABEL_SHARE))
-    )
-    ax.xaxis.set_major_locator(FixedLocator(lengths))
-    ax.xaxis.set_minor_locator(NullLocator())
-    names = {r["N"]: f"{r['N']:,}\n{r['pixels']}²" for r in rows}
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda N, _: names.get(round(N), "")))
+    beyond = 10 ** (decades * LABEL_SHARE / (1 - LABEL_SHARE))
+    ax.set_xlim(min(lengths) * 10 ** (-0.04 * decades), max(lengths) * beyond)
+    sides = {r["N"]: r["pixels"] for r in rows}
+    ax.set_xticks(lengths, [f"{N:,}\n{sides[N]}²" for N in lengths])
+    ax.minorticks_off()
     ax.grid(axis="x", visible=False)
 
 
 def log_axis(axis, span: float, formatter) -> None:
     """Few numbers on a logarithmic axis."""
     axis.set_major_locator(LogLocator(subs=(1,) if span > 1e3 else (1, 2, 5)))
-    axis.set_major_formatter(FuncFormatter(formatter))
+    axis.set_major_formatter(formatter)
     axis.set_minor_locator(NullLocator())
-
-
-def seconds(value: float, _=None) -> str:
-    name, factor = unit(value)
-    return f"{value * factor:g} {name.replace('us', 'µs')}"
-
-
-def megabytes(value: float, _=None) -> str:
-    return f"{value / 1e9:g} GB" if value >= 1e9 else f"{value / 1e6:g} MB"

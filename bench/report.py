@@ -6,6 +6,7 @@ from itertools import product
 from pathlib import Path
 
 from . import cases, goals, machine, peers, plots
+from .image import PATCH
 from .rows import PASSES, TITLES, best, columns, durations, latest, load, over_linear, select, slope, usual
 
 # Part of the processor that others may take before the report warns.
@@ -28,7 +29,7 @@ def screen(rows: list[dict], drawn: list[Path]) -> str:
             fwd, bwd = (best(usual(rows), level="operator", pixels=pixels, which=which) for which in ("fwd", "bwd"))
             own = fwd.get(name, {})
             over = [_over(fwd.get(other), own) for other in (plain, "softmax")]
-            what = f"{peers.label(name)}, operator, N = {(pixels // 16) ** 2:,}"
+            what = f"{peers.label(name)}, operator, N = {(pixels // PATCH) ** 2:,}"
             limit = _shown(own, "share_of_limit", "{:.0%}")
             operators.append([what, _time(own), _time(bwd.get(name, {})), limit, *over, _shown(own, "error", "{:.0e}")])
     found = [g for g in goals.compare(rows) if g["value"] is not None]
@@ -50,14 +51,11 @@ def _side_by_side(rows: list[dict], level: str, title: str, count: int) -> list[
     fwd, train = (best(rows, which=which, status="ok") for which in ("fwd", "train"))
     if not fwd:
         return []
-    timed, lines = sorted(fwd, key=lambda n: fwd[n]["median_s"]), [[title, "forward", "x", "training", "x"]]
-    for name in timed[:count]:
-        pairs = [
-            (_time(p.get(name, {})), f"{over:.2f}" if (over := over_linear(p.get(name, {}), p)) else "")
-            for p in (fwd, train)
-        ]
+    lines = [[title, "forward", "x", "training", "x"]]
+    for name in list(fwd)[:count]:
+        pairs = [(_time(p.get(name, {})), _ratio(over_linear(p.get(name, {}), p))) for p in (fwd, train)]
         lines.append([f"  {peers.label(name)}", *pairs[0], *pairs[1]])
-    rest = ", ".join(peers.label(n) for n in timed[count:])
+    rest = ", ".join(peers.label(n) for n in list(fwd)[count:])
     return ["", *columns(lines, 1), *([f"  slower: {rest}"] if rest else [])]
 
 
@@ -68,12 +66,10 @@ def _limits(rows: list[dict]) -> list[str]:
         mine = usual(select(rows, level=level, name=name, which="fwd", status="ok"))
         row = max((r for r in mine if "share_of_limit" in r), key=lambda r: r["N"], default=None)
         if row:
-            if row["limit"] == "read":
-                rate, bound = f"{row['bytes_per_s'] / 1e9:.1f} GB/s", "memory: a read of its inputs"
-            else:
-                rate, bound = f"{row['flops_per_s'] / 1e9:.0f} GFLOP/s", "arithmetic: torch's fastest matrix product"
+            memory = row["limit"] == "read"
+            bound = "memory: a read of its inputs" if memory else "arithmetic: torch's fastest matrix product"
             what = f"{peers.label(name)}, {level}, N = {row['N']:,}"
-            lines.append(f"  {what}: {rate}, {row['share_of_limit']:.0%} of {bound}")
+            lines.append(f"  {what}: {_rate(row, memory)}, {row['share_of_limit']:.0%} of {bound}")
     for row in select(rows, level="model", name="linear_infsa", which="fwd", status="ok")[-1:]:
         parts = row.get("parts_s") or {}
         each = ", ".join(f"{name} {seconds / sum(parts.values()):.0%}" for name, seconds in parts.items())
@@ -87,11 +83,9 @@ def _speeds(rows: list[dict]) -> list[str]:
               "gemm": "multiplies matrices at", "gemm_mm": "by torch.mm"}  # fmt: skip
     found = []
     for name, what in limits.items():
-        row = max(usual(select(rows, name=name, status="ok")), key=lambda r: (r["N"], -r["median_s"]), default=None)
-        if row and name.startswith("gemm"):
-            found += [f"{what} {row['flops_per_s'] / 1e9:.0f} GFLOP/s"] if "flops_per_s" in row else []
-        elif row:
-            found.append(f"{what} {peers.machine.bytes_per_s(row) / 1e9:.1f} GB/s")
+        timed = [r for r in usual(select(rows, name=name, status="ok")) if _rate(r)]
+        if row := max(timed, key=lambda r: (r["N"], -r["median_s"]), default=None):
+            found.append(f"{what} {_rate(row)}")
     return [f"  This machine: {', '.join(found)}"] if found else []
 
 
@@ -117,28 +111,19 @@ def tables(rows: list[dict]):
     for graph, *values in sorted(found, key=lambda c: (cases.LEVELS.index(c[1]), c[2] or 0, c[3], c[0], str(c))):
         case = dict(zip(kinds, values))
         chosen = best([r for r in rows if (r["way"] == "graph") == graph], **case)
-        pixels = case["pixels"]
-        depth = [f"{case['depth']} layers"] if case["depth"] else []
-        parts = [
-            case["level"],
-            *depth,
-            f"{pixels} x {pixels}",
-            f"N = {(pixels // 16) ** 2}",
-            case["pass"],
-            case["dtype"],
-        ]
-        parts += ["[B,H,N,d]"] * (case["layout"] == "bhnd") + [f"batch {case['batch']}"] * (case["batch"] > 1)
-        title = ", ".join([*parts, *["CUDA graph"] * graph])
-        fastest_first = sorted(chosen.values(), key=lambda r: r.get("median_s", float("inf")))
-        yield title, case["level"], [_cells(row, chosen) for row in fastest_first]
+        depth = f", {case['depth']} layers" if case["depth"] else ""
+        size = f"{case['pixels']} x {case['pixels']}, N = {(case['pixels'] // PATCH) ** 2}"
+        unusual = ["[B,H,N,d]"] * (case["layout"] == "bhnd") + [f"batch {case['batch']}"] * (case["batch"] > 1)
+        title = ", ".join([case["level"] + depth, size, case["pass"], case["dtype"], *unusual, *["CUDA graph"] * graph])
+        yield title, case["level"], [_cells(row, chosen) for row in chosen.values()]
 
 
 def _cells(row: dict, chosen: dict[str, dict]) -> dict[str, str]:
-    ok, over = row["status"] == "ok", over_linear(row, chosen)
+    ok = row["status"] == "ok"
     result = durations(row["median_s"], row.get("p20_s"), row.get("p80_s")) if ok else (row["status"], "")
     return {
         "mechanism": row["label"], "way": row["way"], "result": result[0], "[p20, p80]": result[1],
-        "x Linear": f"{over:.2f}" if over else "", "GB/s": _shown(row, "bytes_per_s", "{:.1f}", 1e9),
+        "x Linear": _ratio(over_linear(row, chosen)), "GB/s": _shown(row, "bytes_per_s", "{:.1f}", 1e9),
         "GFLOP/s": _shown(row, "flops_per_s", "{:.0f}", 1e9), "of limit": _shown(row, "share_of_limit", "{:.0%}"),
         "peak MB": _shown(row, "peak_bytes", "{:.1f}", 1e6), "parameters": _shown(row, "parameters", "{:,.0f}"),
         "error": _shown(row, "error", "{:.0e}"), "allowed": _shown(row, "bound", "{:.0e}"),
@@ -170,7 +155,16 @@ def _time(row: dict) -> str:
 
 
 def _over(row: dict | None, own: dict) -> str:
-    return f"{row['median_s'] / own['median_s']:.2f}" if row and "median_s" in row and "median_s" in own else ""
+    return _ratio(row["median_s"] / own["median_s"]) if row and "median_s" in row and "median_s" in own else ""
+
+
+def _ratio(value: float | None) -> str:
+    return f"{value:.2f}" if value else ""
+
+
+def _rate(row: dict, memory: bool = True) -> str:
+    moved = _shown(row, "bytes_per_s", "{:.1f} GB/s", 1e9)
+    return moved if memory and moved else _shown(row, "flops_per_s", "{:.0f} GFLOP/s", 1e9)
 
 
 def _shown(row: dict, field: str, form: str, scale: float = 1.0) -> str:
@@ -195,10 +189,8 @@ def page(rows: list[dict], drawn: list[Path]) -> str:
     every = list(tables(rows))
     sections = [{"title": "Operators beside their equations", "images": _embedded(drawn, "overview"), "tables": []}]
     for level in cases.LEVELS:
-        found = [(title, lines) for title, of, lines in every if of == level]
-        sections += (
-            [{"title": f"Level: {TITLES[level]}", "images": _embedded(drawn, level), "tables": found}] if found else []
-        )
+        if found := [(title, lines) for title, of, lines in every if of == level]:
+            sections.append({"title": f"Level: {TITLES[level]}", "images": _embedded(drawn, level), "tables": found})
     environments = {json.dumps({**r["environment"], "date": "", "other_load": 0}): r["environment"] for r in rows}
     template = Environment(loader=PackageLoader("bench", "."), autoescape=True).get_template("page.html.j2")
     return template.render(

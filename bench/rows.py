@@ -19,33 +19,32 @@ SLOPE_FROM_N = 1024
 
 def key(row: dict) -> tuple:
     """What makes two rows the same measurement."""
-    e = row.get("environment", {})
-    return (*(row.get(f) for f in IDENTITY), *(e.get(f) for f in ("device", "threads", "torch", "commit")))
+    return (*(row.get(f) for f in IDENTITY), *_machine(row), row.get("environment", {}).get("commit"))
+
+
+def _machine(row: dict) -> tuple:
+    return tuple(row.get("environment", {}).get(f) for f in ("device", "threads", "torch"))
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
 
 
 def load(path: Path) -> list[dict]:
     """The rows of a file, the last of each measurement."""
-    if not path.exists():
-        return []
-    rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-    return list({key(row): row for row in rows}.values())
+    return list({key(row): row for row in (read(path) if path.exists() else ())}.values())
 
 
 def latest(rows: list[dict]) -> list[dict]:
     """Rows that may stand in one table: of the machine that measured last, and of each level's last commit there."""
-
-    def machine(row):
-        return tuple(row["environment"].get(f) for f in ("device", "threads", "torch"))
-
-    rows = [r for r in rows if machine(r) == machine(rows[-1])]
+    rows = [r for r in rows if _machine(r) == _machine(rows[-1])]
     commits = {r["level"]: r["environment"].get("commit") for r in rows}
     return [r for r in rows if r["environment"].get("commit") == commits[r["level"]]]
 
 
 def select(rows: list[dict], **fields) -> list[dict]:
     """Those that have these values."""
-    fields["pass"] = fields.pop("which", None) or fields.get("pass")
-    wanted = {f: v for f, v in fields.items() if v is not None}
+    wanted = {"pass" if f == "which" else f: v for f, v in fields.items() if v is not None}
     return [r for r in rows if all(r.get(f) == v for f, v in wanted.items())]
 
 
@@ -58,12 +57,10 @@ def usual(rows: list[dict]) -> list[dict]:
 
 
 def best(rows: list[dict], **fields) -> dict[str, dict]:
-    """The fastest row of every mechanism among those that fit, or its first that tells why there is none."""
+    """The fastest row of every mechanism among those that fit, or its first that tells why there is none; fastest first."""
     chosen = {}
-    for row in select(rows, **fields):
-        known = chosen.get(row["name"])
-        if known is None or row.get("median_s", math.inf) < known.get("median_s", math.inf):
-            chosen[row["name"]] = row
+    for row in sorted(select(rows, **fields), key=lambda r: r.get("median_s", math.inf)):
+        chosen.setdefault(row["name"], row)
     return chosen
 
 
@@ -83,19 +80,15 @@ def slope(points: list[tuple[int, float]]) -> float | None:
 
 
 def durations(median: float, low: float | None = None, high: float | None = None) -> tuple[str, str]:
-    """The median with its unit, and the interval in the same unit."""
-    name, factor = unit(median)
+    """The median with the unit in which it is a number from 1 on, and the interval in the same unit."""
+    units = ("s", 1), ("ms", 1e3), ("us", 1e6)
+    name, factor = next((u for u in units if median * u[1] >= 0.9995), units[-1])
 
     def shown(seconds: float) -> str:
         value = seconds * factor
         return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}"
 
     return f"{shown(median)} {name}", "" if low is None or high is None else f"[{shown(low)}, {shown(high)}]"
-
-
-def unit(seconds: float) -> tuple[str, float]:
-    """The unit in which a time is a number from 1 on, and how many of it a second has."""
-    return next((u for u in (("s", 1), ("ms", 1e3)) if seconds * u[1] >= 0.9995), ("us", 1e6))
 
 
 def columns(lines: list[list[str]], left: int) -> list[str]:

@@ -59,15 +59,13 @@ def live(plan: list[dict], minutes: float) -> Iterator[Callable[[int, str | None
     """A line on stderr: what is measured, how much is done, and the time that is left."""
     from tqdm import tqdm
 
-    done = [0.0]
-    for turn in plan:
-        done.append(done[-1] + _weight(turn))
+    weights = [_weight(turn) for turn in plan]
     line = f"{{bar:20}} {{elapsed}} of at most {minutes:g} minutes gone, {{remaining}} left  {{desc}}"
-    with tqdm(total=done[-1], bar_format=line, file=sys.stderr, leave=False, dynamic_ncols=True) as bar:
+    with tqdm(total=sum(weights), bar_format=line, file=sys.stderr, leave=False, dynamic_ncols=True) as bar:
 
         def show(number: int, name: str | None) -> None:
             what = "calls in turn" if name is None else name
-            bar.n = done[number]
+            bar.n = sum(weights[:number])
             bar.set_description_str(f"{number + 1}/{len(plan)} {describe(plan[number])}{what and ': '}{what}")
 
         yield show

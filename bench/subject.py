@@ -160,17 +160,15 @@ def model(name: str, depth: int, pixels: int, dim: int = D) -> InfViT:
 
 def watch(net: InfViT, seconds: dict[str, float]) -> None:
     """Fills in the seconds of patch embedding, attention and MLP in a model's last call."""
-    began = 0.0
 
     def part(module: nn.Module, name: str):
-        def start(module, args):
-            nonlocal began
+        def start(*_):
             if name == "patches":
                 seconds.update(patches=0.0, attention=0.0, MLP=0.0)
-            began = time.perf_counter()
+            seconds[name] -= time.perf_counter()
 
-        def stop(module, args, out):
-            seconds[name] += time.perf_counter() - began
+        def stop(*_):
+            seconds[name] += time.perf_counter()
 
         module.register_forward_pre_hook(start)
         module.register_forward_hook(stop)

@@ -10,6 +10,7 @@ import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -54,7 +55,7 @@ def observe(action: Action, device: torch.device, warm_up: bool = True) -> tuple
     """One call, after one that does not count if ``warm_up``: its times and peak memory, and what it returned."""
     if warm_up:
         _call(action, device)
-    memory = CudaMemory(device) if device.type == "cuda" else HostMemory()
+    memory = Memory(device)
     laps, results = _call(action, device, memory=memory)
     return Observation([laps], memory.peaks, sum(t.nbytes for t in results)), results
 
@@ -191,48 +192,38 @@ def energy(action: Action, device: torch.device) -> float | None:
     return (read() - before) / 1e3 / calls
 
 
-class HostMemory:
-    """Peak resident memory in every lap, by Linux's high-water mark; ``peaks`` is None where it cannot be reset."""
+class Memory:
+    """Peak bytes in every lap beyond those before the call: of torch's allocator, or resident by Linux's high-water mark.
 
-    def __init__(self):
+    ``peaks`` is None where that mark cannot be reset.
+    """
+
+    def __init__(self, device: torch.device):
         self.peaks: list[int] | None = []
+        self._cuda = device if device.type == "cuda" else None
 
     def start(self) -> None:
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "malloc_trim"):  # what glibc keeps from earlier calls would hide what this one takes
-            libc.malloc_trim(0)
+        if self._cuda is None and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+            libc.malloc_trim(0)  # what glibc keeps from earlier calls would hide what this one takes
         try:
             self._reset()
-            self._base = _status("VmRSS")
+            self._base = torch.cuda.memory_allocated(self._cuda) if self._cuda else _status("VmRSS")
         except OSError:
             self.peaks = None
 
     def lap(self) -> None:
         if self.peaks is not None:
-            self.peaks.append(max(0, _status("VmHWM") - self._base))
+            peak = torch.cuda.max_memory_allocated(self._cuda) if self._cuda else _status("VmHWM")
+            self.peaks.append(max(0, peak - self._base))
             self._reset()
 
     def _reset(self) -> None:
-        with open("/proc/self/clear_refs", "w") as f:
-            f.write("5")
-
-
-class CudaMemory:
-    """Peak memory of torch's allocator in every lap."""
-
-    def __init__(self, device: torch.device):
-        self.peaks: list[int] = []
-        self._device = device
-
-    def start(self) -> None:
-        torch.cuda.reset_peak_memory_stats(self._device)
-        self._base = torch.cuda.memory_allocated(self._device)
-
-    def lap(self) -> None:
-        self.peaks.append(torch.cuda.max_memory_allocated(self._device) - self._base)
-        torch.cuda.reset_peak_memory_stats(self._device)
+        if self._cuda:
+            torch.cuda.reset_peak_memory_stats(self._cuda)
+        else:
+            Path("/proc/self/clear_refs").write_text("5")
 
 
 def _status(key: str) -> int:
-    with open("/proc/self/status") as f:
-        return next(int(line.split()[1]) << 10 for line in f if line.startswith(key))
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(key))

@@ -1,13 +1,11 @@
-"""`python -m bench.tune --out FILE`: measures tiles and writes the best of each kernel as the lines that configs.py holds.
+"""Measures tiles and writes the best of each kernel as the lines that configs.py holds: `python -m bench.gpu_check --parts tune`.
 
 A candidate is a turn of the engine: checked by its gate, timed in a CUDA graph. The JSON has every time, so that a choice can say
-by how much it won. `--dry-run` tries one candidate of each on the CPU, in Triton's interpreter.
+by how much it won. A dry run tries one candidate of each on the CPU, in Triton's interpreter.
 """
 
-import argparse
 import contextlib
 import json
-import sys
 from itertools import product
 from pathlib import Path
 from unittest import mock
@@ -103,20 +101,9 @@ def best(found: dict) -> list[str]:
     return lines
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.tune", description=__doc__)
-    parser.add_argument("--out", type=Path, default=machine.ROOT / "bench" / "out" / "tune.json")
-    parser.add_argument("--quick", action="store_true", help="a few candidates at the paper's heads")
-    parser.add_argument("--dry-run", action="store_true", help="on the CPU, one candidate, tiny sizes")
-    args = parser.parse_args(arguments)
-    device = "cpu" if args.dry_run else "cuda"
-    found = run(device, args.dry_run, args.quick or args.dry_run)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
+def write(out: Path, device: str, dry: bool, quick: bool) -> None:
+    """Measures, writes the JSON and prints the best."""
+    found = run(device, dry, quick)
     results = {"environment": machine.environment(torch.device(device)), "seconds": found, "best": best(found)}
-    args.out.write_text(json.dumps(results, indent=1) + "\n")
+    out.write_text(json.dumps(results, indent=1) + "\n")
     print("\n".join(best(found)))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,29 +1,27 @@
 """A process that measures turns: what hangs, or takes all memory, costs its own row and nothing else.
 
-`python -m bench.worker DEVICE BUDGET` reads a turn per line of JSON. It says what it is building, and ends with the rows.
+`python -m bench.worker DEVICE BUDGET FILE_DESCRIPTOR` receives turns. It says what it is building, and ends with the rows.
 """
 
 import contextlib
-import json
 import math
 import os
-import queue
 import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import warnings
+from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 
+import psutil
 import torch
 
 from . import engine, machine
 from .engine import OVER, blank, passes
 from .machine import ROOT
 
-MARK = "@bench "
 START_SECONDS = 120
 MEMORY_SHARE = 0.85
 
@@ -39,7 +37,7 @@ class Worker:
     def __enter__(self):
         try:
             self._start()
-        except (queue.Empty, EOFError):
+        except (TimeoutError, EOFError):
             self._end()
             self._errors.seek(0)
             said = self._errors.read().decode(errors="replace").strip()[-1000:]
@@ -61,9 +59,7 @@ class Worker:
             try:
                 if self._process is None:
                     self._start()
-                asked = {**turn, "names": names, "anchors": anchors, "seconds": min(end - time.monotonic(), 1e9)}
-                self._process.stdin.write(json.dumps(asked) + "\n")
-                self._process.stdin.flush()
+                self._link.send({**turn, "names": names, "anchors": anchors, "seconds": end - time.monotonic()})
                 said = {}
                 while "rows" not in said:
                     seconds = limit if at else limit * len(names)
@@ -71,9 +67,9 @@ class Worker:
                     at = said.get("at")
                     tell(at)
                 return rows + said["rows"]
-            except queue.Empty:
+            except TimeoutError:
                 fault = {"status": "time limit", "reason": f"no result in {limit:.0f} s"}
-            except (EOFError, BrokenPipeError):
+            except (EOFError, ConnectionError):
                 code = self._process.wait()
                 fault = {"status": "unsupported", "reason": f"its process ended with code {code}"}
                 if code == -signal.SIGKILL:
@@ -94,62 +90,47 @@ class Worker:
 
     def _start(self):
         environment = {**os.environ, "PYTHONPATH": str(self._root), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-        self._process = subprocess.Popen(
-            self._command, cwd=self._root, env=environment, text=True, start_new_session=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
-        )  # fmt: skip
-        self._lines = queue.Queue()
-        threading.Thread(target=self._read, args=(self._process.stdout, self._lines), daemon=True).start()
+        self._link, theirs = Pipe()
+        with theirs:
+            self._process = subprocess.Popen(
+                [*self._command, str(theirs.fileno())], cwd=self._root, env=environment, start_new_session=True,
+                pass_fds=[theirs.fileno()], stdout=subprocess.DEVNULL, stderr=self._errors,
+            )  # fmt: skip
         self.environment = self._answer(START_SECONDS)
 
-    @staticmethod
-    def _read(stream, lines):
-        for line in stream:
-            if line.startswith(MARK):
-                lines.put(json.loads(line.removeprefix(MARK)))
-        lines.put(None)
-
     def _answer(self, limit: float) -> dict:
-        found = self._lines.get(timeout=None if limit == math.inf else max(0.0, limit))
-        if found is None:
-            raise EOFError
-        return found
+        if not self._link.poll(max(0.0, limit)):
+            raise TimeoutError
+        return self._link.recv()
 
     def _end(self):
         if self._process is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)  # with what it compiles
             self._process.wait()
-            self._process.stdin.close()
+            self._link.close()
             self._process = None
 
 
 def main() -> None:
-    def say(what: dict) -> None:
-        print(MARK + json.dumps(what), flush=True)
-
     warnings.filterwarnings("ignore")
-    device, budget = torch.device(sys.argv[1]), float(sys.argv[2])
+    device, budget, link = torch.device(sys.argv[1]), float(sys.argv[2]), Connection(int(sys.argv[3]))
     if device.type == "cpu":
         limit_memory()
-    say(machine.environment(device))
+    link.send(machine.environment(device))
     load_of_others = machine.OtherLoad()
-    for line in sys.stdin:
-        rows = engine.measure(json.loads(line), device, budget, lambda name: say({"at": name}))
-        say({"rows": [row | {"other_load": load_of_others.share()} for row in rows]})
+    with contextlib.suppress(EOFError):
+        while True:
+            rows = engine.measure(link.recv(), device, budget, lambda name: link.send({"at": name}))
+            link.send({"rows": [row | {"other_load": load_of_others.share()} for row in rows]})
 
 
 def limit_memory() -> None:
     """An allocation beyond what is available raises, before the system begins to kill."""
-    try:
-        import resource
-
-        with open("/proc/self/statm") as f:
-            mapped = int(f.read().split()[0]) * resource.getpagesize()
-    except (ImportError, OSError):
-        return
-    most = mapped + int(MEMORY_SHARE * machine.available_memory(torch.device("cpu")))
-    resource.setrlimit(resource.RLIMIT_AS, (most, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    process = psutil.Process()
+    if hasattr(process, "rlimit"):
+        most = process.memory_info().vms + int(MEMORY_SHARE * psutil.virtual_memory().available)
+        process.rlimit(psutil.RLIMIT_AS, (most, process.rlimit(psutil.RLIMIT_AS)[1]))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ SIDE = 7
 
 
 class Agent(Mechanism):
-    LABEL, SOURCE = "Agent Attention", "2312.08874"
+    NAME, LABEL, SOURCE = "agent", "Agent Attention", "2312.08874"
     TIME, STATE = "N n D", "2 * 49 * d"
     HAS_LOCAL = True
     NOTE = "learned biases on rows and columns: parameters grow with the picture's side"

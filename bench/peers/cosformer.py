@@ -12,7 +12,7 @@ from .mechanism import Mechanism, wide
 
 
 class CosFormer(Mechanism):
-    LABEL, SOURCE = "cosFormer", "2202.08791"
+    NAME, LABEL, SOURCE = "cosformer", "cosFormer", "2202.08791"
     TIME, STATE = "N D d", "2 * d * (d + 1)"
 
     def core(self, q, k, v):

@@ -20,7 +20,7 @@ CHUNK = 64
 
 
 class GatedDeltaNet(Mechanism):
-    LABEL, SOURCE = "Gated DeltaNet (causal)", "2412.06464"
+    NAME, LABEL, SOURCE = "gated_deltanet", "Gated DeltaNet (causal)", "2412.06464"
     TIME, STATE, CAUSAL = "N D (d + C)", "d * d", True
     NOTE = "plain torch in chunks of 64; beta and g as learned per head, the short convolution left out"
 
@@ -51,7 +51,7 @@ class GatedDeltaNet(Mechanism):
 
 class GatedDeltaNetFla(GatedDeltaNet):
     COMPILES = False
-    LABEL = "Gated DeltaNet (causal, fla)"
+    NAME, LABEL = "gated_deltanet_fla", "Gated DeltaNet (causal, fla)"
     NOTE = "flash-linear-attention's kernels"
     NEEDS = "fla", "flash-linear-attention"
 
@@ -62,6 +62,3 @@ class GatedDeltaNetFla(GatedDeltaNet):
         beta = self.beta.sigmoid().to(q.dtype).expand(tokens[0].shape[:3]).contiguous()
         g = F.logsigmoid(self.g.float()).expand(tokens[0].shape[:3]).contiguous()
         return chunk_gated_delta_rule(*tokens, g=g, beta=beta, scale=scale(q))[0].transpose(1, 2)
-
-    def truth(self, q, k, v, rows):
-        return GatedDeltaNet.core(self, q, k, v)[:, :, rows]

@@ -24,7 +24,7 @@ class Elementwise(Mechanism):
 
 
 class Sigmoid(Elementwise):
-    LABEL, SOURCE = "Sigmoid attention", "2409.04431"
+    NAME, LABEL, SOURCE = "sigmoid", "Sigmoid attention", "2409.04431"
 
     def weights(self, scores):
         return torch.sigmoid(scores - math.log(scores.shape[-1]))
@@ -32,7 +32,7 @@ class Sigmoid(Elementwise):
 
 class TritonSigmoid(Sigmoid):
     COMPILES = False
-    LABEL, SOURCE, LEVELS = "Sigmoid attention (TritonSigmoid)", "2604.27124", ("operator",)
+    NAME, LABEL, SOURCE, LEVELS = "triton_sigmoid", "Sigmoid attention (TritonSigmoid)", "2604.27124", ("operator",)
     NEEDS = "triton_sigmoid", "TritonSigmoid"
 
     def core(self, q, k, v):
@@ -40,12 +40,9 @@ class TritonSigmoid(Sigmoid):
 
         return sigmoid_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
 
-    def truth(self, q, k, v, rows):
-        return Sigmoid.core(self, q[:, :, rows], k, v)
-
 
 class ReLU(Elementwise):
-    LABEL, SOURCE = "ReLU attention", "2309.08586"
+    NAME, LABEL, SOURCE = "relu", "ReLU attention", "2309.08586"
     NOTE = "the nearest quadratic peer of Pure InfSA"
 
     def weights(self, scores):

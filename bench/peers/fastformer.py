@@ -13,7 +13,7 @@ from .mechanism import Mechanism, flat, scale, wide
 
 
 class Fastformer(Mechanism):
-    LABEL, SOURCE = "Fastformer", "2108.09084"
+    NAME, LABEL, SOURCE = "fastformer", "Fastformer", "2108.09084"
     TIME, STATE = "N D", "2 * d"
     PROJECTIONS = "qk"
 

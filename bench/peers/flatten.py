@@ -13,7 +13,7 @@ from .mechanism import Mechanism, flat, wide
 
 
 class FLatten(Mechanism):
-    LABEL, SOURCE = "FLatten", "2308.00442"
+    NAME, LABEL, SOURCE = "flatten", "FLatten", "2308.00442"
     TIME, STATE = "N D d", "d * (d + 1)"
     HAS_LOCAL = True
     NOTE = "learned positions on the keys: parameters grow with N"

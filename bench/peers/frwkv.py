@@ -15,7 +15,7 @@ from .mechanism import Mechanism, wide
 
 
 class FRWKV(Mechanism):
-    LABEL, SOURCE = "FRWKV (forecasting block, causal)", "2512.07539"
+    NAME, LABEL, SOURCE = "frwkv", "FRWKV (forecasting block, causal)", "2512.07539"
     TIME, STATE, CAUSAL, LEVELS = "N D d", "d * d", True, ("operator",)
     COMPILES = False
     NOTE = "its recurrence alone, token by token in plain torch; w and a as learned per channel"

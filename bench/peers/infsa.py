@@ -25,30 +25,30 @@ FLOPS, BLOCK_SCORES, HEAD_TOKENS = 1e10, 1 << 21, 1 << 18
 
 
 class InfSA(Mechanism):
-    SOURCE, PROJECTIONS, COMPILES = "2603.00175", "qv", False
+    SOURCE, PROJECTIONS, COMPILES, BY_ROWS = "2603.00175", "qv", False, True
     OP: str  # its operator
     KEYS = ""  # "_qkv" with keys of their own: the machine's limits of that name move them too
 
     def keys(self, q, k):
         return k if self.KEYS else q
 
-    def layer_parts(self) -> tuple[float, float]:
+    def layer_flops(self) -> tuple[float, float]:
         """Operations that the layer's forward and backward pass need at least, for one picture."""
         raise NotImplementedError
 
-    def layer_flops(self, which: str) -> float:
-        fwd, bwd = self.layer_parts()
-        return {"fwd": fwd, "bwd": bwd, "train": fwd + bwd}[which]
-
     def limits(self, case, which):
-        if case["level"] == "operator":
-            return self.operator_limits(case, which)
+        if case["level"] == "operator" and self.OP == "linear":
+            return {
+                move + self.KEYS: 1.0 for move in {"fwd": ("read",), "bwd": ("copy",), "train": ("read", "copy")}[which]
+            }
         # Of layers with keys of their own the forward pass alone is counted.
-        return {} if self.KEYS and which != "fwd" else products(self.layer_flops(which), case)
+        if case["level"] == "layer" and self.KEYS and which != "fwd":
+            return {}
+        return {"gemm": self.work(case, which)["flops"] / (2 * GEMM_SIZE[case["device"]] ** 3)}
 
     def work(self, case, which):
         if case["level"] == "layer":
-            return {"flops": case["batch"] * self.layer_flops(which)}
+            return {"flops": case["batch"] * of_pass(which, *self.layer_flops())}
         row = case["batch"] * self.dim * DTYPES[case["dtype"]].itemsize  # bytes of a token
         moved = traffic(self.OP, which, not self.KEYS, self.tokens * row, row)
         count = flops(self.OP, which, case["batch"], self.num_heads, self.tokens, self.head_dim)
@@ -59,8 +59,16 @@ class Untied:
     PROJECTIONS, KEYS = "qkv", "_qkv"
 
 
+class Plain:
+    PLAIN = COMPILES = True
+    LEVELS, NOTE = ("operator",), "the equations in torch operations"
+
+    def core(self, q, k, v):
+        return self.truth(q, k, v, slice(None))
+
+
 class LinearInfSA(InfSA):
-    LABEL, OP, POOLED, FUSED = "Linear-InfSA", "linear", True, True
+    NAME, LABEL, OP, POOLED, FUSED = "linear_infsa", "Linear-InfSA", "linear", True, True
     TIME, STATE, HEADS = "N D", "2 * (d + 1)", 64
     NOTE = "the pooled layer: exact, one product of N tokens and a D x D matrix"
 
@@ -80,14 +88,7 @@ class LinearInfSA(InfSA):
         chosen = drawn(self.num_heads, max(8, HEAD_TOKENS // self.tokens), self.tokens)
         return [chosen[i : i + 8] for i in range(0, len(chosen), 8)]
 
-    def rows_to_check(self, gradients, rows, gradients_up_to):
-        return self.tokens, gradients
-
-    def operator_limits(self, case, which):
-        parts = {"fwd": ("read",), "bwd": ("copy",), "train": ("read", "copy")}[which]
-        return {part + self.KEYS: 1.0 for part in parts}
-
-    def layer_parts(self):
+    def layer_flops(self):
         # The query projection, and two products of N x D and D x H; backward again, and their gradients.
         size = self.tokens * self.dim
         return size * (2 * self.dim + 4 * self.num_heads), size * (6 * self.dim + 10 * self.num_heads)
@@ -107,11 +108,11 @@ class LinearInfSA(InfSA):
 
 
 class LinearInfSAUntied(Untied, LinearInfSA):
-    LABEL = "Linear-InfSA, untied"
+    NAME, LABEL = "linear_infsa_untied", "Linear-InfSA, untied"
 
 
 class LinearInfSAPerToken(LinearInfSA):
-    LABEL, LEVELS, FUSED = "Linear-InfSA, per token", ("layer",), False
+    NAME, LABEL, LEVELS, FUSED = "linear_infsa_per_token", "Linear-InfSA, per token", ("layer",), False
     NOTE = "the authors' order: q, v and the output projected for every token; only the operator is fused"
 
     def limits(self, case, which):
@@ -125,20 +126,16 @@ class LinearInfSAPerToken(LinearInfSA):
         return Mechanism.sublayer(self, x, norm)
 
 
-class LinearPlain(LinearInfSA):
-    PLAIN = COMPILES = True
-    LABEL, LEVELS, NOTE = "Linear-InfSA, plain torch", ("operator",), "the equations in torch operations"
-
-    def core(self, q, k, v):
-        return reference.linear(q, self.keys(q, k), v, RHO, EPS).unsqueeze(2)
+class LinearPlain(Plain, LinearInfSA):
+    NAME, LABEL = "linear_plain", "Linear-InfSA, plain torch"
 
 
 class LinearPlainUntied(Untied, LinearPlain):
-    LABEL = "Linear-InfSA, plain torch, untied"
+    NAME, LABEL = "linear_plain_untied", "Linear-InfSA, plain torch, untied"
 
 
 class PureInfSA(InfSA):
-    LABEL, OP = "Pure InfSA", "pure"
+    NAME, LABEL, OP = "pure_infsa", "Pure InfSA", "pure"
     TIME, STATE, QUADRATIC = "N^2 D", "2 * N * d + 1", True
 
     def core(self, q, k, v):
@@ -164,37 +161,23 @@ class PureInfSA(InfSA):
         per_head = (4 if gradients else 2) * self.tokens**2 * self.head_dim
         return [drawn(self.num_heads, max(1, int(FLOPS / per_head)), self.tokens)]
 
-    def rows_to_check(self, gradients, rows, gradients_up_to):
-        return min(rows, self.tokens), gradients
-
-    def operator_limits(self, case, which):
-        count = flops("pure", which, case["batch"], self.num_heads, self.tokens, self.head_dim)
-        return products(count / case["batch"], case)
-
-    def layer_parts(self):
+    def layer_flops(self):
         # 6 N D^2 for the three projections and 4 N^2 D forward; backward twice and two and a half times that.
         projections, products = 6 * self.tokens * self.dim**2, 4 * self.tokens**2 * self.dim
         return projections + products, 2 * projections + 2.5 * products
 
 
 class PureInfSAUntied(Untied, PureInfSA):
-    LABEL = "Pure InfSA, untied"
+    NAME, LABEL = "pure_infsa_untied", "Pure InfSA, untied"
 
 
-class PurePlain(PureInfSA):
-    PLAIN = COMPILES = True
-    LABEL, LEVELS, NOTE = (
-        "Pure InfSA, plain torch",
-        ("operator",),
-        "the equations in torch operations: holds N x N scores",
-    )
-
-    def core(self, q, k, v):
-        return reference.pure(q, self.keys(q, k), v, RHO, EPS)
+class PurePlain(Plain, PureInfSA):
+    NAME, LABEL = "pure_plain", "Pure InfSA, plain torch"
+    NOTE = f"{Plain.NOTE}: holds N x N scores"
 
 
 class PurePlainUntied(Untied, PurePlain):
-    LABEL = "Pure InfSA, plain torch, untied"
+    NAME, LABEL = "pure_plain_untied", "Pure InfSA, plain torch, untied"
 
 
 def flops(op: str, which: str, B: int, H: int, N: int, d: int) -> int:
@@ -204,7 +187,7 @@ def flops(op: str, which: str, B: int, H: int, N: int, d: int) -> int:
         out = getattr(torch.ops.infsa, op)(q, q, v)
         fwd = counter.get_total_flops()
         torch.autograd.grad(out, [q, v], torch.empty_like(out))
-    return {"fwd": fwd, "bwd": counter.get_total_flops() - fwd, "train": counter.get_total_flops()}[which]
+    return of_pass(which, fwd, counter.get_total_flops() - fwd)
 
 
 def traffic(op: str, which: str, tied: bool, tokens: int, heads: int) -> int:
@@ -218,7 +201,7 @@ def traffic(op: str, which: str, tied: bool, tokens: int, heads: int) -> int:
     fwd = inputs + out
     # Pure's backward reads out as well as dout: its norm's gradient needs <dout, out>.
     bwd = 2 * inputs + out * (2 if op == "pure" else 1)
-    return {"fwd": fwd, "bwd": bwd, "train": fwd + bwd}[which]
+    return of_pass(which, fwd, bwd)
 
 
 def drawn(heads: int, count: int, seed: int) -> list[int]:
@@ -226,9 +209,8 @@ def drawn(heads: int, count: int, seed: int) -> list[int]:
     return torch.randperm(heads, generator=torch.Generator().manual_seed(seed))[:count].sort().values.tolist()
 
 
-def products(count: float, case: dict) -> dict[str, float]:
-    """Operations of one picture as a number of the machine's matrix products."""
-    return {"gemm": case["batch"] * count / (2 * GEMM_SIZE[case["device"]] ** 3)}
+def of_pass(which: str, fwd: float, bwd: float) -> float:
+    return {"fwd": fwd, "bwd": bwd, "train": fwd + bwd}[which]
 
 
 def pure_rows(inputs, dout, rows, dtype, gradients) -> tuple[Tensor, dict[str, Tensor]]:

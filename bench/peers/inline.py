@@ -12,7 +12,7 @@ from .mechanism import Mechanism, flat, scale, wide
 
 
 class InLine(Mechanism):
-    LABEL, SOURCE = "InLine", "2412.06590"
+    NAME, LABEL, SOURCE = "inline", "InLine", "2412.06590"
     TIME, STATE = "N D d", "d * (d + 2)"
     HAS_LOCAL = True
 

@@ -14,7 +14,7 @@ CHUNK = 128
 
 
 class SimpleLinear(Mechanism):
-    LABEL, SOURCE = "Linear attention (causal)", "2006.16236"
+    NAME, LABEL, SOURCE = "simple_linear", "Linear attention (causal)", "2006.16236"
     TIME, STATE, CAUSAL = "N D (d + C)", "d * d", True
     NOTE = "plain torch in chunks of 128; no feature map, no normaliser"
 
@@ -28,7 +28,7 @@ class SimpleLinear(Mechanism):
 
 class SimpleLinearFla(SimpleLinear):
     COMPILES = False
-    LABEL, NOTE = "Linear attention (causal, fla)", "flash-linear-attention's kernels"
+    NAME, LABEL, NOTE = "simple_linear_fla", "Linear attention (causal, fla)", "flash-linear-attention's kernels"
     NEEDS = "fla", "flash-linear-attention"
 
     def core(self, q, k, v):
@@ -37,30 +37,22 @@ class SimpleLinearFla(SimpleLinear):
         tokens = [t.transpose(1, 2).contiguous() for t in (q, k, v)]
         return chunk_linear_attn(*tokens, scale=scale(q), normalize=False)[0].transpose(1, 2)
 
-    def truth(self, q, k, v, rows):
-        return SimpleLinear.core(self, q, k, v)[:, :, rows]
-
 
 class Bidirectional(Mechanism):
-    LABEL, SOURCE = "Linear attention", "2006.16236"
+    NAME, LABEL, SOURCE = "linear_attention", "Linear attention", "2006.16236"
     TIME, STATE = "N D d", "d * (d + 1)"
 
     def core(self, q, k, v):
-        return self.mix(F.elu(q) + 1, F.elu(k) + 1, v)
-
-    def mix(self, q, k, v):
-        return normalised_linear_attention(q, k, v)
+        return normalised_linear_attention(F.elu(q) + 1, F.elu(k) + 1, v)
 
 
 class BidirectionalFlash(Bidirectional):
     COMPILES = False
-    LABEL, NOTE = "Linear attention (flash_bla)", "the kernels of flash-bidirectional-linear-attention"
+    NAME, LABEL = "linear_attention_flash", "Linear attention (flash_bla)"
+    NOTE = "the kernels of flash-bidirectional-linear-attention"
     NEEDS = "flash_bla", "flash-bidirectional-linear-attention"
 
-    def mix(self, q, k, v):
+    def core(self, q, k, v):
         from flash_bla.ops.linear_attn.fused import linear_attention
 
-        return linear_attention(q, k, v, eps=1e-6)
-
-    def truth(self, q, k, v, rows):
-        return normalised_linear_attention(F.elu(q) + 1, F.elu(k) + 1, v)[:, :, rows]
+        return linear_attention(F.elu(q) + 1, F.elu(k) + 1, v, eps=1e-6)

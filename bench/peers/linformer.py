@@ -13,7 +13,7 @@ LENGTH = 256
 
 
 class Linformer(Mechanism):
-    LABEL, SOURCE = "Linformer", "2006.04768"
+    NAME, LABEL, SOURCE = "linformer", "Linformer", "2006.04768"
     TIME, STATE = "N k D", "2 * 256 * d"
     NOTE = "parameters grow with N: a model is bound to its resolution"
     PROJECTION_BIAS = False

@@ -12,7 +12,7 @@ PROJECTIONS, LEARNED, HIDDEN = 16, 8, 64
 
 
 class LUNA(Mechanism):
-    LABEL, SOURCE = "LUNA", "2512.08061"
+    NAME, LABEL, SOURCE = "luna", "LUNA", "2512.08061"
     TIME, STATE = "N m L (D + 64 H)", "16 * 8 * (d + 1)"
     NOTE = "m and L are this benchmark's choice"
 

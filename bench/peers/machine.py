@@ -4,8 +4,6 @@ They take q, k and v and give nothing back that could be compared; "qkv" and the
 """
 
 import functools
-import statistics
-import time
 
 import torch
 
@@ -38,9 +36,7 @@ def moving(what: str, tensors: str) -> type[Limit]:
     """Reads, copies into place, or copies into fresh memory, of the tensors named."""
 
     class Moving(Limit):
-        LABEL = {"read": "a read of ", "copy": "a copy of ", "clone": "a fresh copy of "}[what] + ", ".join(
-            tensors.upper()
-        )
+        LABEL = f"a {'fresh copy' if what == 'clone' else what} of {', '.join(tensors.upper())}"
         targets = None
 
         def core(self, q, k, v):
@@ -54,6 +50,10 @@ def moving(what: str, tensors: str) -> type[Limit]:
                 return [t.clone() for t in dense]
             self.targets = self.targets or [torch.empty_like(t) for t in dense]
             return [target.copy_(t) for target, t in zip(self.targets, dense)]
+
+        def work(self, case, which):
+            size = case["batch"] * self.tokens * self.dim * DTYPES[case["dtype"]].itemsize
+            return {"bytes": (1 if what == "read" else 2) * len(tensors) * size}
 
     return Moving
 
@@ -118,30 +118,20 @@ def tensor(*shape, device):
 @functools.cache
 def fastest_read(device) -> str:
     x = torch.randn(1 << 24, device=device)
-    return min(READS, key=lambda way: _seconds(lambda: READS[way](x), device))
+    return min(READS, key=lambda way: _seconds(READS[way], x))
 
 
 @functools.cache
 def fastest_product(device, dtype) -> str:
-    return min(PRODUCTS, key=lambda way: _seconds(lambda: PRODUCTS[way](*matrices(device, dtype)), device))
+    return min(PRODUCTS, key=lambda way: _seconds(PRODUCTS[way], *matrices(device, dtype)))
 
 
-def _seconds(run, device) -> float:
-    def timed():
-        began = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - began
+def _seconds(run, *arguments) -> float:
+    from torch.utils.benchmark import Timer  # late: it takes setuptools with it
 
-    timed()
-    return statistics.median(timed() for _ in range(3))
-
-
-def bytes_per_s(row: dict) -> float:
-    """What a row of a read or of a copy of Q and V moved a second."""
-    size = 2 * row["batch"] * row["N"] * row["dim"] * DTYPES[row["dtype"]].itemsize
-    return (1 if row["name"] == "read" else 2) * size / row["median_s"]
+    call = {"run": run, "arguments": arguments}
+    timer = Timer("run(*arguments)", globals=call, num_threads=torch.get_num_threads())
+    return timer.blocked_autorange(min_run_time=0.1).median
 
 
 # The machine's limits by name; of memory, of arithmetic, and of launching.

@@ -4,7 +4,7 @@ from .mechanism import Mechanism, wide
 
 
 class Mean(Mechanism):
-    LABEL, SOURCE = "Mean pooling", "-"
+    NAME, LABEL, SOURCE = "mean", "Mean pooling", "-"
     TIME, STATE = "N D", "d"
     PROJECTIONS, POOLED = "v", True
 

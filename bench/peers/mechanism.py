@@ -8,6 +8,9 @@ from torch import Tensor, nn
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
+# Every mechanism by its name, in the order of their definition.
+KNOWN: dict[str, type["Mechanism"]] = {}
+
 
 class Mechanism(nn.Module):
     """``core(q, k, v)`` on (B, H, N, d), and ``forward(x)`` on (B, N, D): projections, core, local parts, projection.
@@ -20,6 +23,7 @@ class Mechanism(nn.Module):
         local: whether the layer has the mechanism's convolutions, where it has any.
     """
 
+    NAME: str  # of its rows; a class without one of its own is no mechanism
     LABEL: str
     SOURCE: str  # arXiv number
     TIME: str  # growth of the core's time, in N tokens, D channels, d per head
@@ -34,8 +38,13 @@ class Mechanism(nn.Module):
     HAS_LOCAL = False
     POOLED = False  # the core gives one token for all: (B, H, 1, d)
     FUSED = False  # the layer is more than its projections around its core
+    BY_ROWS = False  # float64 gradients of a few rows or heads are cheap at any length
     PLAIN = False  # the plain code that our kernels' errors are measured by
     COMPILES = True  # False for kernels, which are the same compiled, and for loops over tokens
+
+    def __init_subclass__(cls):
+        if "NAME" in vars(cls):
+            KNOWN[cls.NAME] = cls
 
     def __init__(self, dim: int, num_heads: int, grid: tuple[int, int], local: bool = False):
         super().__init__()
@@ -73,10 +82,14 @@ class Mechanism(nn.Module):
         raise NotImplementedError
 
     def truth(self, q: Tensor, k: Tensor, v: Tensor, rows: Tensor) -> Tensor:
-        """Rows of the core's output, by plain torch operations in the dtype of q: what the core is checked against."""
+        """Rows of the core's output, by plain torch operations in the dtype of q: what the core is checked against.
+
+        For kernels of a package, these are those of the class that they are a subclass of.
+        """
+        plain = next(cls for cls in type(self).mro() if not vars(cls).get("NEEDS"))
         if self.QUADRATIC:
-            return self.core(q[:, :, rows], k, v)
-        out = self.core(q, k, v)
+            return plain.core(self, q[:, :, rows], k, v)
+        out = plain.core(self, q, k, v)
         return out if self.POOLED else out[:, :, rows]
 
     def results(
@@ -104,11 +117,6 @@ class Mechanism(nn.Module):
         """Heads that ``results`` looks at, and at how many at once: all, unless heads do not mix and float64 is dear."""
         return [list(range(self.num_heads))]
 
-    def rows_to_check(self, gradients: bool, rows: int, gradients_up_to: int) -> tuple[int, bool]:
-        """How many tokens are compared with float64, and whether gradients are."""
-        gradients = gradients and self.tokens <= gradients_up_to
-        return (self.tokens if gradients else min(rows, self.tokens)), gradients
-
     def local_part(self, x: Tensor, v: Tensor) -> Tensor:
         """(B, N, D) from the layer's tokens (B, N, D) and values (B, H, N, d)."""
         raise NotImplementedError
@@ -135,7 +143,7 @@ class Mechanism(nn.Module):
 
     def sublayer_truth(self, x: Tensor, norm: nn.LayerNorm, rows: Tensor) -> Tensor:
         """Rows of ``sublayer`` with the core by :meth:`truth`."""
-        if not self.QUADRATIC and type(self).truth is Mechanism.truth:
+        if not (self.QUADRATIC or self.NEEDS) and type(self).truth is Mechanism.truth:
             return self.sublayer(x, norm)[:, rows]
         y = norm(x)
         q, k, v = self.project(y)

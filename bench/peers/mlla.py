@@ -14,7 +14,7 @@ from .mechanism import Mechanism, flat
 
 
 class MLLA(Mechanism):
-    LABEL, SOURCE = "MLLA", "2405.16605"
+    NAME, LABEL, SOURCE = "mlla", "MLLA", "2405.16605"
     TIME, STATE = "N D d", "d * (d + 1)"
     HAS_LOCAL = True
     NOTE = "a block, not a layer, with its local parts: gate, convolutions; v is the projected input itself"

@@ -15,7 +15,7 @@ LANDMARKS, STEPS, KERNEL = 64, 6, 33
 
 
 class Nystromformer(Mechanism):
-    LABEL, SOURCE = "Nyströmformer", "2102.03902"
+    NAME, LABEL, SOURCE = "nystromformer", "Nyströmformer", "2102.03902"
     TIME, STATE = "N m D", "min(64, N) * (min(64, N) + 2 * d)"
     HAS_LOCAL = True
     NOTE = "where m does not divide N, segments overlap"

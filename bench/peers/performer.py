@@ -15,7 +15,7 @@ EPS = 1e-4
 
 
 class Performer(Mechanism):
-    LABEL, SOURCE = "Performer", "2009.14794"
+    NAME, LABEL, SOURCE = "performer", "Performer", "2009.14794"
     TIME, STATE = "N m D", "int(d * log(d)) * (d + 1)"
 
     def setup(self, dim, num_heads, grid):

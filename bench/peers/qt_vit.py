@@ -11,7 +11,7 @@ from .mechanism import Mechanism, flat, wide
 
 
 class QTViT(Mechanism):
-    LABEL, SOURCE = "QT-ViT", "NeurIPS 2024"
+    NAME, LABEL, SOURCE = "qt_vit", "QT-ViT", "NeurIPS 2024"
     TIME, STATE = "N D d", "(d + 1) ** 2"
     HAS_LOCAL = True
 

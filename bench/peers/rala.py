@@ -13,7 +13,7 @@ from .mechanism import Mechanism, flat, scale, wide
 
 
 class RALA(Mechanism):
-    LABEL, SOURCE = "RALA", "2411.07635"
+    NAME, LABEL, SOURCE = "rala", "RALA", "2411.07635"
     TIME, STATE = "N D d", "d * (d + 2)"
     HAS_LOCAL = True
 

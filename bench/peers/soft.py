@@ -16,7 +16,7 @@ STEPS = 20
 
 
 class SOFT(Mechanism):
-    LABEL, SOURCE = "SOFT", "2110.11945"
+    NAME, LABEL, SOURCE = "soft", "SOFT", "2110.11945"
     TIME, STATE = "N m D", "49 * (49 + 2 * d)"
     HAS_LOCAL = True
     NOTE = "stride chosen so that m = 49 at every resolution"

@@ -9,7 +9,7 @@ from .mechanism import Mechanism, scale
 
 
 class Softmax(Mechanism):
-    LABEL, SOURCE = "Softmax (SDPA)", "1706.03762"
+    NAME, LABEL, SOURCE = "softmax", "Softmax (SDPA)", "1706.03762"
     TIME, STATE, QUADRATIC = "N^2 D", "2 * N * d", True
 
     def core(self, q, k, v):
@@ -20,35 +20,48 @@ class Softmax(Mechanism):
 
 
 class SoftmaxOn64(Softmax):
-    LABEL, HEADS, LEVELS = "Softmax (SDPA), 64 heads", 64, ("operator",)
+    NAME, LABEL, HEADS, LEVELS = "softmax_64", "Softmax (SDPA), 64 heads", 64, ("operator",)
     NOTE = "on the q, k and v of Linear-InfSA"
 
 
-def by(backend: str, devices: tuple[str, ...]) -> type[Softmax]:
-    """Softmax by one backend of SDPA alone."""
-    kind = {"flash": SDPBackend.FLASH_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION,
-            "cudnn": SDPBackend.CUDNN_ATTENTION, "math": SDPBackend.MATH}[backend]  # fmt: skip
+class OneBackend(Softmax):
+    """By one backend of SDPA alone."""
 
-    class ByBackend(Softmax):
-        COMPILES = False
-        LABEL = f"Softmax (SDPA: {backend})"
+    BACKEND: SDPBackend
+    DEVICES, COMPILES = ("cpu", "cuda"), False
 
-        @classmethod
-        def unavailable(cls, device):
-            return None if device.type in devices else f"SDPA's {backend} backend needs a GPU"
+    @classmethod
+    def unavailable(cls, device):
+        return None if device.type in cls.DEVICES else f"{cls.LABEL} needs a GPU"
 
-        def core(self, q, k, v):
-            with sdpa_kernel(kind):
-                return super().core(q, k, v)
+    def core(self, q, k, v):
+        with sdpa_kernel(self.BACKEND):
+            return super().core(q, k, v)
 
-    return ByBackend
+
+class Math(OneBackend):
+    NAME, LABEL, BACKEND = "sdpa_math", "Softmax (SDPA: math)", SDPBackend.MATH
+
+
+class Flash(OneBackend):
+    NAME, LABEL, BACKEND = "sdpa_flash", "Softmax (SDPA: flash)", SDPBackend.FLASH_ATTENTION
+
+
+class Efficient(OneBackend):
+    NAME, LABEL, BACKEND = "sdpa_efficient", "Softmax (SDPA: efficient)", SDPBackend.EFFICIENT_ATTENTION
+    DEVICES = ("cuda",)
+
+
+class CuDNN(OneBackend):
+    NAME, LABEL, BACKEND = "sdpa_cudnn", "Softmax (SDPA: cudnn)", SDPBackend.CUDNN_ATTENTION
+    DEVICES = ("cuda",)
 
 
 class FlashAttention3(Softmax):
     """A package with ``flash_attn_func(q, k, v)`` on (B, N, H, d)."""
 
     COMPILES, LEVELS = False, ("operator",)
-    LABEL, SOURCE = "Softmax (FlashAttention 3)", "2407.08608"
+    NAME, LABEL, SOURCE = "flash_attention_3", "Softmax (FlashAttention 3)", "2407.08608"
     NEEDS = "flash_attn_interface", "FlashAttention 3"
 
     def core(self, q, k, v):
@@ -58,5 +71,5 @@ class FlashAttention3(Softmax):
 
 
 class FlashAttention4(FlashAttention3):
-    LABEL, SOURCE = "Softmax (FlashAttention 4)", "flash-attn-4"
+    NAME, LABEL, SOURCE = "flash_attention_4", "Softmax (FlashAttention 4)", "flash-attn-4"
     NEEDS = "flash_attn.cute", "FlashAttention 4"

@@ -12,7 +12,7 @@ WIDTH = 512
 
 
 class Window(Mechanism):
-    LABEL, SOURCE = "Softmax in a window (causal)", "2512.08829"
+    NAME, LABEL, SOURCE = "window", "Softmax in a window (causal)", "2512.08829"
     TIME, STATE, CAUSAL = "N w D", "2 * 512 * d", True
     NOTE = "w is this benchmark's choice"
 

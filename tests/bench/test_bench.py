@@ -63,6 +63,7 @@ def test_limits_of_the_machine_take_their_turn():
         assert row["share_of_limit"] == pytest.approx(count * by_name[limit]["median_s"] / row["median_s"])
     assert by_name["linear_infsa"]["bytes_per_s"] == pytest.approx(traffic("linear", "fwd", True, 49 * 256, 256)
                                                                    / by_name["linear_infsa"]["median_s"])  # fmt: skip
+    assert by_name["read"]["bytes_per_s"] == pytest.approx(2 * 49 * 256 / by_name["read"]["median_s"])
     assert by_name["gemm"]["flops_per_s"] == pytest.approx(2 * 64**3 / by_name["gemm"]["median_s"])
     assert {"cold_s", "warm_s"} <= by_name["linear_infsa"].keys()
 
@@ -284,7 +285,7 @@ print(*seen.peaks, seen.result_bytes, sum(t.nbytes for t in kept))
 
 def test_peak_memory_is_that_of_the_lap():
     """In a process of its own: what other tests leave to the allocator and to the garbage collector is none of it."""
-    memory = timer.HostMemory()
+    memory = timer.Memory(CPU)
     memory.start()
     if memory.peaks is None:
         pytest.skip("this system has no resettable high-water mark")

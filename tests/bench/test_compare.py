@@ -181,3 +181,6 @@ def test_versus_measures_the_operators_and_layers():
         for pixels in (224, 1024)
         for name in ("linear_infsa", "pure_infsa")
     }
+    words = "--versus HEAD --device cpu --dtype bf16 --phase fwd --level layer"
+    chosen = bench.versus_plan(bench.parse(words.split()))
+    assert {(t["level"], t["dtype"], t["phase"]) for t in chosen} == {("layer", "bf16", "fwd")}
