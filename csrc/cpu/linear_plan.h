@@ -1,0 +1,203 @@
+// How Linear-InfSA's work on the CPU is cut, and the units of measure of heads whose numbers leave the range of the
+// accumulation type: what linear.cpp and linear_steps.cpp have in common.
+#pragma once
+
+#include <ATen/EmptyTensor.h>
+#include <ATen/Parallel.h>
+#include <ATen/ops/ones.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "isa.h"
+#include "memory.h"
+#include "range.h"
+
+namespace infsa::cpu {
+
+// Elements that are worth handing to another thread.
+constexpr int64_t kGrain = 1 << 15;
+// More would make adding the partial sums show, fewer would leave threads idle.
+constexpr int64_t kMaxChunks = 128;
+// Bytes of q that one wave of heads may have, so that its second pass finds them in the last-level cache.
+constexpr int64_t kWaveBytes = 8 << 20;
+
+inline Tensor new_cpu(at::IntArrayRef size, at::ScalarType dtype) { return at::detail::empty_cpu(size, dtype); }
+
+// How the work of one call is cut. A unit is what one kernel call may span: a head, or all heads of a batch where the
+// heads of a token lie side by side ("token-major", a (B, N, H, d) tensor).
+struct Plan {
+  const Kernels& kernels;
+  const Sizes s;
+  const bool wide;  // the accumulation type is double
+  const int64_t acc_bytes, element_bytes, heads, units;
+  const int64_t d, d_v;  // in whole vectors
+  int64_t wave;
+
+  Plan(const Sizes& s, const Tensor& q, const Tensor& k, const Tensor& v)
+      : kernels(kernels_for(q.scalar_type())),
+        s(s),
+        wide(acc_dtype(q) == at::kDouble),
+        acc_bytes(wide ? 8 : 4),
+        element_bytes(q.element_size()),
+        heads(s.H > 1 && token_major(q) && token_major(k) && token_major(v) ? s.H : 1),
+        units(s.B * s.H / heads),
+        d(round_up(s.d, kernels.lanes)),
+        d_v(round_up(s.d_v, kernels.lanes)) {
+    const int64_t unit_bytes = s.N * s.d * heads * element_bytes;
+    wave = std::clamp<int64_t>(kWaveBytes / std::max<int64_t>(unit_bytes, 1), 1, std::max<int64_t>(units, 1));
+  }
+
+  int64_t chunk(int64_t tokens) const {
+    const int64_t least = ceil_div(kGrain, heads * std::max<int64_t>(d + d_v, 1));
+    return round_up(std::max(ceil_div(tokens, kMaxChunks), least), 16);
+  }
+  int64_t chunks(int64_t tokens) const { return ceil_div(tokens, chunk(tokens)); }
+  int64_t sums_size(int64_t width) const { return heads * (width + 1); }
+  // Bytes of the sums of a wave.
+  int64_t sums_bytes(int64_t tokens, int64_t width) const {
+    return wave * std::max<int64_t>(chunks(tokens), 1) * sums_size(width) * sizeof(double);
+  }
+  // Bytes of a vector or a scalar per head.
+  int64_t head_bytes(int64_t width) const { return s.B * s.H * width * acc_bytes; }
+  Numbers numbers(const Buffer& buffer) const { return {buffer, wide}; }
+
+  // One pass over the tokens of units [begin, end). sums, where given, is (units, chunks, sums_size(width)).
+  void run(LinearPass pass, const LinearArgs& args, int64_t begin, int64_t end, int64_t tokens, double* sums,
+           int64_t width, char* dscores) const {
+    const int64_t size = chunk(tokens), count = chunks(tokens);
+    const int64_t grain = std::max<int64_t>(1, kGrain / (std::min(size, tokens + 1) * heads * (d + d_v + 1)));
+    at::parallel_for(0, (end - begin) * count, grain, [&](int64_t first, int64_t last) {
+      const Buffer scratch(kernels.linear.scratch_bytes(heads, s.d, s.d_v));
+      for (int64_t i = first; i < last; ++i) {
+        const int64_t head = (begin + i / count) * heads, from = i % count * size;
+        double* chunk_sums = sums ? sums + i * sums_size(width) : nullptr;
+        if (sums) std::memset(chunk_sums, 0, sums_size(width) * sizeof(double));
+        kernels.linear.run(pass, args,
+                           {head / s.H, head % s.H, heads, from, std::min(from + size, tokens), chunk_sums,
+                            dscores ? dscores + i / count * tokens * heads * acc_bytes : nullptr, scratch.data()});
+      }
+    });
+  }
+
+  // Adds the chunks' sums up and calls body(head, vector sum, weight sum) for every head of the units.
+  template <typename Body>
+  void for_heads(int64_t begin, int64_t end, int64_t tokens, double* sums, int64_t width, const Body& body) const {
+    const int64_t count = chunks(tokens), size = sums_size(width);
+    at::parallel_for(begin, end, std::max<int64_t>(1, kGrain / ((count + 1) * size)), [&](int64_t first, int64_t last) {
+      for (int64_t unit = first; unit < last; ++unit) {
+        double* total = sums + (unit - begin) * std::max<int64_t>(count, 1) * size;
+        if (count == 0) std::memset(total, 0, size * sizeof(double));
+        for (int64_t c = 1; c < count; ++c) {
+          for (int64_t i = 0; i < size; ++i) total[i] += total[c * size + i];
+        }
+        for (int64_t h = 0; h < heads; ++h) body(unit * heads + h, total + h * width, total[heads * width + h]);
+      }
+    });
+  }
+
+  // run(begin, end) over all units, a wave at a time.
+  template <typename Run> void for_waves(const Run& run) const {
+    for (int64_t begin = 0; begin < units; begin += wave) run(begin, std::min(begin + wave, units));
+  }
+  // The same for the units that have a strange head, once set(head) has found units of measure for one.
+  template <typename Set, typename Run>
+  void for_strange(const std::vector<char>& strange, const Set& set, const Run& run) const {
+    std::vector<char> found(units);
+    for (int64_t head = 0; head < s.B * s.H; ++head) {
+      if (strange[head] && set(head)) found[head / heads] = true;
+    }
+    for (int64_t unit = 0; unit < units; ++unit) {
+      if (found[unit]) run(unit, unit + 1);
+    }
+  }
+
+  // Normalisers divide products of two rows; sums of products may be larger.
+  bool is_factor(double x) const { return within(x, kMostFactor, wide); }
+  template <typename X> bool is_sum(const X& x, int64_t begin, int64_t end) const {
+    double most = 0;
+    for (int64_t i = begin; i < end; ++i) {
+      if (!(std::abs(x[i]) <= most)) most = std::abs(x[i]);
+    }
+    return within(most, kMostSum, wide);
+  }
+
+ private:
+  static bool token_major(const Tensor& t) { return t.stride(1) < t.stride(2); }
+};
+
+// What the rows of a head are multiplied by as they are read, and score_scale with them.
+struct HeadUnits {
+  double q = 1, k = 1, v = 1, dout = 1, score = 1;
+};
+
+// The units of measure of a call's heads, once one needs them.
+class Units {
+ public:
+  Units(const Plan& plan, LinearArgs& args) : plan_(plan), args_(args) {}
+
+  HeadUnits operator[](int64_t head) const { return heads_.empty() ? HeadUnits{} : heads_[head]; }
+
+  // Brings a head to order one: q, k and v, and with dout (B, H, d_v) that and norm = R + eps. False where that is no
+  // help: one is not finite.
+  bool set(int64_t head, const Tensor* dout = nullptr, double norm = 1) {
+    HeadUnits u = measure(head);
+    if (dout) {
+      u.dout = unit({dout->data_ptr(), plan_.s.H * plan_.s.d_v, plan_.s.d_v, 0, 1}, head, 1, plan_.s.d_v, {});
+      u.score = std::ldexp(1, std::ilogb(norm * u.q * u.k));
+    }
+    return install(head, u);
+  }
+
+  // What brings the rows of a head to order one.
+  HeadUnits measure(int64_t head) const {
+    const Sizes& s = plan_.s;
+    HeadUnits u;
+    u.q = unit(args_.q, head, s.N, s.d, args_.query_mask);
+    u.k = unit(args_.k, head, s.M, s.d, args_.key_mask);
+    u.v = unit(args_.v, head, s.M, s.d_v, args_.key_mask);
+    if (args_.k.data == args_.q.data) u.q = u.k = std::min(u.q, u.k);
+    return u;
+  }
+
+  bool install(int64_t head, const HeadUnits& u) {
+    if (u.q * u.k * u.v * u.dout == 0) return false;
+    const Sizes& s = plan_.s;
+    if (heads_.empty()) {
+      heads_.resize(s.B * s.H);
+      rows_ = at::ones({6, s.B * s.H + Buffer::kSlack}, plan_.wide ? at::kDouble : at::kFloat);
+      const void** parts[] = {&args_.unit.q,  &args_.unit.k,  &args_.unit.v,
+                              &args_.unit.dq, &args_.unit.dk, &args_.unit.dv};
+      for (int i = 0; i < 6; ++i) *parts[i] = rows_.select(0, i).data_ptr();
+    }
+    heads_[head] = u;
+    const double gradient = 1 / (u.dout * u.score);
+    const double values[] = {u.q, u.k, u.v, u.q * gradient / u.v, u.k * gradient / u.v, gradient};
+    for (int i = 0; i < 6; ++i) Numbers(rows_.select(0, i)).set(head, finite(values[i], plan_.wide));
+    return true;
+  }
+
+ private:
+  double unit(const Rows& rows, int64_t head, int64_t tokens, int64_t columns, const Mask& mask) const {
+    const int64_t b = head / plan_.s.H;
+    const Tokens of_head = tokens_of(rows, b, head % plan_.s.H, plan_.element_bytes);
+    double most = 0;
+    for (int64_t n = 0, end; n < tokens; n = end) {
+      end = mask.data ? n + 1 : tokens;
+      if (mask.data && mask.data[b * mask.batch + n * mask.token]) continue;
+      const double x = plan_.kernels.tokens.largest(of_head, columns, {n, end});
+      if (!std::isfinite(x)) return 0;
+      most = std::max(most, x);
+    }
+    return unit_of(most, plan_.wide);
+  }
+
+  const Plan& plan_;
+  LinearArgs& args_;
+  std::vector<HeadUnits> heads_;
+  Tensor rows_;
+};
+
+}  // namespace infsa::cpu
