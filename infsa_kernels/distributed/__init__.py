@@ -4,7 +4,8 @@ Each rank has a run of the tokens and calls the functions here in the place of t
 """
 
 from .linear import linear_infsa
+from .models import parallelize
 from .pooled_linear import pooled_linear_infsa
 from .pure import pure_infsa
 
-__all__ = ["linear_infsa", "pooled_linear_infsa", "pure_infsa"]
+__all__ = ["linear_infsa", "parallelize", "pooled_linear_infsa", "pure_infsa"]

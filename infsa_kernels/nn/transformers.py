@@ -160,7 +160,7 @@ def _attend(
     rho = rho_of(module) if hasattr(module, "rho_logit") else RHO
     out, weights = attend(
         query, key, value, variant, rho, 1e-6, ignore, ignore, hops=getattr(module, "hops", None), dropout_p=dropout,
-        need_scores=output_attentions,
+        need_scores=output_attentions, group=getattr(module, "sequence_group", None),
     )  # fmt: skip
     out, weights = (
         None if t is None else without(ignore, t.expand(*query.shape[:3], t.shape[3])) for t in (out, weights)
