@@ -8,6 +8,7 @@ import torch.distributed as dist
 from helpers import ranks
 from helpers.calls import DTYPES, Call, expected
 from helpers.framework_calls import tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import infsa_kernels
 from infsa_kernels import distributed
@@ -138,6 +139,41 @@ def bytes_do_not_depend_on_the_length():
         assert sum(size for _, size in sent[0]) == B * H * (8 * numbers + 4 * DV), sent[0]
 
 
+def compiles_whole():
+    """One graph, forward and backward, with collectives in it; the group as a mesh, as a process group and as None."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    mesh = dist.device_mesh.init_device_mesh("cpu", (world,))
+    q, k, v = (torch.randn(B, H, 4 + rank, d, requires_grad=True) for d in (D, D, DV))
+    w = torch.randn(3, H * 4, 12)
+    x = torch.randn(B, 4 + rank, 12, requires_grad=True)
+    functions = {
+        "linear": lambda group: distributed.linear_infsa(q, k, v, group=group),
+        "tied": lambda group: distributed.linear_infsa(q, q, v, group=group),
+        "pure": lambda group: distributed.pure_infsa(q, k, v, group=group),
+        "pooled": lambda group: distributed.pooled_linear_infsa(x, H, w[0], w[1], w[2].T, group=group),
+    }
+    for (name, function), group in zip(functions.items(), (mesh, dist.group.WORLD, None, mesh)):
+        expected = function(group)
+        actual = torch.compile(function, backend="aot_eager", fullgraph=True)(group)
+        inputs = [x] if name == "pooled" else [q, v]
+        for run in (expected, actual):
+            run.grads = torch.autograd.grad(run.square().sum(), inputs)
+        torch.testing.assert_close((actual, *actual.grads), (expected, *expected.grads))
+
+
+def autocast_and_flops():
+    """Autocast casts q, k and v; operations are counted, a rank's share of them."""
+    world = dist.get_world_size()
+    q, k, v = (torch.randn(B, H, 8, d) for d in (D, D, DV))
+    for function, per_rank in (
+        (distributed.linear_infsa, B * H * 8 * (6 * D + 2 * DV)),
+        (distributed.pure_infsa, 2 * B * H * 8 * 8 * world * (D + DV)),
+    ):
+        with torch.autocast("cpu", torch.bfloat16), FlopCounterMode(display=False) as counter:
+            assert function(q, k, v).dtype == torch.bfloat16
+        assert counter.get_total_flops() == per_rank
+
+
 def wrong_calls_are_refused_on_all_ranks():
     rank = dist.get_rank()
     q = torch.randn(B, H, 4, D)
@@ -160,6 +196,8 @@ CHECKS = [
     three_dimensions,
     results_are_the_same_bits_again_and_on_every_rank,
     bytes_do_not_depend_on_the_length,
+    compiles_whole,
+    autocast_and_flops,
     wrong_calls_are_refused_on_all_ranks,
 ]
 
