@@ -30,8 +30,8 @@ def parallelize(model: nn.Module, mesh: Group) -> nn.Module:
         The model.
 
     Raises:
-        ValueError: there is no InfSA attention. NotImplementedError: softmax attention among it, or what has no such form:
-        several hops, add_bias_kv, a score floor; and dropout of scores, when the model runs.
+        ValueError: there is no InfSA attention, or it is parallelized already. NotImplementedError: softmax attention among it,
+        or what has no such form: several hops, add_bias_kv, a score floor; and dropout of scores, when the model runs.
 
     Example::
 
@@ -41,6 +41,7 @@ def parallelize(model: nn.Module, mesh: Group) -> nn.Module:
         ...     fully_shard(block, mesh=mesh)
         >>> fully_shard(model, mesh=mesh)
     """
+    from ..nn.families import is_known
     from ..nn.vit import InfViT, SoftmaxAttention
 
     group = name_of("parallelize", mesh)
@@ -48,9 +49,13 @@ def parallelize(model: nn.Module, mesh: Group) -> nn.Module:
     if not attention:
         raise ValueError("parallelize: the model has no InfSA attention, expected some; convert() it first")
     for name, module in attention.items():
+        if getattr(module, "sequence_group", None) is not None:
+            raise ValueError(
+                f"parallelize: {name or 'the module'} is parallelized already, expected a model that is not"
+            )
         _refuse(name, module)
     for name, module in model.named_modules():
-        if isinstance(module, (nn.MultiheadAttention, SoftmaxAttention)):
+        if module not in attention.values() and (is_known(module) or isinstance(module, SoftmaxAttention)):
             raise NotImplementedError(
                 f"parallelize: {name} is softmax attention, expected InfSA in every layer: it would see this rank's tokens only; "
                 "convert() it too, or leave the model whole"
@@ -111,6 +116,11 @@ def _shard_between(layers: list[nn.Module], group: str) -> None:
         if not args:
             args, kwargs = (kwargs["hidden_states"],), {n: t for n, t in kwargs.items() if n != "hidden_states"}
         x, *rest = args
+        if is_first and x.dim() != 3:
+            raise NotImplementedError(
+                f"parallelize: the first layer got tokens of shape {list(x.shape)}, expected (B, N, D): in another layout there "
+                "is no telling which are the tokens"
+            )
         if is_first:
             total = x.shape[1]
             x = tokens.shard(x, group)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from datetime import timedelta
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -66,7 +67,7 @@ def pictures_in_strips_are_whole_pictures():
                 assert_close(mean_of_ranks(actual), expected)
                 model.set_grad_checkpointing()
                 assert_close(results(model, strip), actual, rtol=0, atol=0)
-                with torch.no_grad():
+                with torch.no_grad(), mock.patch("infsa_kernels.nn.vit.CHUNK_TOKENS", 4):
                     assert_close(model(strip), expected["scores"])
 
 
@@ -113,23 +114,21 @@ def attention_of_shards_is_attention():
 
 
 def converted_models_are_sharded_between_their_layers():
-    from helpers import host_models
+    from helpers import host_models  # in this process only: the libraries are slow to import
 
-    for name in ("timm ViT", "timm ViT, qk_norm", "torchvision ViT", "transformers ViT"):
-        for variant in VARIANTS:
-            torch.manual_seed(0)
-            model = convert(host_models.build(name).double(), variant).model
-            inputs = host_models.inputs_of(model, torch.float64)
+    names = "timm ViT", "timm ViT, qk_norm", "torchvision ViT", "transformers ViT"
+    for name, variant in zip(names, VARIANTS * 2):
+        torch.manual_seed(0)
+        model = convert(host_models.build(name).double(), variant).model
+        inputs = host_models.inputs_of(model, torch.float64)
 
-            def run(m, inputs=inputs):
-                out = host_models.run(m, inputs)
-                return out[:, 0] if out.dim() == 3 else out
+        def run(_, inputs=inputs):
+            out = host_models.run(model, inputs)
+            return out[:, 0] if out.dim() == 3 else out
 
-            expected = results(copy.deepcopy(model), None, lambda _: run(model))
-            expected = results(model, None, lambda _: run(model))
-            model = parallelize(copy.deepcopy(model), None)
-            actual = results(model, None, lambda _: run(model))
-            assert_close(mean_of_ranks(actual), expected, rtol=1e-6, atol=1e-9)
+        expected = results(model, None, run)
+        model = parallelize(copy.deepcopy(model), None)
+        assert_close(mean_of_ranks(results(model, None, run)), expected, rtol=1e-6, atol=1e-9)
 
 
 def refused_models():
@@ -141,6 +140,13 @@ def refused_models():
         parallelize(InfSAAttention(D, H, add_bias_kv=True), None)
     with pytest.raises(NotImplementedError, match="is softmax attention"):
         parallelize(nn.ModuleList([InfSAAttention(D, H), nn.MultiheadAttention(D, H)]), None)
+    from helpers import host_models
+
+    half = convert(host_models.build("timm ViT"), exclude_patterns="1").model
+    with pytest.raises(NotImplementedError, match=r"blocks\.1\.attn is softmax attention"):
+        parallelize(half, None)
+    with pytest.raises(ValueError, match="is parallelized already"):
+        parallelize(parallelize(vit(), None), None)
     with pytest.raises(NotImplementedError, match="not one in each layer of one list"):
         parallelize(nn.ModuleDict({"a": InfSAAttention(D, H, batch_first=True), "b": InfSAAttention(D, H)}), None)
 

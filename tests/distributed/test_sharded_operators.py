@@ -1,5 +1,6 @@
 """A sequence on two and on four ranks: outputs and gradients of one process, whatever the shards."""
 
+import functools
 import itertools
 
 import pytest
@@ -8,6 +9,7 @@ import torch.distributed as dist
 from helpers import ranks
 from helpers.calls import DTYPES, Call, expected
 from helpers.framework_calls import tensor
+from helpers.sweep import swept
 from torch.utils.flop_counter import FlopCounterMode
 
 import infsa_kernels
@@ -62,7 +64,7 @@ def check_case(call, lengths, keys, **options):
     torch.manual_seed(2)
     # Whole numbers: their sums over tokens, on one process or on several, are exact in every dtype.
     dout = torch.randint(-1, 2, (*call.q.shape[:-1], call.v.shape[-1])).to(call.q.dtype)
-    wanted = expected(call, dout.sum(-2) if call.op == "linear" else dout, draws=4)
+    wanted = expected(call, dout.sum(-2) if call.op == "linear" else dout, draws=2)
     for name, actual in run_sharded(call, dout, lengths, keys, **options).items():
         truth, what = wanted[name].truth, f"{name} of {call.op} {call.q.dtype} on {lengths}, {keys} {options}"
         if call.op == "linear" and name == "out":
@@ -70,35 +72,36 @@ def check_case(call, lengths, keys, **options):
         assert_within(actual, truth, wanted[name].eager_error, FORWARD if name == "out" else GRADIENT, what)
 
 
-def cases(op):
+def cases(op, every):
     """(call, lengths, keys): every dtype, tied or not, masked or not; with each rho and layout, and uneven or empty shards."""
     world = dist.get_world_size()
     varied = itertools.cycle(zip(("number", "heads", "one"), ("contiguous", "token_major", "gaps")))
     shards = itertools.cycle(SHARDS[world])
-    for dtype, tied, masked in itertools.product(DTYPES, (False, True), (False, True)):
-        lengths, (rho, layout) = next(shards), next(varied)
+    kinds = itertools.product(DTYPES, (False, True), (False, True))
+    for (dtype, tied, masked), lengths, (rho, layout) in list(zip(kinds, shards, varied))[::every]:
         yield call_of(op, dtype, tied, masked, rho, layout), lengths, lengths if tied else KEYS[world]
 
 
-def linear_is_one_process():
-    for case in cases("linear"):
+def linear_is_one_process(every):
+    for case in cases("linear", every):
         check_case(*case)
-    with infsa_kernels.backend("eager"):
-        for case in list(cases("linear"))[:4]:
-            check_case(*case)
 
 
-def ring_is_one_process():
-    for case in cases("pure"):
+def ring_is_one_process(every):
+    for case in cases("pure", every):
         check_case(*case, method="ring")
-    with infsa_kernels.backend("eager"):
-        for case in list(cases("pure"))[:4]:
-            check_case(*case, method="ring")
 
 
-def all_to_all_is_one_process():
-    for case in list(cases("pure"))[2:10]:
+def all_to_all_is_one_process(every):
+    for case in cases("pure", every):
         check_case(*case, method="all_to_all")
+
+
+def eager_is_one_process(every):
+    """The backend in force runs the steps and the blocks."""
+    with infsa_kernels.backend("eager"):
+        linear_is_one_process(every)
+        ring_is_one_process(every)
 
 
 def three_dimensions():
@@ -147,12 +150,11 @@ def compiles_whole():
     w = torch.randn(3, H * 4, 12)
     x = torch.randn(B, 4 + rank, 12, requires_grad=True)
     functions = {
-        "linear": lambda group: distributed.linear_infsa(q, k, v, group=group),
         "tied": lambda group: distributed.linear_infsa(q, q, v, group=group),
         "pure": lambda group: distributed.pure_infsa(q, k, v, group=group),
         "pooled": lambda group: distributed.pooled_linear_infsa(x, H, w[0], w[1], w[2].T, group=group),
     }
-    for (name, function), group in zip(functions.items(), (mesh, dist.group.WORLD, None, mesh)):
+    for (name, function), group in zip(functions.items(), (mesh, dist.group.WORLD, None)):
         expected = function(group)
         actual = torch.compile(function, backend="aot_eager", fullgraph=True)(group)
         inputs = [x] if name == "pooled" else [q, v]
@@ -189,22 +191,36 @@ def wrong_calls_are_refused_on_all_ranks():
         distributed.linear_infsa(q, q, q, group=3)
 
 
-CHECKS = [
-    linear_is_one_process,
-    ring_is_one_process,
-    all_to_all_is_one_process,
-    three_dimensions,
-    results_are_the_same_bits_again_and_on_every_rank,
-    bytes_do_not_depend_on_the_length,
-    compiles_whole,
-    autocast_and_flops,
-    wrong_calls_are_refused_on_all_ranks,
-]
-
-
-@pytest.mark.parametrize("world", [2, 4])
-def test_ranks(world, tmp_path):
-    ranks.run(CHECKS, world, tmp_path / "store")
+@pytest.mark.parametrize(
+    ("world", "checks"),
+    [
+        (
+            2,
+            [
+                functools.partial(linear_is_one_process, 3),
+                functools.partial(ring_is_one_process, 3),
+                functools.partial(all_to_all_is_one_process, 5),
+                functools.partial(eager_is_one_process, 7),
+                three_dimensions,
+                results_are_the_same_bits_again_and_on_every_rank,
+                bytes_do_not_depend_on_the_length,
+                autocast_and_flops,
+                wrong_calls_are_refused_on_all_ranks,
+            ],
+        ),
+        (2, [compiles_whole]),
+        (4, [functools.partial(linear_is_one_process, 5), functools.partial(ring_is_one_process, 5)]),
+        *(
+            swept((world, [functools.partial(check, 1) for check in (
+                linear_is_one_process, ring_is_one_process, all_to_all_is_one_process, eager_is_one_process
+            )]))
+            for world in (2, 4)
+        ),
+    ],
+    ids=["2", "2 compiled", "4", "2 all", "4 all"],
+)  # fmt: skip
+def test_ranks(world, checks, tmp_path):
+    ranks.run(checks, world, tmp_path / "store")
 
 
 def test_without_a_process_group():

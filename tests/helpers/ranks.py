@@ -14,6 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from helpers import torchvision_shim
 from helpers.calls import Call
 
+# Processes that are spawned import their checks before they run anything.
+torchvision_shim.install()
+
 # Long enough for a machine that does much else, short enough to end a test that hangs.
 TIMEOUT = timedelta(seconds=120)
 
@@ -25,7 +28,6 @@ def run(checks: Sequence[Callable], world: int, store, timeout: timedelta = TIME
 
 
 def _work(rank, world, store, checks, timeout):
-    torchvision_shim.install()
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
