@@ -1,6 +1,7 @@
 """What ranks say to each other, and what they are told where one of them no longer answers."""
 
 import contextlib
+from typing import TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -9,8 +10,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..torch_private import all_reduce, process_group
 
-# What may stand for a process group; None for the one of all ranks.
-Group = dist.ProcessGroup | DeviceMesh | str | None
+# What may stand for a process group, or its name; None for the one of all ranks. In words: a torch may have no process groups.
+Group: TypeAlias = "dist.ProcessGroup | DeviceMesh | str | None"
 
 
 def name_of(op: str, group: Group) -> str:

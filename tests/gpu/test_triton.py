@@ -63,7 +63,7 @@ def make(
 def test_parts_of_a_sequence(op, tied, dtype, triton):
     """The kernels as steps, in blocks and under masks: tests/ops/test_steps.py."""
     for masked in (False, True):
-        call = make(op, dtype=dtype, tied=tied, N=70, M=45, H=2, B=2, rho=1.0)
+        call = make(op, dtype=dtype, tied=tied, N=70, M=45, H=2)
         masks = {
             "key_padding_mask": torch.rand(2, call.v.shape[2]) < 0.3,
             "query_padding_mask": torch.rand(2, 70) < 0.3,

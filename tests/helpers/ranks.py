@@ -1,5 +1,6 @@
 """Processes that share a sequence, for tests: each runs the same checks, with its own shard of a call."""
 
+import multiprocessing
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -14,8 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from helpers import torchvision_shim
 from helpers.calls import Call
 
-# Processes that are spawned import their checks before they run anything.
-torchvision_shim.install()
+# Processes that are spawned have no conftest.py, and import their checks before they run anything.
+if multiprocessing.parent_process():
+    torchvision_shim.install()
 
 # Long enough for a machine that does much else, short enough to end a test that hangs.
 TIMEOUT = timedelta(seconds=120)

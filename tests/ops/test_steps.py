@@ -19,7 +19,7 @@ FORMS = ("plain", "tied", "masked", "tied_masked_one_rho")
 @pytest.mark.parametrize("form", FORMS)
 def test_parts_are_the_operator(backend, device, op, dtype, form):
     for layout in LAYOUTS:
-        check_in_parts(replace(make_call(op, form, dtype, device, layout), rho=1.0), backend, layout)
+        check_in_parts(make_call(op, form, dtype, device, layout), backend, layout)
 
 
 @pytest.mark.only_backend("cpu", "eager")
