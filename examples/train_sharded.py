@@ -7,6 +7,7 @@ over all of them by FSDP2. The pictures have 0 to 3 bright squares anywhere: to 
 """
 
 import argparse
+import warnings
 from datetime import timedelta
 
 import torch
@@ -19,6 +20,9 @@ from infsa_kernels.distributed import parallelize
 from infsa_kernels.nn import InfViT
 
 PATCH, SQUARE, CLASSES = 8, 16, 4
+
+# A block also gives what its attention added: one row, repeated as a view, that nothing writes to.
+warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
 
 
 def arguments() -> argparse.Namespace:

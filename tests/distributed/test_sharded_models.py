@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from datetime import timedelta
 from pathlib import Path
 from unittest import mock
@@ -194,31 +195,34 @@ def test_four_ranks(tmp_path):
     ranks.run([pictures_in_strips_are_whole_pictures, two_dimensional_mesh], 4, tmp_path / "store")
 
 
-def lost_rank():
-    """One rank ends in the middle: the others are told, at once or when the timeout is over."""
+def stuck_and_lost_rank():
+    """One rank does not come, then it ends: the other is told, when the timeout is over and at once."""
     from infsa_kernels import distributed
 
-    q = torch.randn(1, 2, 64, 8)
-    distributed.pure_infsa(q, q, q, method="ring")
+    q, patient = torch.randn(1, 2, 64, 8), dist.new_group(timeout=timedelta(seconds=2))
     if dist.get_rank() == 1:
+        time.sleep(4)
         os._exit(0)
+    with pytest.raises(RuntimeError, match="rank 0 of 2 waited for the others in vain"):
+        distributed.linear_infsa(q, q, q, group=patient)
     for function, options in ((distributed.linear_infsa, {}), (distributed.pure_infsa, {"method": "ring"})):
-        with pytest.raises(RuntimeError, match="rank 0 of 2 waited for the others in vain"):
+        with pytest.raises(RuntimeError, match="one of them ended, raised an error or took longer"):
             function(q, q, q, **options)
     os._exit(0)
 
 
 def test_a_lost_rank_is_an_error_on_the_others(tmp_path):
-    ranks.run([lost_rank], 2, tmp_path / "store", timedelta(seconds=10))
+    ranks.run([stuck_and_lost_rank], 2, tmp_path / "store")
 
 
-def test_example_learns(tmp_path):
+def test_example_learns():
     """The script as it stands, by torchrun."""
     root = Path(__file__).parents[2]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root), "GLOO_SOCKET_IFNAME": "lo"}
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "examples/train_sharded.py"]
     options = ["--pixels", "64", "--steps", "20", "--batch", "8"]
-    run = subprocess.run(
-        [*command, *options], cwd=root, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    run = subprocess.run([*command, *options], cwd=root, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr[-2000:]
-    assert len(re.findall(r"step \d+: loss \d", run.stdout)) == 2, run.stdout
+    assert "FSDP2-wrapped" not in run.stderr
+    losses = [float(loss) for loss in re.findall(r"step \d+: loss (\S+),", run.stdout)]
+    assert len(losses) == 2 and losses[1] < losses[0], run.stdout
