@@ -147,9 +147,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_keys_bwd(const Tensor&
       dcontext_dot(plan.head_bytes(1)), score_scale(plan.head_bytes(1));
   const Buffer sums_buffer(want_dcentral ? plan.sums_bytes(s.M, plan.d) : 0);
   double* sums = want_dcentral ? sums_buffer.as<double>() : nullptr;
-  const Tensor dscores = !want_dscores    ? new_cpu({0}, acc)
-                         : plan.heads > 1 ? with_huge_pages(new_cpu({s.B, s.M, s.H}, acc)).transpose(1, 2)
-                                          : with_huge_pages(new_cpu({s.B, s.H, s.M}, acc));
+  // In the order in which the passes go over tokens and heads.
+  const int64_t token = plan.heads > 1 ? s.H : 1, of_head = plan.heads > 1 ? 1 : s.M;
+  const Tensor dscores =
+      want_dscores ? new_tensor({s.B, s.H, s.M}, {s.H * s.M, of_head, token}, acc) : new_cpu({0}, acc);
   char* scores = want_dscores ? static_cast<char*>(dscores.data_ptr()) : nullptr;
 
   LinearArgs args{};

@@ -125,6 +125,20 @@ def sharded_sequence_of_a_mesh(mesh):
             getattr(torch.ops.infsa, op)(*(distribute_tensor(t, grid, [Shard(2), Shard(2)]) for t in (q, k, v)))
 
 
+def sharded_sequences_compile(mesh):
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    tensors, _ = inputs()
+    q, k, v = (distribute_tensor(tensors[n], mesh, [Shard(2)]).requires_grad_() for n in "qkv")
+    for op in OPS:
+        function = getattr(torch.ops.infsa, op)
+        outs = [f(q, k, v) for f in (torch.compile(function, backend="aot_eager"), function)]
+        assert_close(*(out.full_tensor() for out in outs))
+        grads = [torch.autograd.grad(out.square().sum(), [q, k, v]) for out in outs]
+        for actual, expected in zip(*grads):
+            assert_close(actual.full_tensor(), expected.full_tensor())
+
+
 def raw_operators_are_sharded(mesh):
     from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -191,7 +205,7 @@ def work(rank, store, checks):
     "checks",
     [
         [placements_are_equivalent, sharded_work_stays_where_it_is, two_mesh_dimensions_and_uneven_shards],
-        [sharded_sequences_of_any_length, sharded_sequence_of_a_mesh],
+        [sharded_sequences_of_any_length, sharded_sequence_of_a_mesh, sharded_sequences_compile],
         [pooled_layer_is_sharded],
         [raw_operators_are_sharded],  # in processes that have called no public operator before
     ],
