@@ -1,6 +1,5 @@
 """Processes that share a sequence, for tests: each runs the same checks, with its own shard of a call."""
 
-import multiprocessing
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -15,10 +14,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from helpers import torchvision_shim
 from helpers.calls import Call
 
-# Processes that are spawned have no conftest.py, and import their checks before they run anything.
-if multiprocessing.parent_process():
-    torchvision_shim.install()
-
 # Long enough for a machine that does much else, short enough to end a test that hangs.
 TIMEOUT = timedelta(seconds=120)
 
@@ -30,6 +25,7 @@ def run(checks: Sequence[Callable], world: int, store, timeout: timedelta = TIME
 
 
 def _work(rank, world, store, checks, timeout):
+    torchvision_shim.install()  # there is no conftest.py in a process that was spawned
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
