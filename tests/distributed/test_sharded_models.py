@@ -1,6 +1,7 @@
 """Models whose tokens lie on several ranks: scores and gradients of one process."""
 
 import copy
+import functools
 import os
 import re
 import subprocess
@@ -47,29 +48,24 @@ def mean_of_ranks(gradients):
     return {n: t if n == "scores" else ranks.over_ranks(t) / dist.get_world_size() for n, t in gradients.items()}
 
 
-def pictures_in_strips_are_whole_pictures():
-    world = dist.get_world_size()
-    for variant in VARIANTS:
-        for arguments in (
-            {},
-            {"pool": "mean", "neumann": "layer"},
-            {"tied": True, "pos_embed": False, "rho_per_head": True},
-        ):
-            for rows in STRIPS[world]:
-                model = vit(variant, **arguments)
-                # Taller than positions were learned for, where the last strip ends within a patch.
-                x = torch.randn(2, 2, sum(rows) * PATCH - (rows[-1] > 1), 12, dtype=torch.float64)
-                expected = results(copy.deepcopy(model), x)
-                heights = [r * PATCH for r in rows]
-                heights[-1] -= rows[-1] > 1
-                parallelize(model, None)
-                strip = ranks.shard(x, heights, 2)
-                actual = results(model, strip)
-                assert_close(mean_of_ranks(actual), expected)
-                model.set_grad_checkpointing()
-                assert_close(results(model, strip), actual, rtol=0, atol=0)
-                with torch.no_grad(), mock.patch("infsa_kernels.nn.vit.CHUNK_TOKENS", 4):
-                    assert_close(model(strip), expected["scores"])
+def pictures_in_strips_are_whole_pictures(models=4):
+    arguments = {}, {"pool": "mean", "neumann": "layer"}, {"tied": True, "pos_embed": False, "rho_per_head": True}
+    strips = STRIPS[dist.get_world_size()] * 2
+    for variant, given, rows in list(zip(VARIANTS * 2, (*arguments, arguments[1]), strips))[:models]:
+        model = vit(variant, **given)
+        # The last strip ends within a patch, if it has a whole one too.
+        heights = [r * PATCH for r in rows]
+        heights[-1] -= rows[-1] > 1
+        x = torch.randn(2, 2, sum(heights), 12, dtype=torch.float64)
+        expected = results(copy.deepcopy(model), x)
+        parallelize(model, None)
+        strip = ranks.shard(x, heights, 2)
+        actual = results(model, strip)
+        assert_close(mean_of_ranks(actual), expected)
+        model.set_grad_checkpointing()
+        assert_close(results(model, strip), actual, rtol=0, atol=0)
+        with torch.no_grad(), mock.patch("infsa_kernels.nn.vit.CHUNK_TOKENS", 4):
+            assert_close(model(strip), expected["scores"])
 
 
 def resized_positions_know_their_rows():
@@ -160,21 +156,20 @@ def two_dimensional_mesh():
     data, strip = (mesh[name].get_local_rank() for name in ("data", "sequence"))
     x = torch.randn(4, 2, 20, 12, dtype=torch.float64)
     mine = x[2 * data : 2 * data + 2].split([12, 8], 2)[strip]
-    for variant in VARIANTS:
-        for checkpointed, compiled in ((False, False), (True, False), (False, True)):
-            model = vit(variant, pool="mean")
-            expected = results(copy.deepcopy(model), x)
-            model.set_grad_checkpointing(checkpointed)
-            parallelize(model, mesh["sequence"])
-            for block in model.blocks:
-                if compiled:
-                    block.compile(backend="aot_eager", fullgraph=True)
-                fully_shard(block, mesh=mesh)
-            fully_shard(model, mesh=mesh)
-            actual = results(model, mine)
-            assert_close(actual.pop("scores"), expected.pop("scores")[2 * data : 2 * data + 2])
-            # The loss of all pictures is a sum, FSDP's a mean over two sets of them.
-            assert_close({n: 2 * t.full_tensor() for n, t in actual.items()}, expected)
+    for variant, compiled in (("linear_infsa", True), ("pure_infsa", False)):
+        model = vit(variant, pool="mean")
+        expected = results(copy.deepcopy(model), x)
+        model.set_grad_checkpointing(not compiled)
+        parallelize(model, mesh["sequence"])
+        for block in model.blocks:
+            if compiled:
+                block.compile(backend="aot_eager", fullgraph=True)
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        actual = results(model, mine)
+        assert_close(actual.pop("scores"), expected.pop("scores")[2 * data : 2 * data + 2])
+        # The loss of all pictures is a sum, FSDP's a mean over two sets of them.
+        assert_close({n: 2 * t.full_tensor() for n, t in actual.items()}, expected)
 
 
 CHECKS = [
@@ -192,7 +187,8 @@ def test_two_ranks(tmp_path):
 
 
 def test_four_ranks(tmp_path):
-    ranks.run([pictures_in_strips_are_whole_pictures, two_dimensional_mesh], 4, tmp_path / "store")
+    checks = [functools.partial(pictures_in_strips_are_whole_pictures, 2), two_dimensional_mesh]
+    ranks.run(checks, 4, tmp_path / "store")
 
 
 def stuck_and_lost_rank():
