@@ -17,6 +17,7 @@ class Layout:
     """Where the parts of a call lie.
 
     Args:
+        op: names the operator in errors.
         like: the tensor of the tokens that says it: q, or x.
         others: more tensors of tokens.
         sequence: the dimension of the tokens in all of these.
@@ -24,7 +25,7 @@ class Layout:
     """
 
     def __init__(self, op: str, like: DTensor, others: list, sequence: int, heads: int | None):
-        self.mesh, self.sequence, self.heads = like.device_mesh, sequence, heads
+        self.op, self.mesh = op, like.device_mesh
         tensors = [like, *(t for t in others if isinstance(t, DTensor))]
         for t in tensors:
             if t.device_mesh != self.mesh:
@@ -61,13 +62,16 @@ class Layout:
     def local(self, t: Tensor | None, placements: list[Placement], gradient: list[Placement] | None = None):
         if t is None:
             return None
-        if not isinstance(t, DTensor):
-            raise TypeError(
-                "infsa: a tensor of the call is no DTensor and others are, expected all of them; distribute_tensor() it, rho and "
-                "masks too"
-            )
+        self.demand(t)
         t = t if list(t.placements) == placements else t.redistribute(placements=placements)
         return t.to_local(grad_placements=gradient or placements)
+
+    def demand(self, t: Tensor) -> None:
+        if not isinstance(t, DTensor):
+            raise TypeError(
+                f"{self.op}: a tensor of the call is no DTensor and others are, expected all of them; distribute_tensor() it, rho "
+                "and masks too"
+            )
 
     def of_parameter(self, t, placements: list[Placement]):
         """A tensor without tokens, and its gradient: every rank whose tokens or heads it met has a share."""
@@ -90,6 +94,8 @@ def attend(op: str, q, k, v, eps, rho, key_padding_mask, query_padding_mask, bac
     tied, unbatched = k is q, q.dim() == 3
     sequence, heads = q.dim() - 2, None if unbatched else 1
     layout = Layout(f"infsa::{op}", q, [k, v], sequence, heads)
+    if isinstance(rho, Tensor):
+        layout.demand(rho)
     tokens = layout.placements(Shard(sequence), 0, heads)
     q_local, v_local = layout.local(q, tokens), layout.local(v, tokens)
     k_local = q_local if tied else layout.local(k, tokens)

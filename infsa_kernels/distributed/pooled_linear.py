@@ -32,17 +32,15 @@ def pooled_linear_infsa(
     Raises:
         ValueError, TypeError: as the dense operator; no process group. RuntimeError: a rank was lost.
     """
-    given = {"rho": 0.95} | options
-    unknown = given.keys() - set(sharded_pooled_linear.signature.arguments)
-    if unknown:
-        raise TypeError(
-            f"{dense.OP}: {min(unknown)} is given, expected the arguments of infsa_kernels.pooled_linear_infsa"
-        )
-    given |= {"group": name_of(dense.OP, group)}
     required = x, q_weight, v_weight, out_weight, num_heads
-    defaults = {"eps": 1e-6}
     names = sharded_pooled_linear.signature.arguments[len(required) : -1]
-    return sharded_pooled_linear(*required, *(given.get(n, defaults.get(n)) for n in names))
+    given = {"rho": 0.95, "eps": 1e-6} | options
+    if unknown := given.keys() - {*names}:
+        raise TypeError(
+            f"{dense.OP}: {min(unknown)} is given, expected arguments of infsa_kernels.pooled_linear_infsa only"
+        )
+    given["group"] = name_of(dense.OP, group)
+    return sharded_pooled_linear(*required, *map(given.get, names))
 
 
 def _cast(dtype_of, args, kwargs):

@@ -121,6 +121,10 @@ def sharded_sequence_of_a_mesh(mesh):
     for op, first in itertools.product(OPS, (Shard(0), Shard(1))):
         placed = (distribute_tensor(t, grid, [first, Shard(2)]) for t in (q, k, v))
         assert_close(getattr(torch.ops.infsa, op)(*placed).full_tensor(), getattr(torch.ops.infsa, op)(q, k, v))
+        with pytest.raises(TypeError, match="is no DTensor and others are"):
+            getattr(torch.ops.infsa, op)(
+                *(distribute_tensor(t, mesh, [Shard(2)]) for t in (q, k, v)), 1e-6, torch.ones(H)
+            )
         with pytest.raises(NotImplementedError, match=r"sharded over 2 dimensions of the mesh \(data, sequence\)"):
             getattr(torch.ops.infsa, op)(*(distribute_tensor(t, grid, [Shard(2), Shard(2)]) for t in (q, k, v)))
 
