@@ -69,8 +69,8 @@ class Layout:
     def demand(self, t: Tensor) -> None:
         if not isinstance(t, DTensor):
             raise TypeError(
-                f"{self.op}: a tensor of the call is no DTensor and others are, expected all of them; distribute_tensor() it, rho "
-                "and masks too"
+                f"{self.op}: a tensor of the call is no DTensor and others are, expected all of them; distribute_tensor() it, "
+                "rho and masks too"
             )
 
     def of_parameter(self, t, placements: list[Placement]):
