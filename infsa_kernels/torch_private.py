@@ -59,6 +59,26 @@ def get_in_backward(name: str) -> str:
     return torch._C._get_obj_in_tls(name) if torch._C._is_key_in_tls(name) else ""
 
 
+def not_compiled(function):
+    """torch.compiler.disable, which imports the compiler, for 2 s, wherever it decorates."""
+    function._torchdynamo_disable = True
+    return function
+
+
+def process_group(name: str):
+    """Operators take a group by its name, which a graph and a pickled module can hold; nothing public finds it again."""
+    from torch.distributed.distributed_c10d import _resolve_process_group
+
+    return _resolve_process_group(name)
+
+
+def all_reduce(t: torch.Tensor, group: str) -> torch.Tensor:
+    """The sum over the ranks as a new tensor, that torch.compile sees as a collective. torch.distributed's writes in place."""
+    from torch.distributed._functional_collectives import all_reduce, wait_tensor
+
+    return wait_tensor(all_reduce(t, "sum", group))
+
+
 def sharding_depends_on_all_arguments(op: OpOverload) -> None:
     """register_sharding caches placements by tensors alone, and so ignores which are None and which gradients are wanted."""
     from dataclasses import replace

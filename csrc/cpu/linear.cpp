@@ -28,8 +28,6 @@ namespace {
 
 constexpr const char* kOp = "infsa::linear";
 
-Tensor new_cpu(at::IntArrayRef size, at::ScalarType dtype) { return at::detail::empty_cpu(size, dtype); }
-
 // What forward returns, and backward takes; the last two with a floor only.
 struct Statistics {
   Tensor context, central_query, energy_sum, score_sum, absolute_sum, value_mean;

@@ -1,5 +1,5 @@
-// How Linear-InfSA's work is cut on the CPU, and the units of measure of its heads: what linear.cpp runs the kernels
-// by.
+// How Linear-InfSA's work is cut on the CPU, and the units of measure of its heads: what linear.cpp and
+// linear_steps.cpp run the kernels by.
 #pragma once
 
 #include <ATen/EmptyTensor.h>
@@ -23,6 +23,8 @@ constexpr int64_t kGrain = 1 << 15;
 constexpr int64_t kMaxChunks = 128;
 // Bytes of q that one wave of heads may have, so that its second pass finds them in the last-level cache.
 constexpr int64_t kWaveBytes = 8 << 20;
+
+inline Tensor new_cpu(at::IntArrayRef size, at::ScalarType dtype) { return at::detail::empty_cpu(size, dtype); }
 
 // How the work of one call is cut. A unit is what one kernel call may span: a head, or all heads of a batch where the
 // heads of a token lie side by side ("token-major", a (B, N, H, d) tensor).
@@ -147,17 +149,28 @@ class Units {
   // Brings a head to order one: q, k and v, and with dout (B, H, d_v) that and norm = R + eps. False where that is no
   // help: one is not finite.
   bool set(int64_t head, const Tensor* dout = nullptr, double norm = 1) {
+    HeadUnits u = measure(head);
+    if (dout) {
+      u.dout = unit({dout->data_ptr(), plan_.s.H * plan_.s.d_v, plan_.s.d_v, 0, 1}, head, 1, plan_.s.d_v, {});
+      u.score = std::ldexp(1, std::ilogb(norm * u.q * u.k));
+    }
+    return install(head, u);
+  }
+
+  // What brings the rows of a head to order one.
+  HeadUnits measure(int64_t head) const {
     const Sizes& s = plan_.s;
     HeadUnits u;
     u.q = unit(args_.q, head, s.N, s.d, args_.query_mask);
     u.k = unit(args_.k, head, s.M, s.d, args_.key_mask);
     u.v = unit(args_.v, head, s.M, s.d_v, args_.key_mask);
     if (args_.k.data == args_.q.data) u.q = u.k = std::min(u.q, u.k);
-    if (dout) {
-      u.dout = unit({dout->data_ptr(), s.H * s.d_v, s.d_v, 0, 1}, head, 1, s.d_v, {});
-      u.score = std::ldexp(1, std::ilogb(norm * u.q * u.k));
-    }
+    return u;
+  }
+
+  bool install(int64_t head, const HeadUnits& u) {
     if (u.q * u.k * u.v * u.dout == 0) return false;
+    const Sizes& s = plan_.s;
     if (heads_.empty()) {
       heads_.resize(s.B * s.H);
       rows_ = at::ones({6, s.B * s.H + Buffer::kSlack}, plan_.wide ? at::kDouble : at::kFloat);

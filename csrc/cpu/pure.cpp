@@ -45,11 +45,13 @@ struct Call {
   const double rho;
   const OptTensor& head_rho;
   const Kept queries, keys;
-  const bool symmetric;  // k is q, and the same tokens count on both sides
+  const bool tied;       // k is q
+  const bool symmetric;  // and the same tokens count on both sides
   const bool partial;    // some outputs are not written by the kernels: they start as 0
   const Kernels& kernels;
   const bool wide;               // the accumulation type is double
   std::vector<PureUnits> units;  // of the heads, once one needs them
+  bool whole = true;             // no other keys and queries share its F and c
 
   Call(const Tensor& q, const OptTensor& k, const Tensor& v, double eps, double rho, const OptTensor& head_rho,
        const OptTensor& key_mask, const OptTensor& query_mask)
@@ -62,7 +64,8 @@ struct Call {
         head_rho(head_rho),
         queries(query_mask, size.N),
         keys(key_mask, size.M),
-        symmetric(!k && same_mask(key_mask, query_mask)),
+        tied(!k),
+        symmetric(tied && same_mask(key_mask, query_mask)),
         partial(key_mask || query_mask || empty()),
         kernels(kernels_for(q.scalar_type())),
         wide(acc_dtype(q) == at::kDouble) {}
@@ -81,7 +84,7 @@ struct Call {
     p.q = tokens(q, index, queries), p.k = tokens(k, index, keys), p.v = tokens(v, index, keys);
     p.tied = symmetric, p.rho = rho_of(rho, head_rho, b, index % size.H);
     p.few_keys = p.M <= kFewKeys;
-    p.few_scores = std::max(p.N, p.M) <= kPureStride && p.N * p.M <= kFewScores;
+    p.few_scores = whole && std::max(p.N, p.M) <= kPureStride && p.N * p.M <= kFewScores;
     if (!units.empty()) p.unit = units[index];
     return p;
   }
@@ -177,14 +180,13 @@ void clear(void* sums, Range rows, int64_t row_bytes) {
   if (sums) std::memset(static_cast<char*>(sums) + rows.begin * row_bytes, 0, rows.size() * row_bytes);
 }
 
-std::tuple<Tensor, Tensor> pure_fwd(const Tensor& q, const OptTensor& k, const Tensor& v, double eps, double rho,
-                                    const OptTensor& head_rho, const OptTensor& key_padding_mask,
-                                    const OptTensor& query_padding_mask) {
-  Call call(q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask);
+// The output is rounded to dtype.
+std::tuple<Tensor, Tensor> forward(Call& call, double eps, at::ScalarType dtype) {
+  const Tensor& q = call.q;
   const auto [B, H, N, M, d, d_v] = call.size;
   const bool token_major = q.stride(1) < q.stride(2);
   const int64_t token = token_major ? H * d_v : d_v, head = token_major ? d_v : N * d_v;
-  const Tensor out = new_tensor({B, H, N, d_v}, {H * N * d_v, head, token, 1}, q.scalar_type());
+  const Tensor out = new_tensor({B, H, N, d_v}, {H * N * d_v, head, token, 1}, dtype);
   const Tensor norm = at::zeros({B, H}, q.options().dtype(acc_dtype(q)));
   if (call.partial) out.zero_();
   if (call.empty()) return {out, norm};
@@ -213,8 +215,8 @@ std::tuple<Tensor, Tensor> pure_fwd(const Tensor& q, const OptTensor& k, const T
           const Range queries = chunk(h.N, n, i);
           const PureUnits& u = h.unit;
           const double F = std::sqrt(square_sum(head));
-          call.kernels.tokens.store(call.tokens(out, head, call.queries), sums, stride, d_v,
-                                    finite(h.rho / (F + eps * u.q * u.k) / u.v, call.wide), queries);
+          kernels_for(dtype).tokens.store(call.tokens(out, head, call.queries), sums, stride, d_v,
+                                          finite(h.rho / (F + eps * u.q * u.k) / u.v, call.wide), queries);
           largest[head * n + i] = call.kernels.tokens.largest_sum(sums, stride, queries);
           if (i == 0) F_of.set(head, F / u.q / u.k);
         });
@@ -230,32 +232,46 @@ std::tuple<Tensor, Tensor> pure_fwd(const Tensor& q, const OptTensor& k, const T
   return {out, norm};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> pure_bwd(const Tensor& dout, const Tensor& q, const OptTensor& k,
-                                                    const Tensor& v, const Tensor& out, const Tensor& norm, double eps,
-                                                    double rho, const OptTensor& head_rho,
-                                                    const OptTensor& key_padding_mask,
-                                                    const OptTensor& query_padding_mask,
-                                                    std::array<bool, 4> output_mask) {
+std::tuple<Tensor, Tensor> pure_fwd(const Tensor& q, const OptTensor& k, const Tensor& v, double eps, double rho,
+                                    const OptTensor& head_rho, const OptTensor& key_padding_mask,
+                                    const OptTensor& query_padding_mask) {
   Call call(q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask);
+  return forward(call, eps, q.scalar_type());
+}
+
+std::tuple<Tensor, Tensor> pure_block_fwd(const Tensor& q, const OptTensor& k, const Tensor& v, double eps,
+                                          const OptTensor& key_padding_mask, const OptTensor& query_padding_mask) {
+  const OptTensor no_rho;
+  Call call(q, k, v, eps, 1, no_rho, key_padding_mask, query_padding_mask);
+  return forward(call, eps, acc_dtype(q));
+}
+
+// dout_dot(head, tokens of a chunk of queries): their <dout, out>. The gradients are rounded to dtype.
+template <typename Dot> std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Call& call, const Tensor& dout,
+                                                                            const Tensor& norm, double eps,
+                                                                            std::array<bool, 4> output_mask,
+                                                                            at::ScalarType dtype, const Dot& dout_dot) {
+  const Tensor &q = call.q, &v = call.v;
+  const double rho = call.rho;
+  const OptTensor& head_rho = call.head_rho;
   const auto [B, H, N, M, d, d_v] = call.size;
   call.arguments.tensor("dout", dout, q.scalar_type(), "BHNv");
-  call.arguments.tensor("out", out, q.scalar_type(), "BHNv");
   call.arguments.tensor("norm", norm, acc_dtype(q), "BH");
 
-  const bool want_q = output_mask[0], want_k = output_mask[1] && k, want_v = output_mask[2],
+  const bool want_q = output_mask[0], want_k = output_mask[1] && !call.tied, want_v = output_mask[2],
              want_rho = output_mask[3] && head_rho;
   // Masks that differ make the scores of a tied k asymmetric: its half of the gradient is then made apart, and added
   // before the sum is rounded.
-  const bool apart = want_q && !k && !call.symmetric;
-  const at::ScalarType half = apart ? acc_dtype(q) : q.scalar_type();
-  const auto store_half = kernels_for(half).tokens.store;
+  const bool apart = want_q && call.tied && !call.symmetric;
+  const at::ScalarType half = apart ? acc_dtype(q) : dtype;
+  const auto store_half = kernels_for(half).tokens.store, store = kernels_for(dtype).tokens.store;
   const Tensor grad_q = new_gradient(want_q, q, call.partial, half),
                grad_k = new_gradient(want_k || apart, call.k, call.partial, half),
-               grad_v = new_gradient(want_v, v, call.partial);
+               grad_v = new_gradient(want_v, v, call.partial, dtype);
   const Tensor grad_rho = want_rho ? at::zeros({B, H}, norm.options()) : at::empty({0}, norm.options());
   const auto results = [&] {
     if (!apart) return std::make_tuple(grad_q, grad_k, grad_v, grad_rho);
-    return std::make_tuple(grad_q.add_(grad_k).to(q.scalar_type()), at::empty({0}, q.options()), grad_v, grad_rho);
+    return std::make_tuple(grad_q.add_(grad_k).to(dtype), at::empty({0}, grad_v.options()), grad_v, grad_rho);
   };
   if (call.empty() || !(want_q || want_k || want_v || want_rho)) return results();
 
@@ -289,8 +305,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pure_bwd(const Tensor& dout, const Te
         call, heads, cells, q_bytes + k_bytes + v_bytes, true,
         [&](int64_t head, int64_t i) {
           const Range queries = chunk(call.queries.count(head / H), n, i);
-          dout_out[head * n + i] = call.kernels.tokens.dot(
-              call.tokens(dout, head, call.queries), call.tokens(out, head, call.queries), nullptr, 0, d_v, queries);
+          dout_out[head * n + i] = dout_dot(head, queries);
         },
         [&](int64_t head, int64_t round, int64_t i, int64_t j, char* memory, char* scratch) {
           const PureHead h = head_of(head);
@@ -318,8 +333,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pure_bwd(const Tensor& dout, const Te
             store_half(call.tokens(grad_k, head, call.keys), sums.dk, stride, d, finite(per_score * u.k, call.wide),
                        keys);
           if (want_v)
-            call.kernels.tokens.store(call.tokens(grad_v, head, call.keys), sums.dv, v_stride, d_v,
-                                      finite(h.rho * per_v, call.wide), keys);
+            store(call.tokens(grad_v, head, call.keys), sums.dv, v_stride, d_v, finite(h.rho * per_v, call.wide), keys);
           if (want_rho) v_dv[head * n + i] = per_v * call.kernels.tokens.dot(h.v, {}, sums.dv, v_stride, d_v, keys);
         });
   };
@@ -334,11 +348,41 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pure_bwd(const Tensor& dout, const Te
   return results();
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> pure_bwd(const Tensor& dout, const Tensor& q, const OptTensor& k,
+                                                    const Tensor& v, const Tensor& out, const Tensor& norm, double eps,
+                                                    double rho, const OptTensor& head_rho,
+                                                    const OptTensor& key_padding_mask,
+                                                    const OptTensor& query_padding_mask,
+                                                    std::array<bool, 4> output_mask) {
+  Call call(q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask);
+  call.arguments.tensor("out", out, q.scalar_type(), "BHNv");
+  return backward(call, dout, norm, eps, output_mask, q.scalar_type(), [&](int64_t head, Range queries) {
+    return call.kernels.tokens.dot(call.tokens(dout, head, call.queries), call.tokens(out, head, call.queries), nullptr,
+                                   0, call.size.d_v, queries);
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> pure_block_bwd(const Tensor& dout, const Tensor& q, const OptTensor& k,
+                                                          const Tensor& v, const Tensor& dout_out, const Tensor& norm,
+                                                          double eps, double rho, const OptTensor& head_rho,
+                                                          const OptTensor& key_padding_mask,
+                                                          const OptTensor& query_padding_mask,
+                                                          std::array<bool, 4> output_mask) {
+  Call call(q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask);
+  call.whole = false;
+  call.arguments.tensor("dout_out", dout_out, at::kDouble, "BH");
+  const Numbers of_all(dout_out.contiguous());
+  return backward(call, dout, norm, eps, output_mask, acc_dtype(q),
+                  [&](int64_t head, Range queries) { return queries.begin == 0 ? of_all[head] : 0; });
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(infsa, CPU, m) {
   m.impl("pure_fwd", TORCH_FN(pure_fwd));
   m.impl("pure_bwd", TORCH_FN(pure_bwd));
+  m.impl("pure_blocks_fwd", TORCH_FN(pure_block_fwd));
+  m.impl("pure_blocks_bwd", TORCH_FN(pure_block_bwd));
 }
 
 }  // namespace infsa::cpu

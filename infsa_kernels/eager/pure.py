@@ -30,8 +30,9 @@ def forward(q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask):
 
 
 def backward(
-    dout, q, k, v, out, norm, eps, rho, head_rho, key_padding_mask, query_padding_mask, gradients
+    dout, q, k, v, out, norm, eps, rho, head_rho, key_padding_mask, query_padding_mask, gradients, dout_out=None
 ):  # fmt: skip
+    """dout_out: <dout, out> (B, H), of which ``out`` is not all, nor are q, k and v."""
     u, kappa, v_acc, u_unit, k_unit = _inputs(q, k, v, key_padding_mask, query_padding_mask)
     dout = remove(dout, query_padding_mask).to(u.dtype)
     dq, dk, dv, dhead_rho = gradients
@@ -42,8 +43,10 @@ def backward(
     # O = rho P v / F: the norm's own gradient is one scalar per head, c, times P.
     mantissa, per_norm = (t[..., None, None] for t in split(F))
     gain = effective_rho(rho, head_rho, 2) / mantissa
-    few = _few(u, kappa)
-    dout_out = (dout * remove(out, query_padding_mask)).sum((-2, -1)) / per_norm[..., 0, 0]
+    few = dout_out is None and _few(u, kappa)
+    if dout_out is None:
+        dout_out = (dout * remove(out, query_padding_mask)).sum((-2, -1))
+    dout_out = dout_out.to(norm.dtype) / per_norm[..., 0, 0]
     du, dkappa, dv_acc = torch.zeros_like(u), torch.zeros_like(kappa), torch.zeros_like(v_acc)
     drho = torch.zeros_like(norm)
     for block in _blocks(u, kappa):
@@ -74,12 +77,12 @@ def backward(
         dhead_rho.copy_(rho * drho / F)
 
 
-def output_like(q: Tensor, v: Tensor) -> Tensor:
+def output_like(q: Tensor, v: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """An uninitialised output (B, H, N, dv) in the memory layout of q: token-major if q is a view of [B, N, H, d]."""
     B, H, N, _ = q.shape
     if q.stride(1) < q.stride(2):
-        return v.new_empty(B, N, H, v.shape[3]).transpose(1, 2)
-    return v.new_empty(B, H, N, v.shape[3])
+        return v.new_empty(B, N, H, v.shape[3], dtype=dtype).transpose(1, 2)
+    return v.new_empty(B, H, N, v.shape[3], dtype=dtype)
 
 
 def _inputs(q, k, v, key_padding_mask, query_padding_mask) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

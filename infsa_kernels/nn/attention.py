@@ -1,11 +1,13 @@
 """`InfSAAttention`: what nn.MultiheadAttention is for softmax, for InfSA."""
 
+import functools
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import distributed
 from ..ops.pooled_linear import pooled_linear_infsa
 from .checks import fraction, integer, number
 from .functional import attend, check_score_floor, check_variant, refuse_dropout
@@ -65,6 +67,9 @@ class InfSAAttention(Leaf):
     _qkv_same_embed_dim = False
     in_proj_weight = None
     in_proj_bias = None
+
+    # The ranks that have the other tokens of a sequence: infsa_kernels.distributed.parallelize.
+    sequence_group: str | None = None
 
     def __init__(
         self,
@@ -270,7 +275,10 @@ class InfSAAttention(Leaf):
             return None
         if norm is not None and not (is_plain(norm, nn.LayerNorm, device) and norm.normalized_shape == x.shape[-1:]):
             x, norm = self._per_token(norm, x), None
-        return pooled_linear_infsa(
+        pooled = pooled_linear_infsa
+        if self.sequence_group is not None:
+            pooled = functools.partial(distributed.pooled_linear_infsa, group=self.sequence_group)
+        return pooled(
             x,
             self.num_heads,
             q.weight,
@@ -320,7 +328,7 @@ class InfSAAttention(Leaf):
         context, weights = attend(
             q, k, v, self.variant, self.rho, self.eps, key_padding_mask, query_padding_mask,
             hops=self.hops, score_floor=self.score_floor, dropout_p=self.dropout if self.training else 0.0,
-            need_scores=need_weights,
+            need_scores=need_weights, group=self.sequence_group,
         )  # fmt: skip
         out = self._per_token(self.out_proj, context.transpose(1, 2).flatten(2))
         return out, weights if need_weights else None

@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import distributed
 from ..graph.walks import multi_hop_infsa
+from ..ops.check import no_floor_in_parallel
 from ..ops.linear import linear_infsa, linear_infsa_scores
 from ..ops.pure import pure_infsa, pure_infsa_scores
 from ..ops.register import overridable
@@ -75,12 +77,21 @@ def attend(
     score_floor: float = 0.0,
     dropout_p: float = 0.0,
     need_scores: bool = False,
+    group: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The context (..., N, dv), and the scores that it was made with, (..., N, M), where they are needed or some are dropped.
 
-    Linear-InfSA has one row for all queries, of both: 1 in the place of N.
+    Linear-InfSA has one row for all queries, of both: 1 in the place of N. ``group`` names the ranks that have the other tokens.
     """
     masks = key_padding_mask, query_padding_mask
+    if group is not None:
+        refuse_in_parallel(variant, dropout_p, need_scores)
+        no_floor_in_parallel("infsa_attention", score_floor)
+        if variant == "linear_infsa":
+            # Not [:1] of every position: a rank may have none.
+            context = distributed.linear.sharded_linear(q, k, v, eps, rho, *masks, group)
+            return context.unsqueeze(-2), None
+        return distributed.pure_infsa(q, k, v, rho, eps, *masks, group=group), None
     if variant == "multi_hop_infsa":
         refuse_dropout("infsa_attention", dropout_p)
 
@@ -101,6 +112,21 @@ def attend(
         scores = fused(torch.eye(q.shape[2], dtype=q.dtype, device=q.device).expand(*q.shape[:2], -1, -1))
     scores = F.dropout(scores, dropout_p)
     return scores @ without(key_padding_mask, v), scores
+
+
+def refuse_in_parallel(variant: str, dropout: float, need_scores: bool) -> None:
+    """What attention has no form of where tokens lie on several ranks."""
+    what = (
+        "the variant is 'multi_hop_infsa'" if variant == "multi_hop_infsa"
+        else f"dropout is {dropout}" if dropout > 0
+        else "the weights are asked for" if need_scores
+        else None
+    )  # fmt: skip
+    if what:
+        raise NotImplementedError(
+            f"sequence-parallel InfSA: {what}: scores are held on no rank there; use linear_infsa or pure_infsa, without dropout "
+            "of scores and weights"
+        )
 
 
 def check_variant(op: str, variant: str, hops: int | None) -> None:

@@ -1,10 +1,13 @@
 """timm: attention layers for ``timm.create_model("vit_...", attn_layer=InfSAAttention)``, and InfViT by timm's names."""
 
+import functools
+
 import torch
 from timm.layers import Attention
 from timm.models import is_model, register_model
 from torch import Tensor, nn
 
+from .. import distributed
 from ..ops.pooled_linear import pooled_linear_infsa
 from .checks import NO_CAUSAL
 from .functional import attend, check_score_floor
@@ -32,6 +35,7 @@ class InfSAAttention(Leaf, Attention):
     rho_init = 0.95
     rho_trainable = True
     score_floor = 0.0
+    sequence_group: str | None = None  # as in infsa_kernels.nn.InfSAAttention
 
     def __init__(self, dim: int, num_heads: int = 8, *args, device=None, dtype=None, **kwargs):
         check_score_floor(type(self).__name__, self.variant, self.score_floor)
@@ -73,7 +77,10 @@ class InfSAAttention(Leaf, Attention):
         """(B, 1, dim): the row that every token gets."""
         weights = self.qkv.weight.chunk(3)
         biases = [None] * 3 if self.qkv.bias is None else self.qkv.bias.chunk(3)
-        out = pooled_linear_infsa(
+        pooled = pooled_linear_infsa
+        if self.sequence_group is not None:
+            pooled = functools.partial(distributed.pooled_linear_infsa, group=self.sequence_group)
+        out = pooled(
             x,
             self.num_heads,
             weights[0],
@@ -96,7 +103,7 @@ class InfSAAttention(Leaf, Attention):
         dropout = self.attn_drop.p if self.training else 0.0
         context, _ = attend(
             q, k, v, self.variant, rho_of(self), 1e-6, ignore, ignore, hops=self.hops, score_floor=self.score_floor,
-            dropout_p=dropout,
+            dropout_p=dropout, group=self.sequence_group,
         )  # fmt: skip
         context = self.norm(context.transpose(1, 2).flatten(2))
         if getattr(self, "gate", None) is not None:

@@ -161,6 +161,7 @@ def _attend(
     out, weights = attend(
         query, key, value, variant, rho, 1e-6, ignore, ignore, hops=getattr(module, "hops", None),
         score_floor=getattr(module, "score_floor", 0.0), dropout_p=dropout, need_scores=output_attentions,
+        group=getattr(module, "sequence_group", None),
     )  # fmt: skip
     out, weights = (
         None if t is None else without(ignore, t.expand(*query.shape[:3], t.shape[3])) for t in (out, weights)

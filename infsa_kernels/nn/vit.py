@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.utils.checkpoint import checkpoint
 
+from ..distributed import tokens as shards
 from .attention import InfSAAttention
 from .checks import integer, number
 from .functional import check_score_floor
@@ -105,6 +106,8 @@ class InfViT(nn.Module):
         self.num_heads = num_heads or max(1, embed_dim // HEAD_DIM[variant])
         self.grid = height // patch_size, width // patch_size
         self.grad_checkpointing = False
+        # The ranks that have the other strips of a picture: infsa_kernels.distributed.parallelize.
+        self.sequence_group: str | None = None
 
         factory = {"device": device, "dtype": dtype}
         tied = variant == "linear_infsa" if tied is None else tied
@@ -155,15 +158,21 @@ class InfViT(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Class scores (B, num_classes) of images (B, in_chans, height, width).
 
-        Sides that are no multiple of the patch size are padded with zeros, at the right and at the bottom.
+        Sides that are no multiple of the patch size are padded with zeros, at the right and at the bottom. Parallelized, images
+        are this rank's strips, whole rows of patches, and the class scores those of the whole pictures, on every rank.
         """
         if self.pool == "cls":
             # Nothing reads the other tokens of the last layer: they are not computed.
-            return self.head(self.norm(self._tokens(images, cls_only=True))[:, 0])
-        return self.head(self.norm(self._tokens(images)).mean(1))
+            first = self._tokens(images, cls_only=True)
+            if self.sequence_group is not None:
+                first = shards.first_of(first, self.sequence_group)
+            return self.head(self.norm(first)[:, 0])
+        tokens = self.norm(self._tokens(images))
+        mean = tokens.mean(1) if self.sequence_group is None else shards.mean_of(tokens, self.sequence_group)
+        return self.head(mean)
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """All tokens after the last norm: (B, N, D), the extra one of pool="cls" first."""
+        """All tokens after the last norm: (B, N, D), the extra one of pool="cls" first. Parallelized, this rank's."""
         return self.norm(self._tokens(images))
 
     def _tokens(self, images: Tensor, cls_only: bool = False) -> Tensor:
@@ -190,18 +199,26 @@ class InfViT(nn.Module):
 
     def _embed(self, images: Tensor) -> Tensor:
         """Images as tokens with their positions, (B, N, D)."""
-        p = self.patch_size
+        p, given_height = self.patch_size, images.shape[2]
         images = whole_patches(images, self.patch_embed.in_channels, p)
-        B, grid = images.shape[0], (images.shape[2] // p, images.shape[3] // p)
+        B, rows, columns = images.shape[0], images.shape[2] // p, images.shape[3] // p
+        grid, above, has_first = (rows, columns), 0, True
+        if self.sequence_group is not None:
+            total, above, has_first = shards.place_of_strip(
+                rows, columns, given_height % p, self.sequence_group, images.device
+            )
+            grid = total, columns
         first = self._first_token(images)
-        if _all_at_once(images) or B * math.prod(grid) <= CHUNK_TOKENS:
-            patches = self._patches(images, grid, slice(None))
+        if not has_first:
+            first = first[:, :0]
+        if _all_at_once(images) or B * rows * columns <= CHUNK_TOKENS:
+            patches = self._patches(images, grid, slice(above, above + rows))
             return torch.cat([first.to(patches.dtype), patches], 1)
         x, end = None, first.shape[1]
-        rows, columns = grid
         step = max(1, CHUNK_TOKENS // (B * columns))
         for row in range(0, rows, step):
-            patches = self._patches(images[:, :, row * p : (row + step) * p], grid, slice(row, row + step))
+            strip = slice(above + row, above + min(row + step, rows))
+            patches = self._patches(images[:, :, row * p : (row + step) * p], grid, strip)
             if x is None:
                 x = patches.new_empty(B, end + rows * columns, self.embed_dim)
                 x[:, :end] = first

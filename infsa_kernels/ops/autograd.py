@@ -100,6 +100,22 @@ def functions(raw, forward_op, backward_op) -> tuple:
     return _one_level(Forward, raw.forward), _one_level(Backward, raw.backward)
 
 
+def no_derivative(op, signature, instead: str):
+    """What to register at the Autograd key for an op that has none: it raises where one is asked for."""
+
+    def autograd(keyset, *args):
+        if torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in args):
+            raise NotImplementedError(f"{op.name()} has no derivative; {instead}")
+        try:
+            with below_autograd():
+                return op.redispatch(keyset & after_autograd, *args)
+        except Exception:
+            check.in_words(signature.check, args)
+            raise
+
+    return autograd
+
+
 def skipped_if_unused(*tensors):
     """A context for calls of raw operators: it skips the Autograd key, and its Python, where nothing differentiates them."""
     sharding.register_waiting()

@@ -36,6 +36,7 @@ PLAIN = {
     "float": (float, int),
     "float?": (NoneType, float, int),
     "rho": (float, int, Tensor),
+    "str": str,
 }
 
 
@@ -58,8 +59,8 @@ class Signature:
     Args:
         schema: as torch takes it, "linear_fwd(Tensor q, Tensor? k, ...) -> (Tensor out, ...)".
         tensors: the dimensions of every tensor: "(B, H, N, d)". A letter stands for one size, which the first tensor that has
-            it decides for all. The dtype is that of the first tensor, or what follows the dimensions: "bool", "acc" for the
-            dtype of sums, "or acc" for either. A gradient dx is declared by x.
+            it decides for all. The dtype is that of the first tensor, or what follows the dimensions: "bool", "float64", "acc"
+            for the dtype of sums, "or acc" for either. A gradient dx is declared by x.
         stand_ins: whose sizes count for an optional tensor's where that is absent.
     """
 
@@ -143,6 +144,7 @@ class Signature:
         """Those that a tensor may have, the usual one before others."""
         acc = acc_dtype(first)
         by_declaration = {"": (first.dtype,), "acc": (acc,), "or acc": (first.dtype, acc), "bool": (torch.bool,)}
+        by_declaration["float64"] = (torch.float64,)
         return by_declaration[self.tensors[name].dtype]
 
     def sizes(self, shapes: Sequence) -> dict[str, int]:
@@ -171,6 +173,15 @@ def finite(op, name, x):
     low, expected = NUMBERS[name]
     if not low < x < math.inf:
         raise ValueError(f"{op}: {name} is {x:g}, expected {expected}")
+
+
+def no_floor_in_parallel(op, score_floor=0.0):
+    """Of tokens on several ranks."""
+    if score_floor != 0:
+        raise NotImplementedError(
+            f"{op}: score_floor is {score_floor}, expected 0 where the tokens are sharded: of a floor there is no "
+            "sequence-parallel form; gather the tokens, or leave the floor out"
+        )
 
 
 def number(op, name, value, expected="a number"):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..eager.common import acc_dtype
-from . import central_query, check, score_pool, score_pool_floor
+from . import central_query, check, score_pool, score_pool_floor, sharding
 from .autograd import skipped_if_unused
 from .backends import backend_of_backward, choose_backend
 from .register import overridable, public
@@ -94,7 +94,7 @@ TENSORS = {
 }
 
 
-def _cast(dtype_of, args, kwargs):
+def cast(dtype_of, args, kwargs):
     """Tokens and matrices take autocast's dtype; float32 vectors stay, since they are used in float32."""
     given = dict(zip(pooled_linear.signature.arguments, args)) | kwargs
     if given.get("norm_eps") is not None and dtype_of(given["x"]) != given["x"].dtype:
@@ -134,13 +134,18 @@ _TOKENS = check.Signature(
     "str backend='', *, float score_floor=0.0) -> Tensor",
     TENSORS,
     raw=[central_query.raw, score_pool.raw],
-    cast=_cast,
+    cast=cast,
 )
 def pooled_linear(
     x, q_weight, v_weight, out_weight, num_heads, q_bias=None, k_weight=None, k_bias=None, v_bias=None, out_bias=None,
     rho=None, eps=1e-6, norm_weight=None, norm_bias=None, norm_eps=None, padding_mask=None, backend="", *, score_floor=0.0,
+    over_ranks=None,
 ):  # fmt: skip
-    """`torch.ops.infsa.pooled_linear`: the row (B, D_out)."""
+    """`torch.ops.infsa.pooled_linear`: the row (B, D_out).
+
+    over_ranks: what, of the name of a backend and score_floor, gives the two raw operators for tokens of which other ranks have
+    the rest.
+    """
     _check_heads(num_heads, q_weight=q_weight, k_weight=k_weight, v_weight=v_weight, out_weight=out_weight)
     pooled_linear.signature.check(
         (x, q_weight, v_weight, out_weight, num_heads, q_bias, k_weight, k_bias, v_bias, out_bias, rho, eps, norm_weight,
@@ -155,11 +160,20 @@ def pooled_linear(
     if norm_eps is None and not (norm_weight is None and norm_bias is None):
         raise ValueError(f"{OP}: norm_weight or norm_bias is given without norm_eps; give LayerNorm's eps, as 1e-5")
 
+    if sharding.over_sequence(1, x):
+        from ..distributed import dtensor
+
+        check.no_floor_in_parallel(OP, score_floor)
+        given = dict(zip(pooled_linear.signature.arguments, (
+            x, q_weight, v_weight, out_weight, num_heads, q_bias, k_weight, k_bias, v_bias, out_bias, rho, eps, norm_weight,
+            norm_bias, norm_eps, padding_mask)))  # fmt: skip
+        return dtensor.pooled(x, given, backend)
+
     d, acc = q_weight.shape[0] // num_heads, acc_dtype(x)
     shape = x.shape[0], num_heads, x.shape[1], d
     name = choose_backend("pooled_linear", x.device, x.dtype, shape, backend or backend_of_backward())
-    query_op, pool = central_query.raw.forwards[name], score_pool if score_floor == 0 else score_pool_floor
-    pool_op, floor = pool.raw.forwards[name], () if score_floor == 0 else (score_floor,)
+    query_op, pool_op = (over_ranks or _raw)(name, score_floor)
+    floor = () if score_floor == 0 else (score_floor,)
     tensors = x, q_weight, k_weight, v_weight, out_weight, q_bias, k_bias, v_bias, out_bias, norm_weight, norm_bias
     rho_tensor = rho if isinstance(rho, Tensor) else None
 
@@ -199,6 +213,11 @@ def pooled_linear(
         z = z if rho is None else rho * z
         out_bias = None if out_bias is None else out_bias.to(acc)
         return torch.nn.functional.linear(z.flatten(1), out_weight.to(acc), out_bias).to(x.dtype)
+
+
+def _raw(backend, score_floor):
+    pool = score_pool if score_floor == 0 else score_pool_floor
+    return central_query.raw.forwards[backend], pool.raw.forwards[backend]
 
 
 def _check_heads(num_heads, **weights):

@@ -5,7 +5,7 @@ import functools
 from torch import Tensor
 
 from ..eager.common import acc_dtype
-from . import check
+from . import check, sharding
 from .autograd import skipped_if_unused
 from .backends import backend_of_backward, choose_backend
 
@@ -19,11 +19,17 @@ def attend(raw, q, k, v, eps, rho, key_padding_mask, query_padding_mask, backend
     given = raw, q, k, v, eps, rho, key_padding_mask, query_padding_mask, *more
     if q is None or k is None or v is None:
         demand(*given)
+    if sharding.over_sequence(q.dim() - 2, q, k, v):
+        demand(*given)
+        from ..distributed import dtensor
+
+        check.no_floor_in_parallel(raw.op, *more)
+        return dtensor.attend(raw.name, q, k, v, eps, rho, key_padding_mask, query_padding_mask, backend)
     try:
         tied, unbatched = k is q, q.dim() == k.dim() == v.dim() == 3
         if unbatched:
             q, k, v = q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)
-        rho, head_rho = _split(raw.op, rho, q, unbatched)
+        rho, head_rho = split_rho(raw.op, rho, q, unbatched)
         name = choose_backend(raw.name, q.device, q.dtype, q.shape, backend or backend_of_backward())
         forward, k = raw.forwards[name], None if tied else k
         with skipped_if_unused(q, k, v, head_rho):
@@ -57,7 +63,7 @@ def demand(raw, q, k, v, eps, rho, key_padding_mask, query_padding_mask, *more) 
         q, k, v = q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)
     number = 1.0 if rho is None or isinstance(rho, Tensor) else rho
     raw.forward.check((q, k, v, eps, *more, number, None, key_padding_mask, query_padding_mask))
-    _split(raw.op, rho, q, unbatched)
+    split_rho(raw.op, rho, q, unbatched)
 
 
 @functools.cache
@@ -67,7 +73,7 @@ def _three_dimensions(name: str) -> check.Signature:
     return check.Signature(schema, {"q": "(B*H, N, d)", "k": "(B*H, M, d)", "v": "(B*H, M, dv)"})
 
 
-def _split(op, rho, q, unbatched) -> tuple[float, Tensor | None]:
+def split_rho(op, rho, q, unbatched) -> tuple[float, Tensor | None]:
     """rho as a number times a (B, H) tensor of the dtype of sums, through which its gradient flows."""
     if not isinstance(rho, Tensor):
         return 1.0 if rho is None else rho, None

@@ -1,10 +1,12 @@
 """DTensor: the raw operators run on shards of the batch or of the heads; other placements are redistributed first.
 
-The cheapest redistribution is DTensor's to find: a sharded sequence becomes sharded heads where their number allows.
+Public operators see a sharded sequence before that and hand it to infsa_kernels.distributed, which leaves it where it is.
 torch.distributed.tensor takes longer to import than all of this package, so the rules wait until somebody imports it.
 """
 
 import sys
+
+from torch import Tensor
 
 from ..torch_private import sharding_depends_on_all_arguments
 
@@ -28,6 +30,14 @@ def register_waiting() -> None:
     if _waiting and "torch.distributed.tensor" in sys.modules:
         _register(_waiting)
         _waiting.clear()
+
+
+def over_sequence(dim: int, *tensors) -> bool:
+    """Whether one of these is a DTensor whose tokens, its dimension ``dim``, are sharded. Called before every operator call."""
+    return any(
+        type(t) is not Tensor and hasattr(t, "placements") and any(p.is_shard(dim) for p in t.placements)
+        for t in tensors
+    )
 
 
 def _register(rules) -> None:

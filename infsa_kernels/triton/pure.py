@@ -128,13 +128,15 @@ def pure_rescale_kernel(
     store_rows(out, out_strides, tl.where(live[:, None], b_out, 0.0), b, h, row, N, dv, DV, ROWS)
 
 
-def forward(q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask):
+def forward(q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask, dtype=None):
+    """dtype: of the output, if not that of q."""
     if 0 in (*q.shape, *v.shape):
-        return eager.forward(q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask)
+        out, norm = eager.forward(q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask)
+        return out.to(dtype or out.dtype), norm
     countable("infsa::pure", q, v)
     B, H, N, d = q.shape
     M, dv = v.shape[2:]
-    out = eager.output_like(q, v)
+    out = eager.output_like(q, v, dtype)
     rows = configs.stream_rows(q, v)
     if rows * out.stride(2) >= 1 << 31:
         raise ValueError(

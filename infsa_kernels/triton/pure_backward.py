@@ -310,10 +310,13 @@ def pure_bwd_tied_kernel(
         store_rows(dv_out, dv_strides, b_dv, b, h, row, N, dv, DV, BLOCK_M)
 
 
-def backward(dout, q, k, v, out, norm, eps, rho, head_rho, key_padding_mask, query_padding_mask, gradients):
+def backward(
+    dout, q, k, v, out, norm, eps, rho, head_rho, key_padding_mask, query_padding_mask, gradients, dout_out=None
+):  # fmt: skip
+    """dout_out: as in eager/pure.py."""
     if 0 in (*q.shape, *v.shape):
         return eager.backward(
-            dout, q, k, v, out, norm, eps, rho, head_rho, key_padding_mask, query_padding_mask, gradients
+            dout, q, k, v, out, norm, eps, rho, head_rho, key_padding_mask, query_padding_mask, gradients, dout_out
         )  # fmt: skip
     countable("infsa::pure", q, v)
     dout, q, k, v, out = (addressable(t) for t in (dout, q, k, v, out))
@@ -327,7 +330,7 @@ def backward(dout, q, k, v, out, norm, eps, rho, head_rho, key_padding_mask, que
     sizes = {"d": d, "dv": dv, "D": padded(d, 16), "DV": padded(dv, 16), "HALF": half}
     masks = query_padding_mask, key_padding_mask
     per_head = H, blocks, B * H, scale(q) ** 2, eps, rho
-    few = N * v.shape[2] <= eager.FEW_SCORES
+    few = dout_out is None and N * v.shape[2] <= eager.FEW_SCORES
     seen = (
         (k if k is not None else q, v, *masks, norm, head_rho)
         if few
@@ -339,6 +342,9 @@ def backward(dout, q, k, v, out, norm, eps, rho, head_rho, key_padding_mask, que
         strides(seen[5], 2), H, N, v.shape[2], blocks, *per_head[2:], ROWS=rows, PRECISION=configs.precision(q), FEW=few,
         num_warps=4, **sizes,
     )  # fmt: skip
+    if dout_out is not None:
+        # It takes the place of the parts that these queries have of it.
+        parts[0].zero_()[..., 0] = dout_out
     if k is not None:
         drho_parts = _untied(dout, q, k, v, masks, head_rho, norm, parts, gradients, per_head, sizes)
     elif q.element_size() == 2:

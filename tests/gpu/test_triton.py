@@ -13,6 +13,7 @@ import torch
 from helpers.calls import OPS, Call, check, expected, output_gradient, raw_op
 from helpers.interpreter import needs_interpreter
 from helpers.layouts import LAYOUTS
+from helpers.parts import check_in_parts
 from helpers.sweep import some
 
 import infsa_kernels
@@ -53,6 +54,21 @@ def make(
     length = N if tied else M
     options = {"rho": torch.rand(H) + 0.5, "eps": 1.0} | options
     return Call(op, tensor(N, d), None if tied else tensor(length, d), tensor(length, dv), **options)
+
+
+@interpreted
+@by_op
+@by_tie
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_parts_of_a_sequence(op, tied, dtype, triton):
+    """The kernels as steps, in blocks and under masks: tests/ops/test_steps.py."""
+    for masked in (False, True):
+        call = make(op, dtype=dtype, tied=tied, N=70, M=45, H=2)
+        masks = {
+            "key_padding_mask": torch.rand(2, call.v.shape[2]) < 0.3,
+            "query_padding_mask": torch.rand(2, 70) < 0.3,
+        }
+        check_in_parts(replace(call, **masks) if masked else call, "triton", f"masked {masked}")
 
 
 @interpreted

@@ -75,12 +75,72 @@ def sharded_work_stays_where_it_is(mesh):
         assert communication.get_total_counts() == 0
         assert out.placements == (where,)
         assert all(grad.placements == (where,) for grad in grads)
-    for op in OPS:
-        q, k, v = (distribute_tensor(t, mesh, [Shard(2)]) for t in tensors.values())
+    for op, tied in itertools.product(OPS, (False, True)):
+        q, k, v = (distribute_tensor(t, mesh, [Shard(2)]).requires_grad_() for t in tensors.values())
         with CommDebugMode() as communication:
-            out = getattr(torch.ops.infsa, op)(q, k, v)
-        assert communication.get_total_counts() > 0
-        assert out.placements in ((Shard(0),), (Shard(1),), (Replicate(),))
+            out = getattr(torch.ops.infsa, op)(q, q if tied else k, v)
+            grads = torch.autograd.grad(out, [q, v] if tied else [q, k, v], torch.ones_like(out))
+        assert out.placements == (Replicate() if op == "linear" else Shard(2),)
+        assert all(grad.placements == (Shard(2),) for grad in grads)
+        if op == "linear":
+            # Two sums forward; backward, where every rank has the gradient of the context, one.
+            assert communication.get_total_counts() == 3
+
+
+def sharded_sequences_of_any_length(mesh):
+    """Uneven and empty shards, cross-attention, three dimensions, and a mask that hides NaN."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    for op, (N, M), unbatched in itertools.product(OPS, ((7, 5), (1, 3)), (False, True)):
+        torch.manual_seed(0)
+        heads = (B * H,) if unbatched else (B, H)
+        q, k, v = (torch.randn(*heads, n, d, dtype=torch.float64) for n, d in ((N, D), (M, D), (M, DV)))
+        rho = torch.rand(heads[-1], dtype=torch.float64)
+        mask = torch.arange(M).expand(heads[0], M) == M - 1
+        v[..., -1, :] = torch.nan
+        leaves = [t.clone().requires_grad_() for t in (q, k, v, rho)]
+        expected = getattr(torch.ops.infsa, op)(*leaves[:3], 1e-6, leaves[3], mask)
+        expected_grads = torch.autograd.grad(expected.square().sum(), leaves)
+        where = Shard(q.dim() - 2)
+        placed = [distribute_tensor(t, mesh, [where]).requires_grad_() for t in (q, k, v)]
+        placed.append(distribute_tensor(rho, mesh, [Replicate()]).requires_grad_())
+        out = getattr(torch.ops.infsa, op)(*placed[:3], 1e-6, placed[3], distribute_tensor(mask, mesh, [Replicate()]))
+        assert_close(out.full_tensor(), expected)
+        grads = torch.autograd.grad(out.square().sum(), placed)
+        for actual, truth in zip(grads, expected_grads):
+            assert_close(actual.full_tensor(), truth)
+
+
+def sharded_sequence_of_a_mesh(mesh):
+    """Another mesh dimension has the batch, or the heads; two of them cannot share the sequence."""
+    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+
+    tensors, _ = inputs()
+    q, k, v = (tensors[n] for n in "qkv")
+    grid = init_device_mesh("cpu", (1, WORLD), mesh_dim_names=("data", "sequence"))
+    for op, first in itertools.product(OPS, (Shard(0), Shard(1))):
+        placed = (distribute_tensor(t, grid, [first, Shard(2)]) for t in (q, k, v))
+        assert_close(getattr(torch.ops.infsa, op)(*placed).full_tensor(), getattr(torch.ops.infsa, op)(q, k, v))
+        with pytest.raises(TypeError, match="is no DTensor and others are"):
+            getattr(torch.ops.infsa, op)(
+                *(distribute_tensor(t, mesh, [Shard(2)]) for t in (q, k, v)), 1e-6, torch.ones(H)
+            )
+        with pytest.raises(NotImplementedError, match=r"sharded over 2 dimensions of the mesh \(data, sequence\)"):
+            getattr(torch.ops.infsa, op)(*(distribute_tensor(t, grid, [Shard(2), Shard(2)]) for t in (q, k, v)))
+
+
+def sharded_sequences_compile(mesh):
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    tensors, _ = inputs()
+    q, k, v = (distribute_tensor(tensors[n], mesh, [Shard(2)]).requires_grad_() for n in "qkv")
+    for op in OPS:
+        function = getattr(torch.ops.infsa, op)
+        outs = [f(q, k, v) for f in (torch.compile(function, backend="aot_eager"), function)]
+        assert_close(*(out.full_tensor() for out in outs))
+        grads = [torch.autograd.grad(out.square().sum(), [q, k, v]) for out in outs]
+        for actual, expected in zip(*grads):
+            assert_close(actual.full_tensor(), expected.full_tensor())
 
 
 def raw_operators_are_sharded(mesh):
@@ -177,10 +237,11 @@ def work(rank, store, checks):
     "checks",
     [
         [placements_are_equivalent, sharded_work_stays_where_it_is, two_mesh_dimensions_and_uneven_shards],
+        [sharded_sequences_of_any_length, sharded_sequence_of_a_mesh, sharded_sequences_compile],
         [pooled_layer_is_sharded, a_floor_is_sharded],
         [raw_operators_are_sharded],  # in processes that have called no public operator before
     ],
-    ids=["public", "layer", "raw"],
+    ids=["public", "sequence", "layer", "raw"],
 )
 def test_two_processes(checks, tmp_path, monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")

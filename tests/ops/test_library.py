@@ -205,7 +205,15 @@ def usable(device):
 
 def test_operators_and_their_backends():
     everything = {"cpu", "cuda", "triton", "eager"}
-    assert {"linear": everything, "pure": everything - {"cuda"}, "pooled_linear": {"cpu", "eager"}} == OPERATORS
+    without_cuda, pooled = everything - {"cuda"}, {"cpu", "eager"}
+    assert {"linear": everything, "pure": without_cuda, "pooled_linear": pooled} | {
+        # Parts of these for tokens in parts, and what puts them together over ranks.
+        "linear_steps": without_cuda,
+        "pure_blocks": without_cuda,
+        "sharded_linear": without_cuda,
+        "sharded_pure": without_cuda,
+        "sharded_pooled_linear": pooled,
+    } == OPERATORS
 
 
 def test_private_names_of_torch_are_in_one_file():

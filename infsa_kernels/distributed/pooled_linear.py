@@ -1,0 +1,130 @@
+"""The pooled layer of tokens that lie on several ranks: its two raw operators, each with a sum over ranks behind it.
+
+A raw operator's forward gives a weighted mean of this rank's tokens and the sum of their weights; these make the mean of all.
+Its backward needs the mean and the sum of all, and gives this rank's tokens theirs, and its share of what parameters get.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..ops import backends, central_query, linear_steps, score_pool
+from ..ops import pooled_linear as dense
+from ..ops.register import public
+from .collectives import Group, name_of, sum_over_ranks
+
+
+def pooled_linear_infsa(
+    x: Tensor, num_heads: int, q_weight: Tensor, v_weight: Tensor, out_weight: Tensor, *, group: Group = None, **options
+) -> Tensor:
+    """:func:`infsa_kernels.pooled_linear_infsa` of tokens that are sharded over the ranks of a group: O(H D) bytes sent.
+
+    Args:
+        x: this rank's tokens (B, N, D); shards may differ in length and be empty.
+        group: a process group, a one-dimensional DeviceMesh as ``mesh["sequence"]``, or None for all ranks.
+        options: the other arguments of the dense operator; ``padding_mask`` is this rank's, the rest the same on every rank.
+
+    Returns:
+        (B, D_out), the same on every rank.
+
+    Gradients are those of the sum of the losses of all ranks; those of weights, biases and rho are this rank's share.
+
+    Raises:
+        ValueError, TypeError: as the dense operator; no process group. RuntimeError: a rank was lost.
+    """
+    required = x, q_weight, v_weight, out_weight, num_heads
+    names = sharded_pooled_linear.signature.arguments[len(required) : -1]
+    given = {"rho": 0.95, "eps": 1e-6} | options
+    if unknown := given.keys() - {*names}:
+        raise TypeError(
+            f"{dense.OP}: {min(unknown)} is given, expected arguments of infsa_kernels.pooled_linear_infsa only"
+        )
+    given["group"] = name_of(dense.OP, group)
+    return sharded_pooled_linear(*required, *map(given.get, names))
+
+
+def _cast(dtype_of, args, kwargs):
+    return dense.cast(dtype_of, (), dict(zip(sharded_pooled_linear.signature.arguments, args)) | kwargs)
+
+
+@public(
+    "sharded_pooled_linear(Tensor x, Tensor q_weight, Tensor v_weight, Tensor out_weight, int num_heads, Tensor? q_bias=None, "
+    "Tensor? k_weight=None, Tensor? k_bias=None, Tensor? v_bias=None, Tensor? out_bias=None, Tensor? rho=None, "
+    "float eps=1e-6, Tensor? norm_weight=None, Tensor? norm_bias=None, float? norm_eps=None, Tensor? padding_mask=None, "
+    "str group='', str backend='') -> Tensor",
+    dense.TENSORS,
+    raw=[central_query.raw, score_pool.raw],
+    cast=_cast,
+)
+def sharded_pooled_linear(
+    x, q_weight, v_weight, out_weight, num_heads, q_bias=None, k_weight=None, k_bias=None, v_bias=None, out_bias=None,
+    rho=None, eps=1e-6, norm_weight=None, norm_bias=None, norm_eps=None, padding_mask=None, group="", backend="",
+):  # fmt: skip
+    """`torch.ops.infsa.sharded_pooled_linear`: the row (B, D_out)."""
+
+    def over_ranks(name, _):
+        return (
+            lambda *arguments: (_CentralQuery.apply(*arguments, group, name),),
+            lambda *arguments: (*_ScorePool.apply(*arguments, group, name), None),
+        )
+
+    return dense.pooled_linear.composite(
+        x, q_weight, v_weight, out_weight, num_heads, q_bias, k_weight, k_bias, v_bias, out_bias, rho, eps, norm_weight,
+        norm_bias, norm_eps, padding_mask, backend, over_ranks=over_ranks,
+    )  # fmt: skip
+
+
+def _mean_over_ranks(mean: Tensor, weights: Tensor, eps: float, group: str) -> tuple[Tensor, Tensor]:
+    """From this rank's mean and sum of weights those of all tokens, in their dtype."""
+    sums = torch.cat([mean * (weights[..., None].double() + eps), weights[..., None]], -1)
+    mean, total = linear_steps.mean(sum_over_ranks(sums, group), eps, mean.dtype)
+    return mean, total.to(mean.dtype)
+
+
+def _backward_of(raw, name):
+    return getattr(torch.ops.infsa, f"{raw.name}_bwd{backends.SUFFIXES[name]}").default
+
+
+def _wanted(gradients, wanted):
+    return *(t if want else None for t, want in zip(gradients, wanted)), *[None] * 5
+
+
+class _CentralQuery(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, norm_eps, eps, padding_mask, group, name):
+        mean, weights = central_query.raw.forwards[name](x, weight, bias, norm_eps, eps, padding_mask)
+        mean, weights = _mean_over_ranks(mean, weights, eps, group)
+        ctx.save_for_backward(x, weight, bias, mean, weights, padding_mask)
+        ctx.constants = norm_eps, eps, group, _backward_of(central_query.raw, name)
+        return mean
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dmean):
+        *saved, padding_mask = ctx.saved_tensors
+        norm_eps, eps, group, backward = ctx.constants
+        wanted = list(ctx.needs_input_grad[:3])
+        gradients = backward(sum_over_ranks(dmean, group), *saved, norm_eps, eps, padding_mask, wanted)
+        return _wanted(gradients, wanted)
+
+
+class _ScorePool(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, keys, key_bias, norm_eps, eps, padding_mask, group, name):
+        pooled, _, scores = score_pool.raw.forwards[name](x, keys, key_bias, norm_eps, eps, padding_mask)
+        pooled, scores = _mean_over_ranks(pooled, scores, eps, group)
+        ctx.save_for_backward(x, keys, key_bias, pooled, scores, padding_mask)
+        ctx.constants = norm_eps, eps, group, _backward_of(score_pool.raw, name)
+        return pooled, scores / (scores + eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dpooled, dmass):
+        *saved, padding_mask = ctx.saved_tensors
+        norm_eps, eps, group, backward = ctx.constants
+        wanted = list(ctx.needs_input_grad[:3])
+        both = sum_over_ranks(torch.cat([dpooled, dmass[..., None]], -1), group)
+        gradients = backward(
+            both[..., :-1].contiguous(), both[..., -1].contiguous(), *saved, norm_eps, eps, padding_mask, wanted
+        )  # fmt: skip
+        return _wanted(gradients, wanted)

@@ -1,0 +1,63 @@
+"""The parts of operators for tokens of which others have the rest: put together, they are the operator."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers.calls import DTYPES, OPS, accumulation
+from helpers.framework_calls import LAYOUTS, make_call
+from helpers.parts import check_in_parts, linear_in_parts, pure_in_blocks
+from torch.library import opcheck
+
+from infsa_kernels.ops.linear_steps import choose_steps
+
+FORMS = ("plain", "tied", "masked", "tied_masked_one_rho")
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", FORMS)
+def test_parts_are_the_operator(backend, device, op, dtype, form):
+    for layout in LAYOUTS:
+        check_in_parts(make_call(op, form, dtype, device, layout), backend, layout)
+
+
+@pytest.mark.only_backend("cpu", "eager")
+@pytest.mark.parametrize("size", [1e25, 1e-12])
+@pytest.mark.parametrize("tied", [False, True])
+def test_sums_of_large_and_small_tokens_stay_in_range(backend, device, size, tied):
+    call = make_call("linear", "tied" if tied else "plain", torch.float32, device)
+    k = None if tied else call.k * size
+    call = replace(call, q=call.q * size, k=k, rho=1.0, eps=1e-34)
+    dout = torch.randn(*call.q.shape[:2], call.v.shape[3], device=device)
+    truth, truths = call.to(torch.float64).reference_results(dout.double(), torch.float64)
+    context, gradients = linear_in_parts(call, dout, backend)
+    for name, actual, right in (("context", context, truth), *((n, g, truths[n]) for n, g in gradients.items())):
+        assert (actual.double() - right).abs().max() <= 1e-5 * right.abs().max(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", ["plain", "tied_masked_one_rho"])
+@pytest.mark.parametrize("layout", ["contiguous", "token_major"])
+def test_opcheck(backend, device, dtype, form, layout):
+    def checked(op, *arguments):
+        opcheck(op, arguments, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_static"))
+        return op(*arguments)
+
+    call = make_call("linear", form, dtype, device, layout)
+    dcontext = torch.randn(*call.q.shape[:2], call.v.shape[3], device=device).to(accumulation(dtype))
+    linear_in_parts(call, dcontext, backend, checked)
+    dout = torch.randn(*call.q.shape[:3], call.v.shape[3], device=device).to(dtype)
+    pure_in_blocks(call, dout, backend, checked)
+
+
+def test_nothing_silent(backend, device):
+    q = torch.randn(2, 3, 4, 5, device=device, requires_grad=True)
+    steps = choose_steps(q, backend)
+    with pytest.raises(NotImplementedError, match=r"distributed\.linear_infsa has one"):
+        steps.queries_fwd(q, None)
+    with torch.no_grad():
+        with pytest.raises(ValueError, match="query_padding_mask has shape"):
+            steps.queries_fwd(q, torch.zeros(2, 5, dtype=torch.bool, device=device))
+        with pytest.raises(TypeError, match=r"central_query has dtype torch\.float64, expected torch\.float32"):
+            steps.keys_fwd(q, q, q[:, :, 0].double(), None)
