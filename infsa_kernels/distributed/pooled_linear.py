@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..ops import backends, central_query, linear_steps, score_pool
+from ..ops import backends, central_query, check, linear_steps, score_pool
 from ..ops import pooled_linear as dense
 from ..ops.register import public
 from .collectives import Group, name_of, sum_over_ranks
@@ -35,6 +35,7 @@ def pooled_linear_infsa(
     required = x, q_weight, v_weight, out_weight, num_heads
     names = sharded_pooled_linear.signature.arguments[len(required) : -1]
     given = {"rho": 0.95, "eps": 1e-6} | options
+    check.no_floor_in_parallel(dense.OP, given.pop("score_floor", 0.0))
     if unknown := given.keys() - {*names}:
         raise TypeError(
             f"{dense.OP}: {min(unknown)} is given, expected arguments of infsa_kernels.pooled_linear_infsa only"
