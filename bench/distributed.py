@@ -109,9 +109,10 @@ def measured(case: Case, tokens: int, samples: int) -> str:
     if rank:
         return ""
     one, two = (statistics.median(t) for t in times.values())
+    told = f" ({sent.calls} collectives, {sent.bytes:,} bytes a rank)" if sent.calls else ""
     return (
         f"{case}, N = {tokens:,}, H = {case.heads}, d = {case.d}: one process of {WORLD} threads {one * 1e3:.1f} ms, {WORLD} "
-        f"ranks of one {two * 1e3:.1f} ms, ratio {one / two:.2f} ({sent.calls} collectives, {sent.bytes:,} bytes a rank)"
+        f"ranks of one {two * 1e3:.1f} ms, ratio {one / two:.2f}{told}"
     )
 
 

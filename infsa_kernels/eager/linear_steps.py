@@ -25,19 +25,21 @@ def keys_bwd(dcontext, k, v, context, central_query, score_sum, eps, key_padding
     query, query_unit = _query_in_unit(central_query)
     v_acc = remove(v, key_padding_mask).to(kappa.dtype)
     R, per_score = split((score_sum[..., None] + eps) * query_unit * k_unit)
-    R, per_score = R.to(kappa.dtype), per_score.to(kappa.dtype)
+    R = R.to(kappa.dtype)
 
     scores = _scores(kappa, query, key_padding_mask)  # (B, H, M)
     dk, dv, dcentral = k.new_empty(0), v.new_empty(0), score_sum.new_empty(0)
     if want_dv:
-        dv = torch.empty_like(v).copy_((scores / R * per_score)[..., None] * dcontext[..., None, :])
+        dv = torch.empty_like(v).copy_(
+            (scores / R * _finite(per_score, kappa.dtype))[..., None] * dcontext[..., None, :]
+        )
     # dt in the units of u, kappa and R.
     dscores = ((v_acc @ dcontext[..., None]).squeeze(-1) - (dcontext * context).sum(-1, keepdim=True)) / R
     dscores = dscores.masked_fill(scores <= 0, 0)
     if want_dcentral:
         dcentral = (dscores[..., None, :] @ kappa).squeeze(-2).double() * (per_score * query_unit)
     if want_dk:
-        s_k = (scale(k) * per_score * k_unit).to(kappa.dtype)
+        s_k = _finite(scale(k) * per_score * k_unit, kappa.dtype)
         dk = torch.empty_like(k).copy_((s_k * dscores)[..., None] * query[..., None, :])
     if not want_dscores:
         return dk, dv, dcentral, dcontext.new_empty(0), score_sum.new_empty(0)
@@ -73,6 +75,11 @@ def _in_units(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
 def _query_in_unit(central_query: Tensor) -> tuple[Tensor, Tensor]:
     query_unit = unit(central_query[..., None, :])[..., 0]
     return central_query * query_unit, query_unit.double()
+
+
+def _finite(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """In a dtype of less range: what is infinite there would make NaN of a head without a positive score, whose scores are 0."""
+    return x.clamp(max=torch.finfo(dtype).max).to(dtype)
 
 
 def _scores(kappa: Tensor, query: Tensor, key_padding_mask: Tensor | None) -> Tensor:

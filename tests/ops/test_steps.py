@@ -1,5 +1,6 @@
 """The parts of operators for tokens of which others have the rest: put together, they are the operator."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from helpers.calls import DTYPES, OPS, accumulation
 from helpers.framework_calls import LAYOUTS, make_call
 from helpers.parts import check_in_parts, linear_in_parts, pure_in_blocks
+from helpers.sweep import swept
 from torch.library import opcheck
 
 from infsa_kernels.ops.linear_steps import choose_steps
@@ -36,12 +38,22 @@ def test_sums_of_large_and_small_tokens_stay_in_range(backend, device, size, tie
         assert (actual.double() - right).abs().max() <= 1e-5 * right.abs().max(), name
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("form", ["plain", "tied_masked_one_rho"])
-@pytest.mark.parametrize("layout", ["contiguous", "token_major"])
+@pytest.mark.parametrize(
+    ("dtype", "form", "layout"),
+    [
+        (torch.float32, "plain", "token_major"),
+        (torch.bfloat16, "tied_masked_one_rho", "token_major"),
+        *map(swept, itertools.product(DTYPES, FORMS, LAYOUTS)),
+    ],
+)
 def test_opcheck(backend, device, dtype, form, layout):
+    seen = set()
+
     def checked(op, *arguments):
-        opcheck(op, arguments, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_static"))
+        # Compiling takes its time: once for each operator.
+        compiled = () if op in seen else ("test_aot_dispatch_static",)
+        seen.add(op)
+        opcheck(op, arguments, test_utils=("test_schema", "test_faketensor", *compiled))
         return op(*arguments)
 
     call = make_call("linear", form, dtype, device, layout)
