@@ -128,13 +128,13 @@ raw = RawOps(
 
 @public(
     "linear(Tensor q, Tensor k, Tensor v, float eps=1e-6, Tensor? rho=None, Tensor? key_padding_mask=None, "
-    "Tensor? query_padding_mask=None, str backend='', *, float score_floor=0.0) -> Tensor",
+    "Tensor? query_padding_mask=None, str backend='', float score_floor=0.0) -> Tensor",
     TENSORS,
     raw=[raw],
     cast=qkv.cast,
 )
 def linear(
-    q, k, v, eps=1e-6, rho=None, key_padding_mask=None, query_padding_mask=None, backend="", *, score_floor=0.0
+    q, k, v, eps=1e-6, rho=None, key_padding_mask=None, query_padding_mask=None, backend="", score_floor=0.0
 ):  # fmt: skip
     """`torch.ops.infsa.linear`: the context (B, H, dv), or (B*H, dv)."""
     given = q, k, v, eps, rho, key_padding_mask, query_padding_mask, backend

@@ -131,14 +131,14 @@ _TOKENS = check.Signature(
     "pooled_linear(Tensor x, Tensor q_weight, Tensor v_weight, Tensor out_weight, int num_heads, Tensor? q_bias=None, "
     "Tensor? k_weight=None, Tensor? k_bias=None, Tensor? v_bias=None, Tensor? out_bias=None, Tensor? rho=None, "
     "float eps=1e-6, Tensor? norm_weight=None, Tensor? norm_bias=None, float? norm_eps=None, Tensor? padding_mask=None, "
-    "str backend='', *, float score_floor=0.0) -> Tensor",
+    "str backend='', float score_floor=0.0) -> Tensor",
     TENSORS,
     raw=[central_query.raw, score_pool.raw],
     cast=cast,
 )
 def pooled_linear(
     x, q_weight, v_weight, out_weight, num_heads, q_bias=None, k_weight=None, k_bias=None, v_bias=None, out_bias=None,
-    rho=None, eps=1e-6, norm_weight=None, norm_bias=None, norm_eps=None, padding_mask=None, backend="", *, score_floor=0.0,
+    rho=None, eps=1e-6, norm_weight=None, norm_bias=None, norm_eps=None, padding_mask=None, backend="", score_floor=0.0,
     over_ranks=None,
 ):  # fmt: skip
     """`torch.ops.infsa.pooled_linear`: the row (B, D_out).
@@ -160,10 +160,10 @@ def pooled_linear(
     if norm_eps is None and not (norm_weight is None and norm_bias is None):
         raise ValueError(f"{OP}: norm_weight or norm_bias is given without norm_eps; give LayerNorm's eps, as 1e-5")
 
-    if sharding.over_sequence(1, x):
+    # With a floor DTensor does what it does for any operator: it gathers the tokens.
+    if score_floor == 0 and sharding.over_sequence(1, x):
         from ..distributed import dtensor
 
-        check.no_floor_in_parallel(OP, score_floor)
         given = dict(zip(pooled_linear.signature.arguments, (
             x, q_weight, v_weight, out_weight, num_heads, q_bias, k_weight, k_bias, v_bias, out_bias, rho, eps, norm_weight,
             norm_bias, norm_eps, padding_mask)))  # fmt: skip

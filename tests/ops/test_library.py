@@ -206,7 +206,7 @@ def usable(device):
 def test_operators_and_their_backends():
     everything = {"cpu", "cuda", "triton", "eager"}
     without_cuda, pooled = everything - {"cuda"}, {"cpu", "eager"}
-    assert {"linear": everything, "pure": without_cuda, "pooled_linear": pooled} | {
+    assert {"linear": everything, "linear_floor": without_cuda, "pure": without_cuda, "pooled_linear": pooled} | {
         # Parts of these for tokens in parts, and what puts them together over ranks.
         "linear_steps": without_cuda,
         "pure_blocks": without_cuda,
