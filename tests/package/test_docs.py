@@ -205,9 +205,9 @@ def test_links_to_lines_lead_to_what_they_name():
 
 
 def test_a_link_to_a_line_follows_its_symbol_and_is_missed_with_it():
-    moved = anchors.corrected("[`linear_infsa`](../infsa_kernels/ops/pure.py#L1)")
+    moved = anchors.corrected("[`linear_infsa_scores`](../infsa_kernels/ops/pure.py#L1)")
     path, line = re.search(r"\.\./(\S+)#L(\d+)", moved).groups()
-    assert (ROOT / path).read_text().splitlines()[int(line) - 1].startswith("def linear_infsa(")
+    assert (ROOT / path).read_text().splitlines()[int(line) - 1].startswith("def linear_infsa_scores(")
     with pytest.raises(LookupError, match="does not define linear_infinity; files that do: none"):
         anchors.corrected("[`linear_infinity`](../infsa_kernels/ops/linear.py#L1)")
 
