@@ -59,8 +59,8 @@ def calls(q, k, v, rho, keys_out, queries_out) -> dict[str, Call]:
         flat = q.flatten(0, 1)
         made[f"{op}, (B*H, N, d), tied"] = Call(op, flat, None, flat)
     masks = keys_out, queries_out
-    made["linear, floor, masked"] = Call("linear", q, k, v, rho, 1e-6, *masks, score_floor=0.1)
-    made["linear, floor, tied"] = Call("linear", q.half(), None, q.half(), 0.5, 1e-3, score_floor=0.1)
+    made["linear, with a floor and masks"] = Call("linear", q, k, v, rho, 1e-6, *masks, score_floor=0.1)
+    made["linear, with a floor, tied"] = Call("linear", q.half(), None, q.half(), 0.5, 1e-3, score_floor=0.1)
     return made
 
 

@@ -150,25 +150,6 @@ INFSA_INLINE void add_weighted_and_plain(A* sums, A* plain, int64_t sums_stride,
   }
 }
 
-// The same of two tokens' rows of many heads: the sums, which are in memory here, are loaded and stored for both at
-// once.
-template <typename E, typename A>
-INFSA_INLINE void add_two_weighted_and_plain(A* sums, A* plain, int64_t sums_stride, Group<E> x, Group<E> next,
-                                             Vec<A> weight, Vec<A> next_weight, int64_t rows, int64_t vecs) {
-  A w[kLanes<A>], next_w[kLanes<A>];
-  store(w, weight);
-  store(next_w, next_weight);
-  for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t c = 0; c < vecs; ++c) {
-      const int64_t at = r * sums_stride + c * kLanes<A>;
-      const Vec<A> e = load(x.data + r * x.stride + c * kLanes<A>);
-      const Vec<A> next_e = load(next.data + r * next.stride + c * kLanes<A>);
-      store(sums + at, (load(sums + at) + w[r] * e) + next_w[r] * next_e);
-      store(plain + at, load(plain + at) + (e + next_e));
-    }
-  }
-}
-
 // row r = weight r * vector r.
 template <typename E, typename A> INFSA_INLINE void write_rank_one(Group<E> out, Vec<A> weight, const A* vector,
                                                                    int64_t vector_stride, int64_t rows, int64_t vecs) {
@@ -190,21 +171,6 @@ INFSA_INLINE void for_groups(int64_t begin, int64_t end, int64_t heads, const Bo
         body(n, h, kRows);
       } else {
         body(n, h, rows);
-      }
-    }
-  }
-}
-
-// body(n, h, rows, tokens) for each group of heads and two tokens at a time, of which the last may have no second.
-template <int64_t kRows, typename Body>
-INFSA_INLINE void for_pairs(int64_t begin, int64_t end, int64_t heads, const Body& body) {
-  for (int64_t n = begin; n < end; n += 2) {
-    for (int64_t h = 0; h < heads; h += kRows) {
-      const int64_t rows = least(kRows, heads - h);
-      if (rows == kRows) {
-        body(n, h, kRows, least(2, end - n));
-      } else {
-        body(n, h, rows, least(2, end - n));
       }
     }
   }

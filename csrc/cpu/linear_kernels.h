@@ -37,7 +37,6 @@ template <typename V, int kKinds = 1> struct Pass {
   using T = typename V::T;
   using A = typename V::A;
   static constexpr int64_t lanes = kLanes<A>;
-  static constexpr bool kPairs = kKinds > 1 && !V::kOneHead && !V::kPacked;
   const LinearArgs& args;
   const LinearTask& task;
   const int64_t d, d_v;  // in whole vectors
@@ -87,14 +86,7 @@ template <typename V, int kKinds = 1> struct Pass {
       if (task.sums) __builtin_memset(sums, 0, size * sizeof(A));
       for_runs(
           mask, task.batch, begin, end,
-          [&](int64_t from, int64_t to) {
-            if constexpr (kPairs) {
-              for_pairs<lanes>(from, to, task.heads, group);
-            } else {
-              for_groups<V::kOneHead, lanes>(from, to, task.heads, group);
-            }
-          },
-          ignored);
+          [&](int64_t from, int64_t to) { for_groups<V::kOneHead, lanes>(from, to, task.heads, group); }, ignored);
       if (!task.sums) continue;
       for (int64_t i = 0; i < vectors; ++i) task.sums[i] += sums[i];
       for (int kind = 0; kind < kKinds; ++kind) {
@@ -135,8 +127,7 @@ template <typename V, Weight kWeight> void forward(const LinearArgs& args, const
                                                    const void* y_unit) {
   using A = typename V::A;
   constexpr bool kNorm = kWeight == Weight::norm, kFloor = kWeight == Weight::floored_score;
-  using P = Pass<V, kFloor ? 2 : 1>;
-  const P pass(args, task);
+  const Pass<V, kFloor ? 2 : 1> pass(args, task);
   const int64_t width = kNorm ? pass.d : pass.d_v, y_size = kNorm ? args.d : args.d_v;
   const int64_t y_vecs = kNorm ? pass.d_vecs() : pass.d_v_vecs();
   const A* vector = pass.of_heads(args.score_query, pass.d);
@@ -146,24 +137,10 @@ template <typename V, Weight kWeight> void forward(const LinearArgs& args, const
 
   pass.for_blocks(
       mask, width,
-      [&](int64_t n, int64_t h, int64_t rows, int64_t tokens = 1) INFSA_LAMBDA {
+      [&](int64_t n, int64_t h, int64_t rows) INFSA_LAMBDA {
         auto x_group = pass.group(x_rows, n, h), y_group = pass.group(y_rows, n, h);
         prefetch_x(x_group, rows);
         if (!kNorm) prefetch_y(y_group, rows);
-        if constexpr (P::kPairs) {
-          if (tokens == 2) {
-            const auto next_x = pass.group(x_rows, n + 1, h), next_y = pass.group(y_rows, n + 1, h);
-            prefetch_x(next_x, rows);
-            prefetch_y(next_y, rows);
-            const Vec<A> score = dots(x_group, vector + h * pass.d, pass.d_stride(), rows, pass.d_vecs());
-            const Vec<A> next = dots(next_x, vector + h * pass.d, pass.d_stride(), rows, pass.d_vecs());
-            store(weight_sums + h, load(weight_sums + h) + (relu(score) + relu(next)));
-            store(absolute_sums + h, load(absolute_sums + h) + (abs(score) + abs(next)));
-            add_two_weighted_and_plain(sums + h * width, plain + h * width, width, y_group, next_y, relu(score),
-                                       relu(next), rows, y_vecs);
-            return;
-          }
-        }
         const auto sum = [&](auto x, auto y) INFSA_LAMBDA {
           Vec<A> weight;
           if constexpr (kNorm) {
