@@ -2,7 +2,8 @@
 
 Forward and backward of the sequence-parallel operators on half of the tokens each, in turn with the dense operator on all of
 them, which the first rank runs with both threads while the other sleeps. First the gate: the output and every gradient are
-the dense operator's. A ratio above 1 says that the ranks are faster. Linear also says how many bytes a rank gives to collectives.
+the dense operator's. A ratio above 1 says that the ranks are faster; that of processor time is all threads' of
+both sides, which other load leaves alone. Linear also says how many bytes a rank gives to collectives.
 """
 
 import argparse
@@ -58,6 +59,7 @@ def main() -> None:
     load = machine.OtherLoad()
     print(machine.describe(machine.environment(torch.device("cpu"))))
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # waiting is no processor time
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(_rank, (f"{folder}/store", given), nprocs=WORLD)
     share = load.share()
@@ -95,24 +97,26 @@ def measured(case: Case, tokens: int, samples: int) -> str:
         error = (whole[:, :, mine] - part).abs().max() / whole.abs().max()
         assert error < 1e-5, f"{case}: {name} is off by {error:.1e}"
 
-    times: dict[str, list[float]] = {"dense": [], "ranks": []}
+    walls, processors = ({"dense": [], "ranks": []} for _ in range(2))
     for _ in range(samples):
         torch.set_num_threads(WORLD)
         dist.barrier()
         if rank == 0:
-            times["dense"].append(seconds(dense, q, k, v, dout))
+            wall, processor = seconds(dense, q, k, v, dout)
+            walls["dense"].append(wall), processors["dense"].append(processor)
         torch.set_num_threads(1)
         dist.barrier()
-        mine_took = torch.tensor(seconds(sharded, *shards))
-        dist.all_reduce(mine_took, dist.ReduceOp.MAX)
-        times["ranks"].append(mine_took.item())
+        wall, processor = map(torch.tensor, seconds(sharded, *shards))
+        dist.all_reduce(wall, dist.ReduceOp.MAX)
+        dist.all_reduce(processor)
+        walls["ranks"].append(wall.item()), processors["ranks"].append(processor.item())
     if rank:
         return ""
-    one, two = (statistics.median(t) for t in times.values())
+    (one, two), (busy_one, busy_two) = ((statistics.median(t) for t in of.values()) for of in (walls, processors))
     told = f" ({sent.calls} collectives, {sent.bytes:,} bytes a rank)" if sent.calls else ""
     return (
         f"{case}, N = {tokens:,}, H = {case.heads}, d = {case.d}: one process of {WORLD} threads {one * 1e3:.1f} ms, {WORLD} "
-        f"ranks of one {two * 1e3:.1f} ms, ratio {one / two:.2f}{told}"
+        f"ranks of one {two * 1e3:.1f} ms, ratio {one / two:.2f}; of processor time {busy_one / busy_two:.2f}{told}"
     )
 
 
@@ -124,10 +128,11 @@ def step(function: Callable, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> l
     return [out.detach(), *torch.autograd.grad(out, inputs, dout)]
 
 
-def seconds(*call) -> float:
-    start = time.perf_counter()
+def seconds(*call) -> tuple[float, float]:
+    """By the wall clock, and of the processor: all threads of this process."""
+    start, busy = time.perf_counter(), time.process_time()
     step(*call)
-    return time.perf_counter() - start
+    return time.perf_counter() - start, time.process_time() - busy
 
 
 class Sent(TorchDispatchMode):
