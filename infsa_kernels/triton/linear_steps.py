@@ -10,12 +10,11 @@ from ..eager import linear_steps as eager
 from ..eager.common import scale
 from . import configs, first_use
 from .launch import countable, launch, padded, strides
-from .linear import (
-    linear_bwd_keys_kernel,
-    linear_bwd_queries_kernel,
-    linear_fwd_keys_kernel,
-    linear_fwd_queries_kernel,
-)
+from .linear import linear_fwd_keys_kernel, linear_fwd_queries_kernel
+from .linear_backward import linear_bwd_keys_kernel, linear_bwd_queries_kernel
+
+# What the kernels take beside, of a floor, which steps have not.
+NO_FLOOR = None
 
 
 def queries_fwd(q, query_padding_mask):
@@ -47,9 +46,9 @@ def keys_fwd(k, v, central_query, key_padding_mask):
     launch(
         linear_fwd_keys_kernel, grid.groups * splits, k.device,
         k, k, v, None, key_padding_mask, None, out, context, central_out, energy_out, score_sum,
-        central, energy, 1, context_parts, score_parts, grid.tickets(zero=True),
+        central, energy, 1, context_parts, score_parts, grid.tickets(zero=True), *[NO_FLOOR] * 5,
         k.stride(), k.stride(), v.stride(), strides(None, 2), strides(key_padding_mask, 2), strides(None, 2),
-        H, 0, M, splits, split_tokens, s, eps, 1.0, dv=dv, DV=padded(dv), WHOLE=False, **grid.sizes,
+        H, 0, M, splits, split_tokens, s, eps, 1.0, NO_FLOOR, dv=dv, DV=padded(dv), WHOLE=False, **grid.sizes,
     )  # fmt: skip
     parts = context_parts.view(B, H, splits, dv), score_parts.view(B, H, splits, 1)
     return torch.cat([t.sum(2, dtype=torch.float64) for t in parts], -1) * s
@@ -73,10 +72,10 @@ def keys_bwd(dcontext, k, v, context, central_query, score_sum, eps, key_padding
     launch(
         linear_bwd_keys_kernel, grid.groups * splits, k.device,
         dcontext, k, v, key_padding_mask, None, context, central_query, score_sum.float().contiguous(),
-        dk, dv, None, dscores, parts,
+        *[NO_FLOOR] * 3, dk, dv, None, dscores, parts,
         dcontext.stride(), k.stride(), v.stride(), strides(dk, 4), strides(dv, 4), strides(key_padding_mask, 2), strides(None, 2),
-        H, M, splits, split_tokens, scale(k), eps, 1.0, dv=dv_size, DV=padded(dv_size), TIED=want_dscores, WANT_Q=want_q,
-        WANT_K=want_dk, WANT_V=want_dv, WANT_RHO=False, **grid.sizes,
+        H, M, splits, split_tokens, scale(k), eps, 1.0, NO_FLOOR, dv=dv_size, DV=padded(dv_size), TIED=want_dscores,
+        WANT_Q=want_q, WANT_K=want_dk, WANT_V=want_dv, WANT_RHO=False, **grid.sizes,
     )  # fmt: skip
     return (
         k.new_empty(0) if dk is None else dk,
