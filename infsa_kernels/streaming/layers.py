@@ -108,6 +108,6 @@ def check_model(model: nn.Module) -> None:
             child = getattr(module, part)
             if not is_plain(child, kind, model.patch_embed.weight.device):
                 raise NotImplementedError(
-                    f"predict_file: model.{name}.{part} is {type(child).__name__}, with hooks, an adapter or weights of its "
-                    f"own kind, expected a plain nn.{kind.__name__}: its weights are read as data; merge the adapter, remove the hooks"
+                    f"predict_file: model.{name}.{part} is {type(child).__name__}, with a hook, an adapter or weights of its "
+                    f"own kind, expected a plain nn.{kind.__name__}: its weights are read as data; merge or remove what was added"
                 )

@@ -5,7 +5,7 @@ opened: a copy that broke off would else be found after hours. No file is mapped
 disk that fails then ends the process instead of raising.
 """
 
-import contextlib
+import logging
 import os
 from pathlib import Path
 
@@ -33,9 +33,9 @@ def open_picture(path: str | os.PathLike, channels: int) -> "Picture":
     with open(path, "rb") as file:
         magic = file.read(8)
     if magic[:6] == b"\x93NUMPY":
-        return NumpyPicture(path, channels)
+        return open_numpy(path, channels)
     if magic[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
-        return TiffPicture(path, channels)
+        return open_tiff(path, channels)
     raise ValueError(f"predict_file: {path} begins with {magic!r}, expected {FORMATS}")
 
 
@@ -54,9 +54,10 @@ class Picture:
                 f"predict_file: {path} holds {dtype}, expected {', '.join(DTYPES)}; write it again as one of these"
             )
         self.dtype = dtype.newbyteorder("=")
-        # Leading sizes of 1 are OME's time, or depth.
-        self.leading = max(0, len(shape) - 3) if all(size == 1 for size in shape[:-3]) else 0
-        shape = shape[self.leading :]
+        # OME's time and depth, where there is one of each.
+        ones = [axis for axis, size in enumerate(shape[:-2]) if size == 1][: max(0, len(shape) - 3)]
+        self.axes = [axis for axis in range(len(shape)) if axis not in ones]
+        shape = tuple(shape[axis] for axis in self.axes)
         if len(shape) == 2:
             self.channels_first, shape = False, (*shape, 1)
         else:
@@ -89,40 +90,31 @@ class Picture:
         """Gives the file back."""
 
 
-class NumpyPicture(Picture):
-    """An array of numpy.save, as it lies in the file."""
+class RawPicture(Picture):
+    """A picture whose numbers lie in the file as they are, in one piece, or in one for each channel.
 
-    def __init__(self, path: Path, channels: int):
-        self._file = file = open(path, "rb")  # noqa: SIM115
-        try:
-            read = np.lib.format
-            headers = {(1, 0): read.read_array_header_1_0, (2, 0): read.read_array_header_2_0}
-            try:
-                shape, fortran, dtype = headers[read.read_magic(file)](file)
-            except (KeyError, ValueError) as error:
-                raise ValueError(f"predict_file: {path} has no header that numpy.load would take: {error}") from None
-            if fortran:
-                raise ValueError(
-                    f"predict_file: {path} is in Fortran's order, expected C's; write it again with "
-                    "numpy.save(path, numpy.ascontiguousarray(picture))"
-                )
-            super().__init__(path, shape, dtype, channels)
-            self._stored, self._offset = dtype, file.tell()
-            check_length(path, self._offset + dtype.itemsize * int(np.prod(shape)))
-        except BaseException:
-            file.close()
-            raise
+    Args:
+        offsets: where each piece begins.
+    """
+
+    def __init__(self, path: Path, shape: tuple[int, ...], stored: np.dtype, channels: int, offsets: list[int]):
+        super().__init__(path, shape, stored, channels)
+        self._stored = stored
+        plane = self.height * self.width * stored.itemsize
+        if self.channels_first and len(offsets) == 1:
+            offsets = [offsets[0] + plane * channel for channel in range(channels)]
+        self._offsets = offsets
+        check_length(path, offsets[-1] + (plane if self.channels_first else plane * channels))
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115
 
     def rows(self, begin: int, end: int) -> np.ndarray:
-        if not self.channels_first:
-            return self._read(begin * self.width * self.channels, (end - begin, self.width, self.channels))
-        plane = self.height * self.width
-        planes = [self._read(c * plane + begin * self.width, (end - begin, self.width)) for c in range(self.channels)]
-        return np.stack(planes, 2)
+        shape = end - begin, self.width, self.channels // len(self._offsets)
+        pieces = [self._read(offset, begin, shape) for offset in self._offsets]
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces, 2)
 
-    def _read(self, first: int, shape: tuple[int, ...]) -> np.ndarray:
+    def _read(self, offset: int, begin: int, shape: tuple[int, int, int]) -> np.ndarray:
         out = np.empty(shape, self._stored)
-        self._file.seek(self._offset + first * out.itemsize)
+        self._file.seek(offset + begin * out[0].nbytes)
         if self._file.readinto(out.reshape(-1).view(np.uint8)) != out.nbytes:
             raise ValueError(f"predict_file: {self.path} has become shorter while it was read")
         self.bytes_read += out.nbytes
@@ -130,6 +122,24 @@ class NumpyPicture(Picture):
 
     def close(self) -> None:
         self._file.close()
+
+
+def open_numpy(path: Path, channels: int) -> Picture:
+    """An array of numpy.save."""
+    read = np.lib.format
+    headers = {(1, 0): read.read_array_header_1_0, (2, 0): read.read_array_header_2_0}
+    with open(path, "rb") as file:
+        try:
+            shape, fortran, dtype = headers[read.read_magic(file)](file)
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"predict_file: {path} has no header that numpy.load would take: {error}") from None
+        offset = file.tell()
+    if fortran:
+        raise ValueError(
+            f"predict_file: {path} is in Fortran's order, expected C's; write it again with "
+            "numpy.save(path, numpy.ascontiguousarray(picture))"
+        )
+    return RawPicture(path, shape, dtype, channels, [offset])
 
 
 class BandedPicture(Picture):
@@ -179,14 +189,15 @@ class ZarrPicture(BandedPicture):
             raise ValueError(f"predict_file: {path} is a group of Zarr, expected an array or a group of OME-Zarr")
         self._array = found
         super().__init__(path, found.shape, np.dtype(found.dtype), channels)
-        self.band_rows = found.chunks[self.leading + self.channels_first]
+        self.band_rows = found.chunks[self.axes[int(self.channels_first)]]
         self.check_band("write it again in smaller chunks")
 
     def _band(self, band: int) -> np.ndarray:
         rows = slice(band * self.band_rows, min(self.height, (band + 1) * self.band_rows))
-        index = (0,) * self.leading + ((slice(None), rows) if self.channels_first else (rows,))
+        index = [slice(None) if axis in self.axes else 0 for axis in range(self._array.ndim)]
+        index[self.axes[int(self.channels_first)]] = rows
         try:
-            found = np.asarray(self._array[index])
+            found = np.asarray(self._array[tuple(index)])
         except Exception as error:
             raise ValueError(
                 f"predict_file: {self.path} cannot be decoded from row {rows.start} to {rows.stop}: {error}"
@@ -197,36 +208,56 @@ class ZarrPicture(BandedPicture):
         return found.transpose(1, 2, 0) if self.channels_first else found
 
 
-class TiffPicture(BandedPicture):
-    """The highest resolution of a TIFF's first picture: tiles or strips, channels in a pixel, in planes or in pages."""
+def open_tiff(path: Path, channels: int) -> Picture:
+    """The highest resolution of a TIFF's first picture."""
+    tifffile = imported("tifffile", path)
+    # Of a file that is cut off, tifffile logs what is wrong and gives what is left.
+    log, told = logging.getLogger("tifffile"), []
+    handler = logging.Handler(logging.ERROR)
+    handler.emit = lambda record: told.append(record.getMessage())
+    log.addHandler(handler)
+    try:
+        file = tifffile.TiffFile(path)
+        try:
+            series = file.series[0].levels[0]
+            pages = [page if isinstance(page, tifffile.TiffPage) else page.aspage() for page in series.pages]
+            for page in pages:
+                check_length(path, max(offset + count for offset, count in zip(page.dataoffsets, page.databytecounts)))
+            if not all(page.is_contiguous for page in pages):
+                return TiffPicture(path, series.shape, np.dtype(series.dtype), channels, file, pages)
+            stored, offsets = (
+                np.dtype(series.dtype).newbyteorder(file.byteorder),
+                [page.dataoffsets[0] for page in pages],
+            )
+            found = RawPicture(path, series.shape, stored, channels, offsets)
+        except BaseException:
+            file.close()
+            raise
+        file.close()
+        return found
+    except Exception as error:
+        if told or not str(error).startswith("predict_file"):
+            raise ValueError(f"predict_file: {path} is no whole TIFF: {(told or [error])[0]}") from error
+        raise
+    finally:
+        log.removeHandler(handler)
 
-    def __init__(self, path: Path, channels: int):
-        tifffile = imported("tifffile", path)
-        with contextlib.ExitStack() as stack:
-            try:
-                self._file = stack.enter_context(tifffile.TiffFile(path))
-                series = self._file.series[0]
-                pages = [series.levels[0].pages[i] for i in range(len(series.levels[0].pages))]
-            except Exception as error:
-                raise ValueError(f"predict_file: {path} is no whole TIFF: {error}") from error
-            self._pages = [page if isinstance(page, tifffile.TiffPage) else page.aspage() for page in pages]
-            super().__init__(path, series.levels[0].shape, np.dtype(series.dtype), channels)
-            page = self._pages[0]
-            planes = page.shaped[0] * len(pages) if self.channels_first else 1
-            if planes not in (1, channels) or any(p.shaped != page.shaped for p in self._pages):
-                raise ValueError(
-                    f"predict_file: {path} has {len(pages)} pages of axes {page.axes}, expected one picture, YXS, SYX or CYX"
-                )
-            for p in self._pages:
-                for offset, count in zip(p.dataoffsets, p.databytecounts):
-                    if count:
-                        check_length(path, offset + count)
-            self.band_rows = page.tilelength if page.is_tiled else page.rowsperstrip
-            self._wide = page.tilewidth if page.is_tiled else page.imagewidth
-            self._across = -(-self.width // self._wide)
-            self._down = -(-self.height // self.band_rows)
-            self.check_band("write it again in tiles, as with tifffile.imwrite(path, picture, tile=(512, 512))")
-            stack.pop_all()
+
+class TiffPicture(BandedPicture):
+    """A TIFF in tiles or strips: the channels are in a pixel, in planes of a page, or in pages of their own."""
+
+    def __init__(self, path: Path, shape: tuple[int, ...], dtype: np.dtype, channels: int, file, pages: list):
+        super().__init__(path, shape, dtype, channels)
+        self._file, self._pages, page = file, pages, pages[0]
+        if len(pages) not in (1, channels if self.channels_first else 1):
+            raise ValueError(
+                f"predict_file: {path} has {len(pages)} pages of axes {page.axes}, expected one picture, YXS, SYX or CYX"
+            )
+        self.band_rows = page.tilelength if page.is_tiled else page.rowsperstrip
+        self._wide = page.tilewidth if page.is_tiled else page.imagewidth
+        self._across = -(-self.width // self._wide)
+        self._down = -(-self.height // self.band_rows)
+        self.check_band("write it again in tiles, as with tifffile.imwrite(path, picture, tile=(512, 512))")
 
     def _band(self, band: int) -> np.ndarray:
         rows = min(self.height, (band + 1) * self.band_rows) - band * self.band_rows

@@ -241,7 +241,9 @@ class _Run:
         saved, due = done, time.monotonic() + SECONDS
         for count, (i, x) in enumerate(zip(order[done:], source), done):
             # What chunk i will be written over has to be done in the last state.
-            if (this.reads and this.writes and count - saved == self.spare) or time.monotonic() > due:
+            if (this.reads and this.writes and count - saved == self.spare) or (
+                count > saved and time.monotonic() > due
+            ):
                 began = time.monotonic()
                 store.settle()
                 self.state.reached(count, sums)
