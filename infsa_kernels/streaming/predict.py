@@ -45,12 +45,14 @@ class Prediction(NamedTuple):
     Attributes:
         scores: (1, num_classes), as of ``model(picture)``.
         attention: (rows, columns) of patches, float32, on the CPU; None if no map was asked for.
+        tokens: of the picture, without the class token.
         bytes_read, bytes_written: of the picture and the tokens, by this process, since it was resumed last.
         seconds: the same of time.
     """
 
     scores: Tensor
     attention: Tensor | None
+    tokens: int
     bytes_read: int
     bytes_written: int
     seconds: float
@@ -95,7 +97,7 @@ def predict_file(
         run.state.remove()
         run.store.close(remove=True)
     read, written = picture.bytes_read + run.store.bytes_read, run.store.bytes_written
-    return Prediction(scores, attention, read, written, time.monotonic() - start)
+    return Prediction(scores, attention, math.prod(run.grid), read, written, time.monotonic() - start)
 
 
 @dataclass

@@ -26,13 +26,15 @@ except ImportError:  # not on Windows
 
 # Chunks that are on their way while another is worked on.
 AHEAD = 2
+# Of a GPU's free memory, what tokens may take; chunks and what is between their layers take the rest.
+GPU_SHARE = 0.75
 
 
 class Store:
     """A ring of ``slots`` slots of ``shape`` = (tokens, D) each.
 
     Args:
-        path: its file, made if it is not there; None for memory: a GPU's if half of what is free there suffices, else the host's.
+        path: its file, made if it is not there; None for memory: the GPU's if they fit there, else the host's.
         device: where chunks are worked on.
 
     Attributes:
@@ -181,7 +183,7 @@ def _open_file(path: Path, size: int):
 
 
 def _allocate(size: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    if device.type == "cuda" and size <= torch.cuda.mem_get_info(device)[0] // 2:
+    if device.type == "cuda" and size <= torch.cuda.mem_get_info(device)[0] * GPU_SHARE:
         return torch.empty(shape, dtype=dtype, device=device)
     free = available_memory()
     if size > free:
