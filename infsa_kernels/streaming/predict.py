@@ -89,7 +89,8 @@ def predict_file(
             run = _Run(model, picture, ranks, layer, chunk_tokens, _pixels(model, picture, mean, std))
             identity = _identity(run, mean, std)
             run.open(stack, work_dir, identity, progress)
-        ranks.check_equal(identity)
+        with ranks.agreeing():
+            ranks.check_equal(identity)
         scores, attention = run.run()
         if attention is not None and ranks.rank == 0:
             _write_map(Path(attention_map), attention)
