@@ -7,6 +7,7 @@ says how much of its time the disk alone would take: bytes read and written over
 import json
 import resource
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -31,11 +32,13 @@ def main(file: Path, pixels: int | None, dim: int, depth: int, dtype: torch.dtyp
     torch.nn.init.normal_(model.head.weight, std=0.02)
     load_of_others = machine.OtherLoad()
     read, write = measured_disk(file.parent)
+    processor = time.process_time()
     found = predict_file(model, file, work_dir=file.with_suffix(".work"), progress=sys.stderr.isatty())
     on_disk = found.bytes_read / read + found.bytes_written / write
     row = {
         "name": "linear_infsa", "file": file.name, "tokens": found.tokens, "dim": dim, "depth": depth,
         "dtype": str(dtype).removeprefix("torch."), "seconds": found.seconds, "tokens_per_s": found.tokens / found.seconds,
+        "processor_seconds": time.process_time() - processor,
         "bytes_read": found.bytes_read, "bytes_written": found.bytes_written, "disk_read_rate": read, "disk_write_rate": write,
         "disk_share": on_disk / found.seconds, "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10,
         "other_load": load_of_others.share(), "environment": machine.environment(torch.device(device)),
@@ -49,8 +52,9 @@ def main(file: Path, pixels: int | None, dim: int, depth: int, dtype: torch.dtyp
 
 def described(row: dict) -> str:
     return (
-        f"{row['file']}: {row['tokens']:,} tokens, D = {row['dim']}, {row['depth']} layers: {row['seconds']:,.1f} s, "
-        f"{row['tokens_per_s']:,.0f} tokens/s, {row['peak_bytes'] / 1e9:.2f} GB of memory at most\n"
+        f"{row['file']}: {row['tokens']:,} tokens, D = {row['dim']}, {row['depth']} layers: {row['seconds']:,.1f} s "
+        f"({row['processor_seconds']:,.1f} s of processors), {row['tokens_per_s']:,.0f} tokens/s, "
+        f"{row['peak_bytes'] / 1e9:.2f} GB of memory at most\n"
         f"  {row['bytes_read'] / 1e9:,.1f} GB read, {row['bytes_written'] / 1e9:,.1f} GB written; at the disk's "
         f"{row['disk_read_rate'] / 1e9:.2f} and {row['disk_write_rate'] / 1e9:.2f} GB/s: {row['disk_share']:.0%} of the time"
     )
