@@ -372,7 +372,7 @@ def test_backends_are_those_that_were_asked_for(picture):
         predicted(made, picture)
 
 
-def test_what_cannot_be_streamed_is_refused(picture, tmp_path):
+def test_what_cannot_be_streamed_is_refused(picture, tmp_path, monkeypatch):
     def refused(made, words, error=NotImplementedError, **arguments):
         with pytest.raises(error, match=words):
             predicted(made, picture, **arguments)
@@ -380,6 +380,10 @@ def test_what_cannot_be_streamed_is_refused(picture, tmp_path):
     for variant in ("pure_infsa", "multi_hop_infsa", "softmax"):
         refused(model(variant=variant), rf"variant is '{variant}', expected 'linear_infsa': every token")
     made = model()
+    for module, name, value in ((made, "sequence_group", "0"), (made.blocks[1].attn, "score_floor", 0.1)):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, value, raising=False)
+            refused(made, "model was parallelized|score_floor is 0.1, expected 0")
     with torch.autocast("cpu", torch.bfloat16):
         refused(made, r"autocast is on, .* give model\.bfloat16\(\)")
     for name in ("", "blocks.1", "blocks.1.attn"):
