@@ -34,7 +34,8 @@ report: $(VENV)/built ## everything measured, as plots and one page: bench/out/r
 bench-vs: $(VENV)/built ## this working tree beside revision REV, in turn
 	$(bin)/python -m bench --versus $(REV) $(BENCH_ARGS)
 
-bench-extreme: $(VENV)/built ## a whole model on one picture of 9216 x 9216 pixels: 331,776 tokens
+# BENCH_ARGS="--file picture.npy --pixels 46080 --dim 256": a picture that memory need not hold, made if it is not there.
+bench-extreme: $(VENV)/built ## a whole model on one picture of 9216 x 9216 pixels: 331,776 tokens; or on that of --file
 	$(bin)/python -m bench --level model --only linear_infsa --sizes 9216 --depth 4 --phase fwd --minutes 30 --limit 1800 $(BENCH_ARGS)
 
 bench-explain: $(VENV)/built ## what small models look at: trained, measured and beside the paper; kept in bench/out/explain

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from . import cases, compare, peers, report
+from . import cases, compare, peers, report, streamed
 from .engine import passes
 from .image import PATCH
 from .machine import ROOT
@@ -25,6 +25,11 @@ OWN_PLAN = ("level", "only", "sizes", "phase", "way", "depth", "dtype", "layout"
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
+    if args.file:
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+        kind = dtype[args.dtype or cases.DTYPE[args.device]]
+        streamed.main(args.file, args.pixels, args.dim, args.depth[0], kind, args.device, args.out)
+        return 0
     if args.compare:
         return compare.show(*(compare.load(path) for path in args.compare))
     if args.versus:
@@ -112,6 +117,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--budget", type=float, help="seconds of calls per mechanism")
     add("--out", type=Path, default=ROOT / "bench" / "out", help="folder of rows.jsonl, plots, table and page")
     add("--plan", action="store_true", help="measure nothing: list the turns, and the minutes that they may take")
+    add(
+        "--file",
+        type=Path,
+        help="measure one model on this picture, streamed: .npy, TIFF or Zarr; see bench/streamed.py",
+    )
+    add("--pixels", type=int, help="side of the picture that is made where --file is not there")
+    add("--dim", type=int, default=1024, help="size D of the tokens of --file's model")
     add("--report", action="store_true", help="measure nothing: draw and print what the folder has")
     add("--compare", type=Path, nargs=2, metavar=("A", "B"), help="two rows.jsonl: the times of B beside those of A")
     add("--versus", metavar="REV", help="this working tree beside a commit, branch or tag, in turn")

@@ -9,6 +9,9 @@ A recorded graph (torch.compile, torch.export, torch.jit.trace, torch.fx) is one
 """
 
 import math
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +28,9 @@ from .neumann import NeumannSum
 from .patches import PatchEmbed, resized_positions, whole_patches
 from .plain import is_plain
 from .state import demand_same_keys
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 # Tokens that patch embedding and MLP take at a time without gradients: enough to fill a GPU with matrix products.
 CHUNK_TOKENS = 4096
@@ -174,6 +180,46 @@ class InfViT(nn.Module):
     def forward_features(self, images: Tensor) -> Tensor:
         """All tokens after the last norm: (B, N, D), the extra one of pool="cls" first. Parallelized, this rank's."""
         return self.norm(self._tokens(images))
+
+    def predict_file(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        work_dir: str | os.PathLike[str] | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        attention_map: str | os.PathLike[str] | None = None,
+        map_layer: int = -1,
+        chunk_tokens: int | None = None,
+        group: "ProcessGroup | None" = None,
+        progress: bool = True,
+    ) -> Tensor:
+        """Class scores (1, num_classes) of the picture in a file: read in strips, its tokens in a file too (docs/streaming.md).
+
+        Linear-InfSA only, without gradients. The picture is uint8 or uint16, brought to [0, 1], or float32, taken as it is.
+
+        Args:
+            path: a .npy file, TIFF, OME-TIFF, Zarr or OME-Zarr: (height, width, in_chans) or (in_chans, height, width).
+            work_dir: folder for the tokens and the state. A run that was interrupted goes on when it is called again with the
+                same arguments. None: tokens stay in memory, pinned or on the GPU, and nothing can be resumed.
+            mean, std: per channel; (picture - mean) / std is what the model gets.
+            attention_map: a file, written as a tiled TIFF: the weight that the layer gives to each patch, mean over the heads.
+            map_layer: index of its layer; -1 is the last.
+            chunk_tokens: tokens that are worked on at a time, whole rows of patches (default: 4096, on a GPU 32768).
+            group: processes that share the picture, each with rows of its own; default: this process alone.
+            progress: whether a bar shows how far it is and how long it will take.
+
+        Raises:
+            NotImplementedError: another variant; adapters or hooks on attention; autocast. ValueError: a file that is cut off,
+            corrupt, of another dtype or number of channels; a state of another run. OSError: the disk is too small.
+            MemoryError: the memory is. ImportError: the file's format needs a package.
+        """
+        from ..streaming import predict_file
+
+        arguments = dict(
+            mean=mean, std=std, attention_map=attention_map, map_layer=map_layer, chunk_tokens=chunk_tokens
+        )
+        return predict_file(self, path, work_dir=work_dir, group=group, progress=progress, **arguments).scores
 
     def _tokens(self, images: Tensor, cls_only: bool = False) -> Tensor:
         """Tokens before the last norm: (B, N, D), or (B, 1, D) if ``cls_only``."""

@@ -169,7 +169,7 @@ def pooled_linear(
             norm_bias, norm_eps, padding_mask)))  # fmt: skip
         return dtensor.pooled(x, given, backend)
 
-    d, acc = q_weight.shape[0] // num_heads, acc_dtype(x)
+    d = q_weight.shape[0] // num_heads
     shape = x.shape[0], num_heads, x.shape[1], d
     name = choose_backend("pooled_linear", x.device, x.dtype, shape, backend or backend_of_backward())
     query_op, pool_op = (over_ranks or _raw)(name, score_floor)
@@ -177,47 +177,57 @@ def pooled_linear(
     tensors = x, q_weight, k_weight, v_weight, out_weight, q_bias, k_bias, v_bias, out_bias, norm_weight, norm_bias
     rho_tensor = rho if isinstance(rho, Tensor) else None
 
-    def heads(weight, bias):
-        """A projection of LayerNorm's output as one of normalised tokens, per head: (H, ., D) and (H, .) or None."""
-        weight = weight.to(acc)
-        if norm_bias is not None:
-            shift = weight @ norm_bias.to(acc)
-            bias = shift if bias is None else bias.to(acc) + shift
-        if norm_weight is not None:
-            weight = weight * norm_weight.to(acc)
-        width = weight.shape[0] // num_heads
-        bias = None if bias is None else bias.to(acc).unflatten(0, (num_heads, width))
-        return weight.unflatten(0, (num_heads, width)), bias
-
     with skipped_if_unused(*tensors, rho_tensor):
-        weight, bias = heads(q_weight, q_bias)
+        weight, bias = of_normalised(q_weight, q_bias, num_heads, norm_weight, norm_bias)
         qbar = query_op(x, weight.to(x.dtype), bias, norm_eps, eps, padding_mask)[0]  # (B, H, d)
-
-        # r_j = ReLU(qbar . s k_j) with k_j = W x^_j + b
         if k_weight is not None:
-            weight, bias = heads(k_weight, k_bias)
-        if d:
-            qbar = qbar * d**-0.5
-        # Inside vmap, functorch brings autocast back, and with it a lower dtype.
-        keys = torch.einsum("bhd,hdc->bhc", qbar, weight).to(acc)
-        key_bias = None if bias is None else (qbar * bias).sum(-1)
+            weight, bias = of_normalised(k_weight, k_bias, num_heads, norm_weight, norm_bias)
+        keys, key_bias = keys_of(qbar, weight, bias)
         pooled, mass, *_ = pool_op(x, keys, key_bias, norm_eps, eps, *floor, padding_mask)  # (B, H, D), (B, H)
-
-        weight, bias = heads(v_weight, v_bias)
-        z = torch.einsum("bhc,hec->bhe", pooled, weight)
-        if bias is not None:
-            z = z + mass[..., None] * bias
-        if rho_tensor is not None:
-            rho = rho_tensor.to(acc)
-            rho = rho[..., None] if rho.dim() else rho
-        z = z if rho is None else rho * z
-        out_bias = None if out_bias is None else out_bias.to(acc)
-        return torch.nn.functional.linear(z.flatten(1), out_weight.to(acc), out_bias).to(x.dtype)
+        weight, bias = of_normalised(v_weight, v_bias, num_heads, norm_weight, norm_bias)
+        return output_of(pooled, mass, weight, bias, rho, out_weight, out_bias).to(x.dtype)
 
 
 def _raw(backend, score_floor):
     pool = score_pool if score_floor == 0 else score_pool_floor
     return central_query.raw.forwards[backend], pool.raw.forwards[backend]
+
+
+def of_normalised(weight, bias, num_heads, norm_weight, norm_bias):
+    """A projection of LayerNorm's output as one of normalised tokens, per head: (H, ., D) and (H, .) or None."""
+    acc = acc_dtype(weight)
+    weight = weight.to(acc)
+    if norm_bias is not None:
+        shift = weight @ norm_bias.to(acc)
+        bias = shift if bias is None else bias.to(acc) + shift
+    if norm_weight is not None:
+        weight = weight * norm_weight.to(acc)
+    width = weight.shape[0] // num_heads
+    bias = None if bias is None else bias.to(acc).unflatten(0, (num_heads, width))
+    return weight.unflatten(0, (num_heads, width)), bias
+
+
+def keys_of(qbar, weight, bias):
+    """Scores r_j = ReLU(qbar . s k_j), k_j = W x^_j + b, as those of x^ with one key a head: (B, H, D) and (B, H) or None."""
+    if qbar.shape[-1]:
+        qbar = qbar * qbar.shape[-1] ** -0.5
+    # Inside vmap, functorch brings autocast back, and with it a lower dtype.
+    keys = torch.einsum("bhd,hdc->bhc", qbar, weight).to(weight.dtype)
+    return keys, None if bias is None else (qbar * bias).sum(-1)
+
+
+def output_of(pooled, mass, weight, bias, rho, out_weight, out_bias):
+    """The layer's row (B, D_out), in the dtype of sums, from pooled tokens (B, H, D) and the sums of their weights (B, H)."""
+    acc = pooled.dtype
+    z = torch.einsum("bhc,hec->bhe", pooled, weight)
+    if bias is not None:
+        z = z + mass[..., None] * bias
+    if isinstance(rho, Tensor):
+        rho = rho.to(acc)
+        rho = rho[..., None] if rho.dim() else rho
+    z = z if rho is None else rho * z
+    out_bias = None if out_bias is None else out_bias.to(acc)
+    return torch.nn.functional.linear(z.flatten(1), out_weight.to(acc), out_bias)
 
 
 def _check_heads(num_heads, **weights):
