@@ -137,9 +137,9 @@ def beside_dense(tokens: int, turns: int = 3) -> str:
 
 def large(tokens: int) -> str:
     g = TokenGraph(queries(tokens))
-    product = _seconds(g.column_sums)
     before = _memory("VmRSS")
     _forget_peak()
+    product = _seconds(g.column_sums)
     begin = time.perf_counter()
     _, info = katz_centrality(g, GAMMA, tol=TOL, return_info=True)
     seconds = time.perf_counter() - begin
