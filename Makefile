@@ -54,16 +54,16 @@ test-all: $(VENV)/built ## the complete sweeps, which `make test` leaves out
 
 # Adapters and models beside the newest releases of the libraries they fit, and beside the oldest that pyproject.toml allows.
 # Both use the torch and the extension of VENV.
-hosts := accelerate peft timm torchao torchvision transformers
+hosts := accelerate captum grad-cam peft quantus timm torchao torchvision transformers
 host_tests := $(addprefix tests/nn/test_,convert.py convert_families.py timm.py transformers.py vit.py vit_timm.py)
-host_tests += tests/compat tests/package/test_docs.py
+host_tests += tests/compat tests/explain/test_explain_adapters.py tests/package/test_docs.py
 either_host := $(subst $() ,|,$(hosts))
 test-newest: $(VENV)/built ## adapters beside the newest and the oldest releases of their libraries
 	tail -n 1 $(VENV)/constraints.txt > $(VENV)/torch.txt
 	$(PYTHON) -m venv $(VENV)-newest $(VENV)-oldest
 	for bin in $(VENV)-newest/bin $(VENV)-oldest/bin; do \
 	  $$bin/pip install -q $(TORCH) "setuptools>=77" || exit 1; \
-	  INFSA_NO_EXT=1 $$bin/pip install -q -c $(VENV)/torch.txt --upgrade --upgrade-strategy eager --no-build-isolation -e ".[test]" \
+	  INFSA_NO_EXT=1 $$bin/pip install -q -c $(VENV)/torch.txt --upgrade --upgrade-strategy eager --no-build-isolation -e ".[attribution,test]" \
 	    || exit 1; \
 	done
 	$(VENV)-oldest/bin/pip install -q -c $(VENV)/torch.txt $$(grep -oE '"($(either_host))>=[0-9.]+' pyproject.toml | sed 's/"//; s/>/=/')

@@ -1,4 +1,4 @@
-"""`python -m bench.graph [--tokens N]`: the token graph's solver beside one product, and beside dense algebra.
+"""`python -m bench.graph [--tokens N] [--out FILE]`: the token graph's solver beside one product, and beside dense algebra.
 
 First the gate: Katz against a dense float64 solution and scipy; Katz, PageRank and eigenvector against networkx. Then, at H = 16,
 d = 64, gamma = 0.9, tol = 1e-6 and tied random tokens: katz_centrality beside the dense float32 solution by torch, in turn; and
@@ -8,6 +8,7 @@ at 65,536 tokens its time in products with the matrix, and its memory beyond q.
 import argparse
 import statistics
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -25,13 +26,26 @@ DENSE_TOKENS = (1024, 4096)
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.graph", description=__doc__.split("\n")[0])
     parser.add_argument("--tokens", type=int, default=65536, help="of the largest graph")
-    tokens = parser.parse_args().tokens
-    load = machine.OtherLoad()
-    print(machine.describe(machine.environment(torch.device("cpu"))))
-    for line in (*gate(), *(beside_dense(n) for n in DENSE_TOKENS), large(tokens)):
+    parser.add_argument("--out", type=Path, help="a file to write the lines to, too")
+    args = parser.parse_args()
+    lines = []
+    for line in measurements(args.tokens):
         print(line, flush=True)
+        lines.append(line)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text("\n".join(lines) + "\n")
+
+
+def measurements(tokens: int) -> Iterator[str]:
+    load = machine.OtherLoad()
+    yield machine.describe(machine.environment(torch.device("cpu")))
+    yield from gate()
+    for number in DENSE_TOKENS:
+        yield beside_dense(number)
+    yield large(tokens)
     share = load.share()
-    print(f"others took {share:.0%} of the processor" if share is not None else "what others took is not known")
+    yield f"others took {share:.0%} of the processor" if share is not None else "what others took is not known"
 
 
 def queries(tokens: int, heads: int = H, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -109,20 +123,23 @@ def beside_dense(tokens: int, turns: int = 3) -> str:
     times = {"ours": [], "dense": []}
     for _ in range(turns):
         times["ours"].append(_seconds(lambda: katz_centrality(g, GAMMA, tol=TOL)))
-        times["dense"].append(_seconds(lambda: dense(q)))
+        # One head after the other: as a batch, the matrices' fresh memory would cost it more than a tenth.
+        times["dense"].append(_seconds(lambda: [dense(head) for head in q.split(1, 1)]))
+    product = _seconds(g.column_sums)
+    _, info = katz_centrality(g, GAMMA, tol=TOL, return_info=True)
     ours, theirs = (1e3 * statistics.median(t) for t in times.values())
     ratios = sorted(b / a for a, b in zip(*times.values()))
     return (
         f"{tokens:,} tokens: Katz {ours:.1f} ms, dense solution {theirs:.0f} ms: {statistics.median(ratios):.1f} x faster "
-        f"({ratios[0]:.1f} to {ratios[-1]:.1f} in {turns} turns)"
+        f"({ratios[0]:.1f} to {ratios[-1]:.1f} in {turns} turns); {info.products} products, one takes {1e3 * product:.1f} ms"
     )
 
 
 def large(tokens: int) -> str:
     g = TokenGraph(queries(tokens))
-    product = _seconds(g.column_sums)
     before = _memory("VmRSS")
     _forget_peak()
+    product = _seconds(g.column_sums)
     begin = time.perf_counter()
     _, info = katz_centrality(g, GAMMA, tol=TOL, return_info=True)
     seconds = time.perf_counter() - begin

@@ -63,17 +63,30 @@ template <typename T> void load_rows(const Tokens& from, int64_t begin, int64_t 
     load_row(row_of<T>(from, begin + r), from.channel, columns, scale, to + r * stride);
 }
 
+// The same by columns, `stride` apart; 0 behind their ends up to a whole vector.
+template <typename T> void load_columns(const Tokens& from, int64_t begin, int64_t count, int64_t columns, Acc<T> scale,
+                                        Acc<T>* to, int64_t stride) {
+  constexpr int64_t lanes = kLanes<Acc<T>>;
+  for (int64_t c = 0; c < columns; ++c) {
+    for (int64_t r = 0; r < count; r += lanes) {
+      T some[lanes] = {};
+      for (int64_t i = 0; i < least(lanes, count - r); ++i) some[i] = row_of<T>(from, begin + r + i)[c * from.channel];
+      store(to + c * stride + r, load(some) * scale);
+    }
+  }
+}
+
 template <typename T> void store_rows(const Tokens& to, int64_t begin, int64_t count, int64_t columns, Acc<T> scale,
                                       const Acc<T>* from, int64_t stride) {
   for (int64_t r = 0; r < count; ++r)
     store_row(row_of<T>(to, begin + r), to.channel, columns, scale, from + r * stride);
 }
 
-// The largest |x| of whole vectors; NaN where one is.
+// The largest |x|; NaN where one is.
 template <typename A> double largest_of(const A* x, int64_t n) {
   Vec<A> most = {};
   for (int64_t i = 0; i < n; i += kLanes<A>) {
-    const Vec<A> e = load(x + i), size = e < A(0) ? -e : e;
+    const Vec<A> e = n - i < kLanes<A> ? load_first(x + i, n - i) : load(x + i), size = e < A(0) ? -e : e;
     most = size <= most ? most : size + most * A(0);
   }
   A result = 0;

@@ -83,7 +83,7 @@ struct Call {
     p.N = queries.count(b), p.M = keys.count(b), p.d = size.d, p.d_v = size.d_v;
     p.q = tokens(q, index, queries), p.k = tokens(k, index, keys), p.v = tokens(v, index, keys);
     p.tied = symmetric, p.rho = rho_of(rho, head_rho, b, index % size.H);
-    p.few_keys = p.M <= kFewKeys;
+    p.few_keys = p.M <= kFewKeys, p.few_columns = p.d_v <= kFewColumns;
     p.few_scores = whole && std::max(p.N, p.M) <= kPureStride && p.N * p.M <= kFewScores;
     if (!units.empty()) p.unit = units[index];
     return p;
@@ -192,8 +192,9 @@ std::tuple<Tensor, Tensor> forward(Call& call, double eps, at::ScalarType dtype)
   if (call.empty()) return {out, norm};
 
   const Numbers F_of(norm);
-  const int64_t stride = round_up(d_v, call.kernels.lanes), row_bytes = stride * norm.element_size();
-  const Cut cells = cut(call, N * row_bytes, !call.symmetric);
+  const int64_t stride = d_v <= kFewColumns ? d_v : round_up(d_v, call.kernels.lanes);
+  const int64_t row_bytes = stride * norm.element_size(), head_bytes = round_up(N * row_bytes, 64);
+  const Cut cells = cut(call, head_bytes, !call.symmetric);
   const int64_t n = cells.n, squares_per_head = n * cells.rounds;
   std::vector<double> squares(call.heads() * squares_per_head);  // of P, by cell
   std::vector<double> largest(call.heads() * n);                 // of P v, by chunk
@@ -201,7 +202,7 @@ std::tuple<Tensor, Tensor> forward(Call& call, double eps, at::ScalarType dtype)
 
   const auto run = [&](Range heads) {
     run_heads(
-        call, heads, cells, N * row_bytes, false, [](int64_t, int64_t) {},
+        call, heads, cells, head_bytes, false, [](int64_t, int64_t) {},
         [&](int64_t head, int64_t round, int64_t i, int64_t j, char* sums, char* scratch) {
           const PureHead h = call.head(head);
           const Range queries = chunk(h.N, n, i), keys = call.symmetric ? chunk(h.M, n, j) : Range{0, h.M};

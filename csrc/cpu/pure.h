@@ -15,7 +15,7 @@ struct PureHead {
   int64_t N, M, d, d_v;
   Tokens q, k, v, dout;  // (N, d), (M, d), (M, d_v), (N, d_v)
   bool tied;             // k is q, and the same tokens count on both sides
-  bool few_keys, few_scores;
+  bool few_keys, few_scores, few_columns;
   double rho;  // rho * head_rho
   // In the units, as are F and eps below. A head of few scores makes its own F and c.
   PureUnits unit;
@@ -25,7 +25,8 @@ struct PureHead {
 };
 
 // Sums of one head, in the accumulation type and in the order of its tokens that count; rows are padded to whole
-// vectors. The backward pass leaves sum_i P_ij dO_i / (F + eps) in dv: the gradient of v but for rho.
+// vectors, but for those of a forward pass with few columns. The backward pass leaves sum_i P_ij dO_i / (F + eps) in
+// dv: the gradient of v but for rho.
 struct PureSums {
   void* out;           // (N, d_v)
   void *dq, *dk, *dv;  // (N, d), (M, d), (M, d_v); null where not wanted
@@ -52,6 +53,10 @@ constexpr int64_t kFewScores = 32 * 32;
 // With so few keys nothing averages the rounding of a score: its products are summed in runs of kRun.
 constexpr int64_t kFewKeys = 16;
 constexpr int64_t kRun = 8;
+
+// P v of so few columns is summed from the scores in their registers: P is not stored, and a column does not pay for a
+// whole vector of them. What reads a sum per row, as a centrality does, has one.
+constexpr int64_t kFewColumns = 4;
 
 INFSA_INLINE constexpr int64_t pure_block(int64_t left) { return left <= kPureStride ? left : kPureBlock; }
 

@@ -29,6 +29,8 @@ template <typename A> struct PureScratch {
   A *k_rows, *v_rows;      // of the keys' block: k, and v; behind v_j stands g_j when k is q
   A *p, *ds;               // P^T and dS^T, [key][query]
   A* squares;              // sum_j P_ij^2
+  // Of few columns, kPureStride apart: v of the keys' and of the queries' block, and P v; P^T v by vectors of queries.
+  A *v_keys, *v_queries, *to_queries, *to_keys;
   Arena arena;
 
   PureScratch(const PureHead& h, bool backward, void* memory)
@@ -37,15 +39,20 @@ template <typename A> struct PureScratch {
     const int64_t queries = least(round_up(kPureStride, kPanel<A>), round_up(h.N, kPanel<A>));
     const int64_t keys = least(kPureStride, round_up(h.M, kTileRows));
     const int64_t sides = backward && h.tied ? 2 : 1;
+    const int64_t few = backward || !h.few_columns ? 0 : h.d_v * kPureStride;
     q_rows = arena.take<A>(queries * wide);
     q_panels = arena.take<A>(queries * wide);
     k_rows = arena.take<A>(keys * wide);
-    v_rows = arena.take<A>(keys * wide_v * sides);
-    p = arena.take<A>(keys * kPureStride);
+    v_rows = arena.take<A>(few ? 0 : keys * wide_v * sides);
+    p = arena.take<A>(few ? 0 : keys * kPureStride);
     squares = arena.take<A>(queries);
-    query_rows = arena.take<A>(backward || h.tied ? queries * wide_v : 0);
+    query_rows = arena.take<A>(backward || (h.tied && !few) ? queries * wide_v : 0);
     g_panels = arena.take<A>(backward ? queries * wide_v * sides : 0);
     ds = arena.take<A>(backward ? keys * kPureStride : 0);
+    v_keys = arena.take<A>(few);
+    v_queries = arena.take<A>(few);
+    to_queries = arena.take<A>(few);
+    to_keys = arena.take<A>(few * kLanes<A>);
   }
   int64_t bytes() const { return arena.bytes; }
 };
@@ -123,6 +130,70 @@ template <bool kSquares, typename A> void scores(const PureHead& h, int64_t keys
     make_scores<kSquares, false>(keys, queries, h.d, k_rows, stride, q_panels, p, squares);
 }
 
+// The scores of one block and at once P v, and P^T v where v_queries is given, of few columns. Lanes of no query are 0;
+// NaN where a key is not finite, but then what that key gets is NaN as well: k is q, and its score with itself.
+template <bool kRuns, typename A>
+void multiply_scores(int64_t keys, int64_t queries, int64_t d, const A* k_rows, int64_t stride, const A* q_panels,
+                     int64_t columns, const A* v_keys, const A* v_queries, A* to_queries, A* to_keys, A* squares) {
+  const auto add = [](A* at, Vec<A> x) INFSA_LAMBDA { store(at, load(at) + x); };
+  each_tile<kRuns>(keys, queries, d, k_rows, stride, q_panels, kPanel<A> * d,
+                   [&](auto& c, int64_t i, int64_t j, int64_t rows) INFSA_LAMBDA {
+                     constexpr int vectors = sizeof(c[0]) / sizeof(c[0][0]);
+                     Vec<A> sum[vectors] = {};
+#pragma GCC unroll 12
+                     for (int r = 0; r < kTileRows; ++r) {
+                       if (r >= rows) break;
+#pragma GCC unroll 2
+                       for (int v = 0; v < vectors; ++v) {
+                         c[r][v] = relu(c[r][v]);
+                         sum[v] += c[r][v] * c[r][v];
+                       }
+                     }
+                     for (int v = 0; v < vectors; ++v) add(squares + j + v * kLanes<A>, sum[v]);
+                     for (int64_t column = 0; column < columns; ++column) {
+                       const A* x = v_keys + column * kPureStride + i;
+                       for (int v = 0; v < vectors; ++v) sum[v] = Vec<A>{};
+#pragma GCC unroll 12
+                       for (int r = 0; r < kTileRows; ++r) {
+                         if (r >= rows) break;
+#pragma GCC unroll 2
+                         for (int v = 0; v < vectors; ++v) sum[v] += c[r][v] * broadcast(x[r]);
+                       }
+                       A* to = to_queries + column * kPureStride + j;
+                       for (int v = 0; v < vectors; ++v) add(to + v * kLanes<A>, sum[v]);
+                       if (!v_queries) continue;
+                       for (int v = 0; v < vectors; ++v)
+                         sum[v] = load(v_queries + column * kPureStride + j + v * kLanes<A>);
+                       A* back = to_keys + (column * kPureStride + i) * kLanes<A>;
+#pragma GCC unroll 12
+                       for (int r = 0; r < kTileRows; ++r) {
+                         if (r >= rows) break;
+                         Vec<A> part = c[r][0] * sum[0];
+                         if constexpr (vectors > 1) part += c[r][1] * sum[1];
+                         add(back + r * kLanes<A>, part);
+                       }
+                     }
+                   });
+}
+
+// out[token] += sums[token] of few columns: of the queries, and of the keys where `twice`.
+template <typename A> void few_columns(const PureHead& h, const PureScratch<A>& s, int64_t keys, int64_t queries,
+                                       bool twice, A* out_queries, A* out_keys) {
+  const auto clear = [](A* x, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) x[i] = 0;
+  };
+  clear(s.to_queries, h.d_v * kPureStride);
+  if (twice) clear(s.to_keys, h.d_v * kPureStride * kLanes<A>);
+  const auto multiply = h.few_keys ? multiply_scores<true, A> : multiply_scores<false, A>;
+  multiply(keys, queries, h.d, s.k_rows, s.wide, s.q_panels, h.d_v, s.v_keys, twice ? s.v_queries : nullptr,
+           s.to_queries, s.to_keys, s.squares);
+  for (int64_t column = 0; column < h.d_v; ++column) {
+    for (int64_t r = 0; r < queries; ++r) out_queries[r * h.d_v + column] += s.to_queries[column * kPureStride + r];
+    for (int64_t r = 0; twice && r < keys; ++r)
+      out_keys[r * h.d_v + column] += sum_lanes(load(s.to_keys + (column * kPureStride + r) * kLanes<A>));
+  }
+}
+
 // dS^T = [P > 0] (v g^T - c P), the scales already in g and c. A NaN score keeps its NaN.
 template <typename A> void score_gradients(int64_t keys, int64_t queries, int64_t depth, const A* v_rows,
                                            int64_t stride, const A* g_panels, int64_t panel_size, A c, const A* p,
@@ -187,7 +258,14 @@ template <typename T>
 double pure_forward(const PureHead& h, const PureSums& sums, Range keys, Range queries, bool mirrored, void* memory) {
   using A = Acc<T>;
   const PureScratch<A> s(h, false, memory);
-  const auto out = [&](int64_t token) { return static_cast<A*>(sums.out) + token * s.wide_v; };
+  const int64_t row = h.few_columns ? h.d_v : s.wide_v;
+  const auto out = [&](int64_t token) { return static_cast<A*>(sums.out) + token * row; };
+  const auto load_v = [&](int64_t begin, int64_t count, A* rows, A* columns) {
+    if (h.few_columns)
+      load_columns<T>(h.v, begin, count, h.d_v, A(h.unit.v), columns, kPureStride);
+    else
+      load_rows<T>(h.v, begin, count, h.d_v, A(h.unit.v), rows, s.wide_v);
+  };
   // In a chunk met by itself, the blocks below the diagonal mirror those above it.
   const bool diagonal = h.tied && !mirrored;
   double total = 0;
@@ -195,21 +273,25 @@ double pure_forward(const PureHead& h, const PureSums& sums, Range keys, Range q
     rows = pure_block(queries.end - i);
     load_rows<T>(h.q, i, rows, h.d, A(h.unit.q), s.q_rows, s.wide);
     make_panels(s.q_rows, s.wide, rows, h.d, A(1.0 / h.d), s.q_panels, kPanel<A> * h.d);
-    if (h.tied) load_rows<T>(h.v, i, rows, h.d_v, A(h.unit.v), s.query_rows, s.wide_v);
+    if (h.tied) load_v(i, rows, s.query_rows, s.v_queries);
     const int64_t key_end = diagonal ? i + rows : keys.end;
     for (int64_t j = keys.begin, count; j < key_end; j += count) {
       count = pure_block(key_end - j);
       const bool twice = h.tied && j != i;
       load_rows<T>(h.k, j, count, h.d, A(h.unit.k), s.k_rows, s.wide);
-      load_rows<T>(h.v, j, count, h.d_v, A(h.unit.v), s.v_rows, s.wide_v);
+      load_v(j, count, s.v_rows, s.v_keys);
       for (int64_t r = 0; r < rows; ++r) s.squares[r] = 0;
-      scores<true>(h, count, rows, s.k_rows, s.wide, s.q_panels, s.p, s.squares);
+      if (h.few_columns) {
+        few_columns(h, s, count, rows, twice, out(i), out(j));
+      } else {
+        scores<true>(h, count, rows, s.k_rows, s.wide, s.q_panels, s.p, s.squares);
+        add_to_queries(count, rows, s.p, s.v_rows, s.wide_v, s.wide_v, out(i));
+        if (twice) add_to_keys(count, rows, s.p, s.query_rows, s.wide_v, s.wide_v, out(j));
+      }
       // float32 holds no longer sum than one query's over one block.
       double square = 0;
       for (int64_t r = 0; r < rows; ++r) square += s.squares[r];
       total += twice ? 2 * square : square;
-      add_to_queries(count, rows, s.p, s.v_rows, s.wide_v, s.wide_v, out(i));
-      if (twice) add_to_keys(count, rows, s.p, s.query_rows, s.wide_v, s.wide_v, out(j));
     }
   }
   return total;

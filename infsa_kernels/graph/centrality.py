@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from .token_graph import TokenGraph, check_square
+from .checks import check_count, check_number, check_square, check_tol
+from .token_graph import TokenGraph
 from .walks import SolverInfo, fundamental_matmul, not_converged, per_head_gamma
 
 
@@ -41,6 +42,8 @@ def eigenvector_centrality(
         RuntimeError: no convergence after ``max_products``; where two eigenvalues lie close together, raise it.
     """
     check_square("eigenvector_centrality", *g.shape[2:])
+    check_tol("eigenvector_centrality", tol)
+    check_count("eigenvector_centrality", "max_products", max_products)
     graph, kept = g.T, g.kept()
     x = kept / torch.linalg.vector_norm(kept, dim=-2, keepdim=True).clamp(min=1)
     for products in range(1, max_products + 1):
@@ -77,8 +80,9 @@ def pagerank(
         tol: bound of the sum of absolute errors. No gradient.
     """
     check_square("pagerank", *g.shape[2:])
-    if not 0 < damping < 1:
-        raise ValueError(f"pagerank: damping is {damping}, expected a number between 0 and 1, both excluded")
+    check_number("pagerank", "damping", damping, 0, 1, "a number between 0 and 1, both excluded")
+    check_tol("pagerank", tol)
+    check_count("pagerank", "max_products", max_products)
     B, H, N, _ = g.shape
     start = g.kept()
     if personalization is not None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..eager.common import acc_dtype
 from ..ops import qkv
 from ..ops.pure import pure, pure_infsa_scores, raw
+from .checks import check_columns, check_count
 
 
 class TokenGraph:
@@ -79,8 +80,7 @@ class TokenGraph:
     def matmul(self, x: Tensor) -> Tensor:
         """A x for x (B, H, M, c): (B, H, N, c). Differentiable in q, k and x."""
         B, H, _, M = self.shape
-        if x.dim() != 4 or x.shape[:3] != (B, H, M):
-            raise ValueError(f"TokenGraph: x has shape {list(x.shape)}, expected (B, H, M, c) = {[B, H, M]} and any c")
+        check_columns("TokenGraph", x, (B, H, M))
         masks = self.key_padding_mask, self.query_padding_mask
         # Autocast would round q and k once more: a solver's residuals would be those of another matrix.
         device = self.q.device.type
@@ -130,9 +130,7 @@ class TokenGraph:
 
     def neighbors(self, tokens, top: int = 8) -> tuple[Tensor, Tensor]:
         """The ``top`` heaviest edges that leave ``tokens``: weights and tokens at their ends, both (B, H, R, top)."""
-        M = self.shape[3]
-        if not 1 <= top <= M:
-            raise ValueError(f"TokenGraph: top is {top}, expected 1 to M = {M}")
+        check_count("TokenGraph", "top", top, self.shape[3])
         return tuple(self.scores(tokens).topk(top, -1))
 
     def linear_operator(self, batch: int, head: int):
@@ -151,7 +149,7 @@ class TokenGraph:
 
         def product(graph):
             def apply(x):
-                columns = torch.as_tensor(x, dtype=self.q.dtype, device=self.q.device).reshape(1, 1, len(x), -1)
+                columns = torch.as_tensor(x, device=self.q.device).reshape(1, 1, len(x), -1)
                 return graph.matmul(columns)[0, 0].reshape(-1, *x.shape[1:]).cpu().numpy()
 
             return apply
@@ -171,10 +169,3 @@ class TokenGraph:
         removed = self.removed()
         kept = self.q.new_ones(*self.q.shape[:3], 1)
         return kept if removed is None else kept.masked_fill(removed[:, None, :, None], 0)
-
-
-def check_square(name: str, N: int, M: int) -> None:
-    if N != M:
-        raise ValueError(
-            f"{name}: the graph has {N} queries and {M} keys, expected as many: its tokens have to be the same"
-        )

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..ops.pure import pure_infsa
-from .token_graph import TokenGraph, check_square
+from .checks import check_columns, check_count, check_gamma, check_square, check_tol
+from .token_graph import TokenGraph
 
 # Conjugate directions that an untied system remembers; a symmetric one needs the last.
 MEMORY = 4
@@ -51,11 +52,9 @@ def fundamental_matmul(
         ValueError: gamma out of range, a wrong shape. RuntimeError: no convergence; names the products made and the error left.
     """
     check_square("fundamental_matmul", *g.shape[2:])
+    check_tol("fundamental_matmul", tol)
     B, H, N, _ = g.shape
-    if x.dim() != 4 or x.shape[:3] != (B, H, N):
-        raise ValueError(
-            f"fundamental_matmul: x has shape {list(x.shape)}, expected (B, H, N, c) = {[B, H, N]} and any c"
-        )
+    check_columns("fundamental_matmul", x, (B, H, N))
     gamma = per_head_gamma("fundamental_matmul", gamma, g)
     removed = g.removed()
     x = x.to(g.q.dtype)
@@ -94,8 +93,6 @@ def multi_hop_infsa(
     Returns:
         (B, H, N, dv) in the dtype of ``q``.
     """
-    if hops is not None and (isinstance(hops, bool) or not isinstance(hops, int) or hops < 1):
-        raise ValueError(f"multi_hop_infsa: hops is {hops!r}, expected an int of at least 1, or None for all hops")
     if hops is None:
         g = TokenGraph(q, k, key_padding_mask=key_padding_mask, query_padding_mask=query_padding_mask, eps=eps)
         if key_padding_mask is not None:
@@ -103,6 +100,7 @@ def multi_hop_infsa(
         # A fundamental(v) and not fundamental(v) - v, whose terms cancel.
         reached = g.matmul(fundamental_matmul(g, v, gamma, tol))
         return (per_head_gamma("multi_hop_infsa", gamma, g) * reached).to(q.dtype)
+    check_count("multi_hop_infsa", "hops", hops)
     if q.dim() != 4:
         raise ValueError(
             f"multi_hop_infsa: q has shape {list(q.shape)}, expected (B, H, N, d); view it with 4 dimensions"
@@ -160,11 +158,15 @@ def _solve(g: TokenGraph, x: Tensor, gamma: Tensor, tol: float) -> tuple[Tensor,
     """Minimal residuals by conjugate directions: one product an iteration, for all columns of all heads at once.
 
     With one direction remembered this is the conjugate residual method (symmetric), with more Orthomin. Both converge because
-    the symmetric part of I - gamma A is positive definite, and ||residual|| / (1 - gamma) bounds the error.
+    the symmetric part of I - gamma A is positive definite, and ||residual|| / (1 - gamma) bounds the error. From y = 0 the
+    first residual takes no product.
     """
 
     def norm(t):
         return torch.linalg.vector_norm(t, dim=-2, keepdim=True)
+
+    def dot(a, b):
+        return torch.linalg.vecdot(a, b, dim=-2).unsqueeze(-2)
 
     def over(a, b):
         return torch.where(b > 0, a / b, 0)
@@ -172,29 +174,31 @@ def _solve(g: TokenGraph, x: Tensor, gamma: Tensor, tol: float) -> tuple[Tensor,
     # Columns of any size: the squares below would overflow or vanish.
     scale = x.abs().amax(-2, keepdim=True) if x.shape[-2] else x.new_ones(())
     scale = torch.where(scale > 0, scale, 1)
-    y = x / scale
-    r, products = gamma * g.matmul(y), 1
+    r, y, products = x / scale, torch.zeros_like(x), 0
     directions: list[tuple[Tensor, Tensor, Tensor]] = []
     while True:
-        error = over(norm(r), (1 - gamma) * norm(y))
+        size = norm(r)
+        error = torch.where(size == 0, 0, size / ((1 - gamma) * norm(y)))
         # Not <=: a head with NaN in it has nothing to wait for.
         if not (error > tol).any():
             break
         if products >= MAX_PRODUCTS:
             not_converged("fundamental_matmul", products, error, tol)
-        p, image = r, r - gamma * g.matmul(r)
+        p = r.clone()
+        image = torch.addcmul(r, gamma, g.matmul(r), value=-1)
         products += 1
         for older, older_image, square in directions:
-            share = over((image * older_image).sum(-2, keepdim=True), square)
-            p, image = p - share * older, image - share * older_image
-        square = (image * image).sum(-2, keepdim=True)
+            share = over(dot(image, older_image), square)
+            p.addcmul_(share, older, value=-1)
+            image.addcmul_(share, older_image, value=-1)
+        square = dot(image, image)
         # Columns that are done stay: of their residuals only rounding is left, and a step along that leads anywhere.
-        step = torch.where(error > tol, over((r * image).sum(-2, keepdim=True), square), 0)
-        y, r = y + step * p, r - step * image
+        step = torch.where(error > tol, over(dot(r, image), square), 0)
+        y.addcmul_(step, p)
+        r.addcmul_(step, image, value=-1)
         directions = [*directions, (p, image, square)][-(1 if g.tied else MEMORY) :]
-    return scale * y, SolverInfo(
-        products, error.amax(-1).squeeze(-1) if error.shape[-1] else error.new_zeros(error.shape[:2])
-    )
+    y = torch.where(error.isnan(), torch.nan, y.mul_(scale))
+    return y, SolverInfo(products, error.amax(-1).squeeze(-1) if error.shape[-1] else error.new_zeros(error.shape[:2]))
 
 
 def not_converged(name: str, products: int, error: Tensor, tol: float) -> NoReturn:
@@ -202,23 +206,6 @@ def not_converged(name: str, products: int, error: Tensor, tol: float) -> NoRetu
         f"{name}: after {products} products the error is bounded by {error.max():.1e}, expected tol = {tol:.1e}; "
         "give a larger tol, or float64 input"
     )
-
-
-def check_gamma(name: str, gamma: float | Tensor, heads: int, wait: bool = True) -> None:
-    """
-    Args:
-        wait: whether to read a tensor's values from a GPU, whose stream that stops.
-    """
-    inside = True
-    if not isinstance(gamma, Tensor):
-        inside = 0 < gamma < 1
-    elif gamma.shape not in ((), (1,), (heads,)):
-        raise ValueError(f"{name}: gamma has shape {list(gamma.shape)}, expected [], [1] or (H,) = [{heads}]")
-    elif not torch.compiler.is_compiling() and (wait or gamma.device.type == "cpu"):
-        inside = bool(((gamma > 0) & (gamma < 1)).all())
-    if not inside:
-        value = gamma.tolist() if isinstance(gamma, Tensor) else gamma
-        raise ValueError(f"{name}: gamma is {value}, expected between 0 and 1, both excluded")
 
 
 def per_head_gamma(name: str, gamma: float | Tensor, g: TokenGraph) -> Tensor:

@@ -8,7 +8,7 @@ from PIL import Image
 
 from bench import explain, scenes
 
-TINY = dict(TRAIN=128, TEST=12, MAPPED=6, EPOCHS=1, SEEDS=(0, 1), STEPS=3, LARGE_SIDE=192)
+TINY = dict(TRAIN=128, TEST=12, MAPPED=6, EPOCHS=1, SEEDS=(0, 1), STEPS=3, LARGE=2, LARGE_SIDE=190)
 
 
 @pytest.fixture(scope="module")
@@ -74,3 +74,7 @@ def test_everything_at_a_tiny_size(tmp_path, monkeypatch, capsys, digits):
     monkeypatch.setattr(torch.optim, "Muon", None)
     explain.main()
     assert (tmp_path / "table.txt").read_text() == text
+    # ... unless the recipe is another one.
+    monkeypatch.setattr(explain, "EPOCHS", 2)
+    with pytest.raises(TypeError, match="'NoneType' object is not callable"):
+        explain.main()

@@ -207,6 +207,12 @@ def test_padding_is_removed_whatever_it_holds(tied):
         close(found[1:, :, :13], function(one), 1e-5)
         assert (found[1, :, 13:] == 0).all()
     close(fundamental_matmul(g, v)[1:, :, :13], fundamental_matmul(one, alone[2]), 1e-5)
+    for found in (g.row_sums(), g.column_sums(), absorption_probability(g, 0.1), g.norm[..., None], g.scores([3])):
+        assert found.isfinite().all()
+    close(g.norm[1:], one.norm)
+    close(g.scores([3])[1:, ..., :13], one.scores([3]))
+    weights, ends = g.neighbors([3], 20)
+    assert (ends[1][weights[1] > 0] < 13).all()
     close(multi_hop_infsa(q, k, v, 0.9, 2, 1e-6, mask, mask)[1:, :, :13], multi_hop_infsa(*(
         (alone[0], alone[0]) if tied else alone[:2]), alone[2], 0.9, 2))  # fmt: skip
 
@@ -257,6 +263,7 @@ def test_alignment_with_the_perron_vector():
     q, _ = tokens(2, 3, 40, 5)
     mask = torch.zeros(2, 40, dtype=torch.bool)
     mask[1, 30:] = True
+    q[1, :, 30:] = torch.nan
     found = eigenvector_alignment(q, mask, tol=1e-12)
     for b, length in ((0, 40), (1, 30)):
         for h in range(3):
@@ -286,23 +293,37 @@ BAD = [
     (lambda g, x: pagerank(g, 1.5), "damping is 1.5"),
     (lambda g, x: pagerank(g, personalization=torch.ones(5)), r"personalization has shape \[5\]"),
     (lambda g, x: pagerank(g, personalization=torch.zeros(9)), "0 everywhere"),
-    (lambda g, x: g.matmul(x[:, :, 1:]), r"x has shape \[1, 2, 8, 3\], expected \(B, H, M, c\) = \[1, 2, 9\]"),
+    (lambda g, x: g.matmul(x[:, :, 1:]), r"x has shape \[1, 2, 8, 3\], expected \(B, H, rows, c\) = \[1, 2, 9\]"),
     (lambda g, x: fundamental_matmul(g, x[..., 0]), r"x has shape \[1, 2, 9\]"),
     (lambda g, x: fundamental_matmul(TokenGraph(x, x[:, :, 1:]), x), "9 queries and 8 keys"),
     (lambda g, x: pagerank(TokenGraph(x, x[:, :, 1:])), "9 queries and 8 keys"),
     (lambda g, x: TokenGraph(x[0]), r"q has shape \[2, 9, 3\], expected \(B, H, N, d\)"),
     (lambda g, x: TokenGraph(x, x[:, :1]), "k has shape"),
     (lambda g, x: g.scores([9]), "expected indices below N = 9"),
-    (lambda g, x: g.neighbors(0, 10), "top is 10, expected 1 to M = 9"),
+    (lambda g, x: g.neighbors(0, 10), "top is 10, expected an int, 1 to 9"),
     (lambda g, x: g.linear_operator(1, 0), "batch is 1, expected an index below 1"),
-    (lambda g, x: multi_hop_infsa(x, x, x, hops=0), "hops is 0, expected an int of at least 1"),
+    (lambda g, x: multi_hop_infsa(x, x, x, hops=0), "hops is 0, expected an int, 1 or more"),
+    (lambda g, x: multi_hop_infsa(x, x, x, hops=2.0), "hops is 2.0, expected an int, 1 or more"),
+    (lambda g, x: katz_centrality(g, tol=0), "tol is 0, expected a number above 0"),
+    (lambda g, x: multi_hop_infsa(x, x, x, tol=float("nan")), "tol is nan, expected a number above 0"),
+    (lambda g, x: pagerank(g, tol=-1.0), "tol is -1.0, expected a number above 0"),
+    (lambda g, x: eigenvector_centrality(g, tol="small"), "tol is 'small', a str, expected a number above 0"),
+    (lambda g, x: eigenvector_centrality(g, max_products=0), "max_products is 0, expected an int, 1 or more"),
+    (lambda g, x: pagerank(g, max_products=True), "max_products is True, expected an int, 1 or more"),
+    (lambda g, x: pagerank(g, "high"), "damping is 'high', a str, expected a number between 0 and 1"),
+    (lambda g, x: absorption_probability(g, "0.9"), "gamma is '0.9', a str, expected between 0 and 1"),
+    (lambda g, x: absorption_probability(TokenGraph(x, x[:, :, 1:])), "9 queries and 8 keys"),
+    (lambda g, x: eigenvector_centrality(TokenGraph(x, x[:, :, 1:])), "9 queries and 8 keys"),
+    (lambda g, x: g.matmul(x + 0j), "x has dtype torch.complex64, expected real numbers"),
+    (lambda g, x: fundamental_matmul(g, x + 0j), "x has dtype torch.complex64, expected real numbers"),
+    (lambda g, x: g.linear_operator(0, 0) @ np.full(9, 1j), "x has dtype torch.complex128, expected real numbers"),
 ]
 
 
 @pytest.mark.parametrize("call, message", BAD, ids=[message for _, message in BAD])
 def test_bad_input_is_named(call, message):
     x = torch.randn(1, 2, 9, 3)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         call(TokenGraph(x), x)
 
 
@@ -320,6 +341,26 @@ def test_nan_stays_in_its_head(function):
     found = function(TokenGraph(q))
     assert found[0, 1].isnan().any()
     torch.testing.assert_close(found[0, 0], expected[0, 0], rtol=1e-5, atol=1e-6)
+
+
+@TIED
+def test_nan_stays_in_its_column(tied):
+    q, k = tokens(1, 2, 9, 3, tied=tied)
+    x = torch.randn(1, 2, 9, 3, dtype=q.dtype)
+    expected = fundamental_matmul(TokenGraph(q, k), x)
+    x[0, 1, 4, 2] = torch.nan
+    found = fundamental_matmul(TokenGraph(q, k), x)
+    assert found[0, 1, :, 2].isnan().all()
+    expected[0, 1, :, 2] = torch.nan
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+def test_columns_of_zeros_and_graphs_of_no_token():
+    g = TokenGraph(tokens(1, 2, 9, 3)[0])
+    assert (fundamental_matmul(g, torch.zeros(1, 2, 9, 2, dtype=torch.float64)) == 0).all()
+    empty = TokenGraph(torch.zeros(1, 2, 0, 3))
+    assert katz_centrality(empty).shape == (1, 2, 0)
+    assert fundamental_matmul(g, torch.zeros(1, 2, 9, 0, dtype=torch.float64)).shape == (1, 2, 9, 0)
 
 
 @TIED

@@ -10,7 +10,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
 LOCKS = sorted((ROOT / "requirements").glob("torch-*.txt"))
-HOSTS = ("accelerate", "peft", "timm", "torchao", "transformers")
+HOSTS = ("accelerate", "captum", "grad-cam", "peft", "quantus", "timm", "torchao", "transformers")
 
 
 def pins(lock: Path) -> dict[str, list[Requirement]]:
