@@ -17,7 +17,7 @@ bin := $(VENV)/bin
 lock_of = $(wildcard requirements/torch-$(subst $() ,.,$(wordlist 1,2,$(subst ., ,$(subst torch==,,$(1))))).txt)
 csrc := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help bench bench-all bench-vs bench-extreme bench-explain report test test-all test-newest fuzz test-gpu-build lock lint format sanitize gpu-check clean
+.PHONY: help bench bench-all bench-vs bench-extreme bench-explain bench-train report test test-all test-newest fuzz test-gpu-build lock lint format sanitize gpu-check clean
 
 help: ## every target in a line
 	@sed -n 's/^\([a-z][a-z-]*\):[^#]*## \(.*\)/  \1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{ printf "%-18s%s\n", $$1, $$2 }'
@@ -39,6 +39,9 @@ bench-extreme: $(VENV)/built ## a whole model on one picture of 9216 x 9216 pixe
 
 bench-explain: $(VENV)/built ## what small models look at: trained, measured and beside the paper; kept in bench/out/explain
 	$(bin)/python -m bench.explain
+
+bench-train: $(VENV)/built ## small models trained with each kind of attention, in an hour; goes on where the last run ended
+	$(bin)/python -m bench.train $(BENCH_ARGS)
 
 # To stay below 8 minutes on 2 cores; TEST_ARGS are pytest's. `--random-order --random-order-seed=1` shuffles.
 test: $(VENV)/built ## the tests

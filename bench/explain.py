@@ -8,12 +8,12 @@ them stand maps that know nothing, and what the paper reports of ImageNet. Write
 """
 
 import argparse
+import itertools
 import json
-import math
+import statistics
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from infsa_kernels.explain import (
@@ -29,6 +29,7 @@ from infsa_kernels.nn import InfViT
 
 from . import scenes
 from .scenes import Items, Scenes
+from .trainer import fit
 
 # As the paper has them: keys tied to queries in InfSA, and a twin that differs in nothing but its attention.
 VARIANTS = {
@@ -96,28 +97,12 @@ def trained(name: str, seed: int, items: Items, backgrounds: list[Tensor], out: 
         torch.optim.Muon(matrices.values(), MATRIX_RATE, weight_decay=DECAY),
         torch.optim.AdamW(others, RATE, weight_decay=DECAY),
     ]
-    steps = EPOCHS * TRAIN // BATCH
-    schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: _rate(step / steps)) for o in optimizers]
-    for epoch in range(EPOCHS):
-        order, flipped = torch.randperm(TRAIN), torch.rand(TRAIN) < 0.5
-        total = 0.0
-        for chosen in order.split(BATCH):
-            x = pictures[chosen].float().sub(127.5).div(32)
-            x = torch.where(flipped[chosen, None, None, None], x.flip(3), x)
-            loss = F.cross_entropy(model(x), classes[chosen])
-            model.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-            for part in (*optimizers, *schedules):
-                part.step()
-            total += loss.item() * len(chosen)
-        print(f"{name} seed {seed}: epoch {epoch + 1} of {EPOCHS}, loss {total / TRAIN:.3f}", flush=True)
+    schedule = dict(epochs=EPOCHS, batch=BATCH, warm_up=WARM_UP, clip=CLIP, contrast=32.0)
+    for epoch, steps in itertools.groupby(fit(model, optimizers, pictures, classes, **schedule), lambda step: step.epoch):
+        loss = statistics.fmean(step.loss for step in steps)
+        print(f"{name} seed {seed}: epoch {epoch + 1} of {EPOCHS}, loss {loss:.3f}", flush=True)
     torch.save(model.state_dict(), kept)
     return model.eval()
-
-
-def _rate(done: float) -> float:
-    return done / WARM_UP if done < WARM_UP else 0.5 + 0.5 * math.cos(math.pi * (done - WARM_UP) / (1 - WARM_UP))
 
 
 def _training_set(items: Items, backgrounds: list[Tensor], out: Path) -> tuple[Tensor, Tensor]:

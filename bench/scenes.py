@@ -3,17 +3,16 @@
 Every picture is drawn from a generator. Object, size, place, fragments and background are independent of each other.
 """
 
-import gzip
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Where Debian's package dataset-fashion-mnist puts its 70,000 photographs of clothes, 28 x 28 (MIT licence).
-FASHION = Path("/usr/share/datasets/fashion-mnist")
+from examples.pictures import FASHION_MNIST, read_idx
+
+FASHION = FASHION_MNIST  # 70,000 photographs of clothes, 28 x 28 (MIT licence)
 TEXTURES = ("astronaut", "brick", "camera", "chelsea", "coffee", "coins", "grass", "gravel", "moon", "rocket")
 # Its ten classes as five that a silhouette tells apart: small models learn them in minutes.
 CLASSES = ("top", "trousers", "dress", "shoe", "bag")
@@ -60,11 +59,8 @@ def items() -> tuple[Items, Items]:
 
 
 def _fashion(part: str) -> tuple[Tensor, Tensor]:
-    arrays = []
-    for name, header in (("images-idx3", 16), ("labels-idx1", 8)):
-        data = gzip.decompress((FASHION / f"{part}-{name}-ubyte.gz").read_bytes())
-        arrays.append(torch.frombuffer(bytearray(data[header:]), dtype=torch.uint8))
-    return arrays[0].view(-1, 1, ITEM, ITEM).float() / 255, torch.tensor(CLASS_OF)[arrays[1].long()]
+    pictures, classes = (read_idx(FASHION / f"{part}-{name}-ubyte.gz") for name in ("images-idx3", "labels-idx1"))
+    return pictures.unsqueeze(1).float() / 255, torch.tensor(CLASS_OF)[classes.long()]
 
 
 def _items(pictures: Tensor, classes: Tensor, names: tuple[str, ...], source: str) -> Items:

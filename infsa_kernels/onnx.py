@@ -44,7 +44,7 @@ def translation_table() -> dict[OpOverload, Callable]:
         score_pool.raw: _score_pool,
         score_pool_floor.raw: _score_pool_floor,
     }
-    return {forward: translation for raw, translation in translations.items() for forward in raw.forwards.values()}
+    return {forward: translation for raw, translation in translations.items() for forward in raw.ops.values()}
 
 
 def _onnxscript():

@@ -2,6 +2,7 @@
 
 from .attention import InfSAAttention
 from .convert import ConversionReport, convert, replace_attention
+from .monitoring import monitor
 from .neumann import NeumannSum
 from .vit import (
     InfViT,
@@ -25,5 +26,6 @@ __all__ = [
     "infvit_pure_24l",
     "infvit_softmax_4l",
     "infvit_softmax_24l",
+    "monitor",
     "replace_attention",
 ]

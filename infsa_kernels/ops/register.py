@@ -6,10 +6,11 @@ CUDA, by the tensors' device), `infsa::linear_fwd_eager`, `infsa::linear_fwd_tri
 FLOP counts and DTensor belong to the raw ones.
 """
 
+import contextlib
 import functools
 import importlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import ParamSpec, TypeVar
@@ -56,6 +57,9 @@ def _library() -> torch.library.Library:
 library = _library()
 
 
+RAW_OPS: list["RawOps"] = []
+
+
 class RawOps:
     """Defines a forward op and its backward op for every family of backends.
 
@@ -85,7 +89,10 @@ class RawOps:
         self.inputs = [result[1:] for result in self.backward.results]
         self._contiguous = tensors.keys() & self.backward.results
         self._like = like or {}
-        self.forwards: dict[str, OpOverload] = {}  # by backend
+        self.ops: dict[str, OpOverload] = {}  # forward's, by backend
+        self.forwards: dict[str, Callable] = self.ops  # what calls them, and tells their results to those who observe
+        self._observers: list[Callable[[dict[str, Tensor]], None]] = []
+        RAW_OPS.append(self)
         fakes = self._fake_forward, self._fake_backward
         for suffix in dict.fromkeys(SUFFIXES.values()):
             ops = []
@@ -100,7 +107,7 @@ class RawOps:
                 register_flop_formula(op.overloadpacket)(_flop_formula(flops, signature))
                 sharding.shard(op, self._shardings(signature))
                 ops.append(op)
-            self.forwards |= dict.fromkeys((backend for backend, own in SUFFIXES.items() if own == suffix), ops[0])
+            self.ops |= dict.fromkeys((backend for backend, own in SUFFIXES.items() if own == suffix), ops[0])
             for op, function in zip(ops, autograd.functions(self, *ops)):
                 library.impl(op, function, "Autograd", with_keyset=True)
         for backend, keys in KEYS.items():
@@ -109,6 +116,29 @@ class RawOps:
                     library.impl(
                         f"{self.name}_{name}{SUFFIXES[backend]}", autograd.without_autocast(kernel(backend)), key
                     )
+
+    @contextlib.contextmanager
+    def observed(self, observer: Callable[[dict[str, Tensor]], None]) -> Iterator[None]:
+        """Inside, ``observer`` gets the results of every forward call by name. Calls that nobody observes pay nothing."""
+        self._observers.append(observer)
+        self._tell_observers()
+        try:
+            yield
+        finally:
+            self._observers.remove(observer)
+            self._tell_observers()
+
+    def _tell_observers(self) -> None:
+        def telling(op):
+            def call(*arguments):
+                results = op(*arguments)
+                for observer in tuple(self._observers):
+                    observer(dict(zip(self.forward.results, results)))
+                return results
+
+            return call
+
+        self.forwards = {name: telling(op) for name, op in self.ops.items()} if self._observers else self.ops
 
     def gradients(self, arguments: Sequence) -> list[Tensor | None]:
         """The wanted gradients of a backward call, uninitialised, laid out as what they belong to unless they are declared."""
