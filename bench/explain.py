@@ -98,7 +98,9 @@ def trained(name: str, seed: int, items: Items, backgrounds: list[Tensor], out: 
         torch.optim.AdamW(others, RATE, weight_decay=DECAY),
     ]
     schedule = dict(epochs=EPOCHS, batch=BATCH, warm_up=WARM_UP, clip=CLIP, contrast=32.0)
-    for epoch, steps in itertools.groupby(fit(model, optimizers, pictures, classes, **schedule), lambda step: step.epoch):
+    for epoch, steps in itertools.groupby(
+        fit(model, optimizers, pictures, classes, **schedule), lambda step: step.epoch
+    ):
         loss = statistics.fmean(step.loss for step in steps)
         print(f"{name} seed {seed}: epoch {epoch + 1} of {EPOCHS}, loss {loss:.3f}", flush=True)
     torch.save(model.state_dict(), kept)
