@@ -26,6 +26,7 @@ from timm.scheduler import CosineLRScheduler
 from timm.utils import AverageMeter, ModelEmaV3, accuracy
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as full
+from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 from tqdm import tqdm
@@ -69,7 +70,7 @@ class Run:
         self.ema = ModelEmaV3(model, args.ema) if args.ema else None
         self.plain, self.model = model, self._distributed(model)
         if self.ema is not None and args.fsdp:
-            shard(self.ema.module)
+            shard(self.ema.module, args.device)
         groups = param_groups_weight_decay(model, args.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, args.rate, betas=(0.9, 0.999))
         self.schedule = CosineLRScheduler(
@@ -82,7 +83,7 @@ class Run:
         if self.args.compile:
             model.compile()
         if self.args.fsdp:
-            shard(model)
+            shard(model, self.args.device)
         elif self.world > 1:
             return nn.parallel.DistributedDataParallel(model)
         return model
@@ -162,12 +163,12 @@ class Run:
             found["ema_top1"] = self.evaluate(self.ema.module)[1]
         loss, skipped = self._sum(found["loss"], found["skipped"])
         speed = self.per_epoch * self.args.batch / found.pop("seconds")
-        found |= {"loss": loss / self.world, "skipped": int(skipped), "test_skipped": int(found["test_skipped"])}
+        found |= {"loss": loss / self.world, "skipped": round(skipped), "test_skipped": round(found["test_skipped"])}
         row = {"epoch": self.step // self.per_epoch, "step": self.step, "rate": self.optimizer.param_groups[0]["lr"]}
         self.rows.append(row | found | {"images_per_second": speed})
         if self.rank == 0:
             runs.write_log(self.args.run, self.rows)
-        return f"loss {found['loss']:.3f}, top-1 {found['top1']:.2f}%, {int(skipped)} skipped"
+        return f"loss {found['loss']:.3f}, top-1 {found['top1']:.2f}%, {found['skipped']} skipped"
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> list[float]:
@@ -196,8 +197,9 @@ class Run:
         if self.ema is not None:
             weights["ema"] = full.get_model_state_dict(self.ema.module, options=WHOLE)
         optimizer = full.get_optimizer_state_dict(self.model, self.optimizer, options=WHOLE)
-        state = {"step": self.step, "epoch": self.epoch, "rows": self.rows, "recipe": recipe(self.args)}
-        state |= {"optimizer": optimizer, "scaler": self.scaler.state_dict(), "world": self.world}
+        mean = dict(zip(self.epoch, (total / self.world for total in self._sum(*self.epoch.values()))))
+        state = {"step": self.step, "epoch": mean, "rows": self.rows, "recipe": recipe(self.args)}
+        state |= {"optimizer": optimizer, "scaler": self.scaler.state_dict()}
         if self.rank == 0:
             runs.save(self.args.run, self.step, weights, state)
         if self.world > 1:
@@ -239,14 +241,13 @@ class Run:
 WHOLE = full.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
-def shard(model: InfViT) -> None:
+def shard(model: InfViT, device: torch.device) -> None:
     """FSDP2: every block's parameters are gathered when it runs."""
-    from torch.distributed.fsdp import fully_shard
-
+    mesh = dist.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),))
     for block in model.blocks:
-        fully_shard(block.attn)
-        fully_shard(block)
-    fully_shard(model)
+        fully_shard(block.attn, mesh=mesh)
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
 
 
 class Order:
@@ -284,7 +285,6 @@ def start(args) -> tuple[int, int]:
             args.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(args.device)
         dist.init_process_group("nccl" if args.device.type == "cuda" else "gloo")
-        torch.distributed.device_mesh.init_device_mesh(args.device.type, (world,))
     if args.batch % (world * args.accumulate):
         raise SystemExit(
             f"train_vit: --batch is {args.batch}, expected a multiple of {world * args.accumulate}: processes x --accumulate"
