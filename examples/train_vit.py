@@ -3,7 +3,7 @@
     python examples/train_vit.py --data digits
     torchrun --nproc-per-node 8 examples/train_vit.py --data /data/imagenet --amp bfloat16 --compile
 
-A folder has train/CLASS/*.jpg and val/CLASS/*.jpg, as ImageNet has. RUN (--run) gets checkpoints, log.csv and curves.png. Killed
+A folder has train/CLASS/*.jpg and val/CLASS/*.jpg, as ImageNet has. OUT (--out) gets checkpoints, log.csv and curves.png. Killed
 at any moment, the same command goes on where the last checkpoint was made, and gives the same numbers: what is random depends on
 the seed, the epoch and the picture, and on nothing that was drawn before.
 """
@@ -167,7 +167,7 @@ class Run:
         row = {"epoch": self.step // self.per_epoch, "step": self.step, "rate": self.optimizer.param_groups[0]["lr"]}
         self.rows.append(row | found | {"images_per_second": speed})
         if self.rank == 0:
-            runs.write_log(self.args.run, self.rows)
+            runs.write_log(self.args.out, self.rows)
         return f"loss {found['loss']:.3f}, top-1 {found['top1']:.2f}%, {found['skipped']} skipped"
 
     @torch.no_grad()
@@ -201,13 +201,13 @@ class Run:
         state = {"step": self.step, "epoch": mean, "rows": self.rows, "recipe": recipe(self.args)}
         state |= {"optimizer": optimizer, "scaler": self.scaler.state_dict()}
         if self.rank == 0:
-            runs.save(self.args.run, self.step, weights, state)
+            runs.save(self.args.out, self.step, weights, state)
         if self.world > 1:
             dist.barrier()
 
     def resume(self) -> None:
         """Goes on from the newest checkpoint, if there is one."""
-        checkpoint = runs.latest(self.args.run)
+        checkpoint = runs.latest(self.args.out)
         if checkpoint is None:
             return
         weights, state = runs.load(checkpoint)
@@ -215,7 +215,7 @@ class Run:
             if state["recipe"].get(name) != now:
                 raise SystemExit(
                     f"train_vit: {name} is {now!r}, but {checkpoint} was trained with {state['recipe'].get(name)!r}; give "
-                    "that, or another --run"
+                    "that, or another --out"
                 )
         full.set_model_state_dict(self.model, weights["model"], options=WHOLE)
         if self.ema is not None:
@@ -294,7 +294,7 @@ def start(args) -> tuple[int, int]:
 
 def recipe(args) -> dict:
     """What the curve depends on."""
-    where = ("run", "data", "device", "workers", "minutes", "compile", "fsdp")
+    where = ("out", "data", "device", "workers", "minutes", "compile", "fsdp")
     return {name: value for name, value in vars(args).items() if name not in where} | {"data": str(args.data)}
 
 
@@ -302,7 +302,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data", required=True, help=f"a folder, or {', '.join(pictures.SMALL)}")
-    add("--run", type=Path, default=Path("run"), help="the folder of checkpoints, log.csv and curves.png")
+    add("--out", type=Path, default=Path("out"), help="the folder of checkpoints, log.csv and curves.png")
     add("--classes", type=int, help="how many there have to be")
     add("--seed", type=int, default=0)
     add = parser.add_argument_group("model").add_argument

@@ -40,7 +40,7 @@ ALL_PARTS = ["--ema", "0.9", "--mixup", "0.2", "--accumulate", "2", "--rand-augm
 
 def train(run, *arguments):
     """The log without what depends on time, and the last checkpoint."""
-    train_vit.main(["--run", str(run), "--device", "cpu", *arguments])
+    train_vit.main(["--out", str(run), "--device", "cpu", *arguments])
     return results(run)
 
 
@@ -164,14 +164,14 @@ def test_a_folder_with_broken_pictures(folder, tmp_path):
         ([*DIGITS, "--fsdp"], "--fsdp needs torchrun"),
         (
             [*DIGITS, *ALL_PARTS, "--seed", "1"],
-            "seed is 1, but .*step-00000014 was trained with 0; give that, or another --run",
+            "seed is 1, but .*step-00000014 was trained with 0; give that, or another --out",
         ),
     ],
     ids=["missing folder", "class count", "large batch", "accumulate", "fsdp alone", "another recipe"],
 )
 def test_what_is_wrong_is_one_error(arguments, says, whole):
     with pytest.raises(SystemExit, match=says):
-        train_vit.main(["--run", str(whole[0]), "--device", "cpu", *arguments])
+        train_vit.main(["--out", str(whole[0]), "--device", "cpu", *arguments])
 
 
 def test_folders_of_other_classes_are_one_error(folder, tmp_path):
@@ -183,7 +183,7 @@ def test_folders_of_other_classes_are_one_error(folder, tmp_path):
     with pytest.raises(
         SystemExit, match="train has 2 classes and val has 1, expected the same folders; only one has light"
     ):
-        train_vit.main(["--run", str(tmp_path / "run"), "--device", "cpu", "--data", str(tmp_path)])
+        train_vit.main(["--out", str(tmp_path / "run"), "--device", "cpu", "--data", str(tmp_path)])
 
 
 # In processes of their own, which need what tests/conftest.py does for torchvision.
@@ -201,10 +201,10 @@ runpy.run_path({train_vit.__file__!r}, run_name="__main__")
 @pytest.mark.sweep
 def test_killed_again_and_again(tmp_path):
     command = [sys.executable, "-c", SCRIPT, *DIGITS, *ALL_PARTS, "--device", "cpu", "--minutes", "0", "--epochs", "4"]
-    subprocess.run([*command, "--run", str(tmp_path / "whole")], check=True)
+    subprocess.run([*command, "--out", str(tmp_path / "whole")], check=True)
     run, kills = tmp_path / "killed", 0
     while True:
-        process = subprocess.Popen([*command, "--run", str(run)], stderr=subprocess.DEVNULL)
+        process = subprocess.Popen([*command, "--out", str(run)], stderr=subprocess.DEVNULL)
         begin = sorted(run.glob("step-*"))
         # As soon as it has come further: at another moment of its step every time.
         while process.poll() is None and sorted(run.glob("step-*")) == begin:
@@ -227,7 +227,7 @@ def test_two_processes_learn_as_one(more, tmp_path, monkeypatch):
     arguments = [*DIGITS, "--ema", "0.9", "--device", "cpu", "--jitter", "0"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
     two = [*torchrun, sys.executable, "-c", SCRIPT, *arguments, *more]
-    subprocess.run([*two, "--run", str(tmp_path / "two")], check=True)
+    subprocess.run([*two, "--out", str(tmp_path / "two")], check=True)
     expected = train(tmp_path / "one", *arguments, *[a for a in more if a != "--fsdp"])
     rows, weights, _ = results(tmp_path / "two")
     assert_close(weights, expected[1], rtol=1e-3, atol=1e-4)
