@@ -69,6 +69,7 @@ def load(checkpoint: Path) -> tuple[dict[str, dict[str, Tensor]], dict]:
 def write_log(run: Path, rows: list[dict]) -> None:
     """RUN/log.csv, a line per row, and RUN/curves.png."""
     try:
+        run.mkdir(parents=True, exist_ok=True)
         with open(run / "log.csv", "w", newline="") as file:
             writer = csv.DictWriter(file, rows[0])
             writer.writeheader()

@@ -245,7 +245,6 @@ def shard(model: InfViT, device: torch.device) -> None:
     """FSDP2: every block's parameters are gathered when it runs."""
     mesh = dist.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),))
     for block in model.blocks:
-        fully_shard(block.attn, mesh=mesh)
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
 

@@ -61,7 +61,7 @@ def assert_same(found, expected):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A run that nothing interrupts."""
-    run = tmp_path_factory.mktemp("whole")
+    run = tmp_path_factory.mktemp("whole") / "made" / "by it"
     return run, train(run, *DIGITS, *ALL_PARTS)
 
 
