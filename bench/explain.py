@@ -15,6 +15,7 @@ import statistics
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from infsa_kernels.explain import (
