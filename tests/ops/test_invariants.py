@@ -184,7 +184,7 @@ def main(seed: int):
             assert (a.shape, a.dtype, a.device) == (w.shape, w.dtype, w.device)
             # Statistics that were put in the place of forward's own have no right gradient, and a key of equal elements scores a
             # normalised token 0, but for rounding.
-            if (way == "fwd" and "keys" not in changed) or not changed:
+            if not a.is_meta and ((way == "fwd" and "keys" not in changed) or not changed):
                 size = float(w.abs().nan_to_num(0, 0).max()) if w.numel() else 0.0
                 torch.testing.assert_close(a.double(), w.double(), rtol=0, atol=0.05 * size, equal_nan=True)
         print("refused" if actual is None else "answered", flush=True)
