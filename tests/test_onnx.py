@@ -248,6 +248,7 @@ def vit(variant, **arguments):
     return model
 
 
+@pytest.mark.sweep
 def test_vit_with_any_picture():
     model = Together(vit("linear_infsa")).eval()
     exported = Exported(model, (torch.randn(2, 3, 24, 32),), ({0: ANY, 2: ANY, 3: ANY},))
@@ -275,6 +276,7 @@ class Bert(nn.Module):
         return self.bert(ids, attention_mask=mask).last_hidden_state
 
 
+@pytest.mark.sweep
 def test_bert_with_padding():
     def inputs(B, N):
         return torch.randint(50, (B, N)), (torch.arange(N) < torch.randint(1, N + 1, (B, 1))).long()
