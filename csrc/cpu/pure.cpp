@@ -5,6 +5,8 @@
 // in parallel and each adds to sums that no other cell of the round touches. The cut and the order of the rounds depend
 // on the shape alone: the bits do not depend on the number of threads.
 // A head whose numbers left the range of the accumulation type is run once more (range.h).
+//
+// infsa::pure_varlen is the same on batches whose tokens are runs of packed ones (packed.h).
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
@@ -18,13 +20,14 @@
 
 #include "isa.h"
 #include "memory.h"
+#include "packed.h"
 #include "range.h"
 #include "tasks.h"
 
 namespace infsa::cpu {
 namespace {
 
-constexpr const char* kOp = "infsa::pure";
+constexpr const char *kOp = "infsa::pure", *kPackedOp = "infsa::pure_varlen";
 // The sums of the heads in flight, unless one head alone needs more.
 constexpr int64_t kSumsBytes = 32 << 20;
 // A head whose sums are at most this is left to one thread, which keeps them in its L2, when there are heads for all.
@@ -39,7 +42,6 @@ bool same_mask(const OptTensor& a, const OptTensor& b) {
 
 // What forward and backward have in common.
 struct Call {
-  Arguments arguments;
   const Sizes size;
   const Tensor &q, &k, &v;
   const double rho;
@@ -51,19 +53,18 @@ struct Call {
   const bool wide;               // the accumulation type is double
   std::vector<PureUnits> units;  // of the heads, once one needs them
 
-  Call(const Tensor& q, const OptTensor& k, const Tensor& v, double eps, double rho, const OptTensor& head_rho,
-       const OptTensor& key_mask, const OptTensor& query_mask)
-      : arguments(attention_arguments(kOp, q, k, v, eps, rho, head_rho, key_mask, query_mask)),
-        size(sizes_of(arguments)),
+  Call(const Sizes& size, const Tensor& q, const OptTensor& k, const Tensor& v, double rho, const OptTensor& head_rho,
+       Kept queries, Kept keys, bool same_tokens, bool masked)
+      : size(size),
         q(q),
         k(k ? *k : q),
         v(v),
         rho(rho),
         head_rho(head_rho),
-        queries(query_mask, size.N),
-        keys(key_mask, size.M),
-        symmetric(!k && same_mask(key_mask, query_mask)),
-        partial(key_mask || query_mask || empty()),
+        queries(std::move(queries)),
+        keys(std::move(keys)),
+        symmetric(!k && same_tokens),
+        partial(masked || empty()),
         kernels(kernels_for(q.scalar_type())),
         wide(acc_dtype(q) == at::kDouble) {}
 
@@ -177,18 +178,9 @@ void clear(void* sums, Range rows, int64_t row_bytes) {
   if (sums) std::memset(static_cast<char*>(sums) + rows.begin * row_bytes, 0, rows.size() * row_bytes);
 }
 
-std::tuple<Tensor, Tensor> pure_fwd(const Tensor& q, const OptTensor& k, const Tensor& v, double eps, double rho,
-                                    const OptTensor& head_rho, const OptTensor& key_padding_mask,
-                                    const OptTensor& query_padding_mask) {
-  Call call(q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask);
+// Writes the rows of out that count, and the norms.
+void forward(Call& call, double eps, const Tensor& out, const Tensor& norm) {
   const auto [B, H, N, M, d, d_v] = call.size;
-  const bool token_major = q.stride(1) < q.stride(2);
-  const int64_t token = token_major ? H * d_v : d_v, head = token_major ? d_v : N * d_v;
-  const Tensor out = new_tensor({B, H, N, d_v}, {H * N * d_v, head, token, 1}, q.scalar_type());
-  const Tensor norm = at::zeros({B, H}, q.options().dtype(acc_dtype(q)));
-  if (call.partial) out.zero_();
-  if (call.empty()) return {out, norm};
-
   const Numbers F_of(norm);
   const int64_t stride = round_up(d_v, call.kernels.lanes), row_bytes = stride * norm.element_size();
   const Cut cells = cut(call, N * row_bytes, !call.symmetric);
@@ -227,43 +219,30 @@ std::tuple<Tensor, Tensor> pure_fwd(const Tensor& q, const OptTensor& k, const T
     const bool ordinary = !lost && call.is_factor(F) && call.is_sum(most);
     if (!ordinary && call.scale_head(head)) run({head, head + 1});
   }
-  return {out, norm};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> pure_bwd(const Tensor& dout, const Tensor& q, const OptTensor& k,
-                                                    const Tensor& v, const Tensor& out, const Tensor& norm, double eps,
-                                                    double rho, const OptTensor& head_rho,
-                                                    const OptTensor& key_padding_mask,
-                                                    const OptTensor& query_padding_mask,
-                                                    std::array<bool, 4> output_mask) {
-  Call call(q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask);
+// Those of q, k, v and head_rho; of no elements where they are not wanted.
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+// Writes the rows of the gradients that count.
+void backward(Call& call, double eps, const Tensor& dout, const Tensor& out, const Tensor& norm,
+              const Gradients& gradients) {
   const auto [B, H, N, M, d, d_v] = call.size;
-  call.arguments.tensor("dout", dout, q.scalar_type(), "BHNv");
-  call.arguments.tensor("out", out, q.scalar_type(), "BHNv");
-  call.arguments.tensor("norm", norm, acc_dtype(q), "BH");
-
-  const bool want_q = output_mask[0], want_k = output_mask[1] && k, want_v = output_mask[2],
-             want_rho = output_mask[3] && head_rho;
-  // Masks that differ make the scores of a tied k asymmetric: its half of the gradient is then made apart, and added
-  // before the sum is rounded.
-  const bool apart = want_q && !k && !call.symmetric;
-  const at::ScalarType half = apart ? acc_dtype(q) : q.scalar_type();
-  const auto store_half = kernels_for(half).tokens.store;
-  const Tensor grad_q = new_gradient(want_q, q, call.partial, half),
-               grad_k = new_gradient(want_k || apart, call.k, call.partial, half),
-               grad_v = new_gradient(want_v, v, call.partial);
-  const Tensor grad_rho = want_rho ? at::zeros({B, H}, norm.options()) : at::empty({0}, norm.options());
-  const auto results = [&] {
-    if (!apart) return std::make_tuple(grad_q, grad_k, grad_v, grad_rho);
-    return std::make_tuple(grad_q.add_(grad_k).to(q.scalar_type()), at::empty({0}, q.options()), grad_v, grad_rho);
+  const double rho = call.rho;
+  const auto& [grad_q, grad_k, grad_v, grad_rho] = gradients;
+  const bool want_q = grad_q.dim() > 1, want_k = grad_k.dim() > 1, want_v = grad_v.dim() > 1,
+             want_rho = grad_rho.dim() > 1;
+  if (!(want_q || want_k || want_v || want_rho)) return;
+  const auto store = [&](const Tensor& to, int64_t head, const Kept& kept, const void* sums, int64_t stride,
+                         double scale, Range tokens) {
+    kernels_for(to.scalar_type())
+        .tokens.store(call.tokens(to, head, kept), sums, stride, to.size(3), finite(scale, call.wide), tokens);
   };
-  if (call.empty() || !(want_q || want_k || want_v || want_rho)) return results();
-
   const Numbers F_of(norm.contiguous()), drho(grad_rho);
   const int64_t stride = round_up(d, call.kernels.lanes), v_stride = round_up(d_v, call.kernels.lanes);
   const int64_t row_bytes = stride * norm.element_size(), v_row_bytes = v_stride * norm.element_size();
   const int64_t q_bytes = want_q ? N * row_bytes : 0;
-  const int64_t k_bytes = want_k || apart ? M * row_bytes : 0;
+  const int64_t k_bytes = want_k ? M * row_bytes : 0;
   const int64_t v_bytes = want_v || want_rho ? M * v_row_bytes : 0;
   const auto parts = [=](char* sums) {
     char* dq = q_bytes ? sums : nullptr;
@@ -311,15 +290,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pure_bwd(const Tensor& dout, const Te
           const Range queries = chunk(h.N, n, i), keys = chunk(h.M, n, i);
           // dS came out times (u.dout u.v) / (u.q u.k).
           const double per_v = 1 / u.dout, per_score = per_v / u.v;
-          if (want_q)
-            store_half(call.tokens(grad_q, head, call.queries), sums.dq, stride, d, finite(per_score * u.q, call.wide),
-                       queries);
-          if (sums.dk)
-            store_half(call.tokens(grad_k, head, call.keys), sums.dk, stride, d, finite(per_score * u.k, call.wide),
-                       keys);
-          if (want_v)
-            call.kernels.tokens.store(call.tokens(grad_v, head, call.keys), sums.dv, v_stride, d_v,
-                                      finite(h.rho * per_v, call.wide), keys);
+          if (want_q) store(grad_q, head, call.queries, sums.dq, stride, per_score * u.q, queries);
+          if (want_k) store(grad_k, head, call.keys, sums.dk, stride, per_score * u.k, keys);
+          if (want_v) store(grad_v, head, call.keys, sums.dv, v_stride, h.rho * per_v, keys);
           if (want_rho) v_dv[head * n + i] = per_v * call.kernels.tokens.dot(h.v, {}, sums.dv, v_stride, d_v, keys);
         });
   };
@@ -331,7 +304,100 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pure_bwd(const Tensor& dout, const Te
     if (!ordinary && call.scale_head(head, &dout, F + eps)) run({head, head + 1});
   }
   for (int64_t head = 0; want_rho && head < call.heads(); ++head) drho.set(head, rho * sum(&v_dv[head * n], n));
-  return results();
+}
+
+Call dense_call(const Sizes& size, const Tensor& q, const OptTensor& k, const Tensor& v, double rho,
+                const OptTensor& head_rho, const OptTensor& key_mask, const OptTensor& query_mask) {
+  return {size,
+          q,
+          k,
+          v,
+          rho,
+          head_rho,
+          Kept(query_mask, size.N),
+          Kept(key_mask, size.M),
+          same_mask(key_mask, query_mask),
+          key_mask || query_mask};
+}
+
+std::tuple<Tensor, Tensor> pure_fwd(const Tensor& q, const OptTensor& k, const Tensor& v, double eps, double rho,
+                                    const OptTensor& head_rho, const OptTensor& key_padding_mask,
+                                    const OptTensor& query_padding_mask) {
+  const Sizes s = sizes_of(attention_arguments(kOp, q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask));
+  Call call = dense_call(s, q, k, v, rho, head_rho, key_padding_mask, query_padding_mask);
+  const bool token_major = q.stride(1) < q.stride(2);
+  const int64_t token = token_major ? s.H * s.d_v : s.d_v, head = token_major ? s.d_v : s.N * s.d_v;
+  const Tensor out = new_tensor({s.B, s.H, s.N, s.d_v}, {s.H * s.N * s.d_v, head, token, 1}, q.scalar_type());
+  const Tensor norm = at::zeros({s.B, s.H}, q.options().dtype(acc_dtype(q)));
+  if (call.partial) out.zero_();
+  if (!call.empty()) forward(call, eps, out, norm);
+  return {out, norm};
+}
+
+Gradients pure_bwd(const Tensor& dout, const Tensor& q, const OptTensor& k, const Tensor& v, const Tensor& out,
+                   const Tensor& norm, double eps, double rho, const OptTensor& head_rho,
+                   const OptTensor& key_padding_mask, const OptTensor& query_padding_mask,
+                   std::array<bool, 4> output_mask) {
+  Arguments a = attention_arguments(kOp, q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask);
+  a.tensor("dout", dout, q.scalar_type(), "BHNv");
+  a.tensor("out", out, q.scalar_type(), "BHNv");
+  a.tensor("norm", norm, acc_dtype(q), "BH");
+  Call call = dense_call(sizes_of(a), q, k, v, rho, head_rho, key_padding_mask, query_padding_mask);
+
+  const bool want_q = output_mask[0], want_k = output_mask[1] && k, want_rho = output_mask[3] && head_rho;
+  // Masks that differ make the scores of a tied k asymmetric: its half of the gradient is then made apart, and added
+  // before the sum is rounded.
+  const bool apart = want_q && !k && !call.symmetric;
+  const at::ScalarType half = apart ? acc_dtype(q) : q.scalar_type();
+  const Tensor grad_q = new_gradient(want_q, q, call.partial, half),
+               grad_k = new_gradient(want_k || apart, call.k, call.partial, half),
+               grad_v = new_gradient(output_mask[2], v, call.partial);
+  const Tensor grad_rho = want_rho ? at::zeros({a['B'], a['H']}, norm.options()) : at::empty({0}, norm.options());
+  if (!call.empty()) backward(call, eps, dout, out, norm, {grad_q, grad_k, grad_v, grad_rho});
+  if (!apart) return {grad_q, grad_k, grad_v, grad_rho};
+  return {grad_q.add_(grad_k).to(q.scalar_type()), at::empty({0}, q.options()), grad_v, grad_rho};
+}
+
+Call packed_call(const PackedArguments& p, const Tensor& q, const OptTensor& k, const Tensor& v, double rho,
+                 const OptTensor& head_rho) {
+  return {p.sizes(), q, k, v, rho, head_rho, Kept(p.queries.at), Kept(p.keys.at), true, false};
+}
+
+std::tuple<Tensor, Tensor> pure_varlen_fwd(const Tensor& q, const OptTensor& k, const Tensor& v,
+                                           const Tensor& cu_seqlens_q, const OptTensor& cu_seqlens_k, int64_t max_q,
+                                           int64_t max_k, double eps, double rho, const OptTensor& head_rho) {
+  const PackedArguments p(kPackedOp, q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, eps, rho, head_rho);
+  const int64_t H = q.size(1), d_v = v.size(2);
+  const Tensor out = new_tensor({q.size(0), H, d_v}, {H * d_v, d_v, 1}, q.scalar_type());
+  const Tensor norm = at::zeros({p.queries.sequences(), H}, q.options().dtype(acc_dtype(q)));
+  const Tensor queries = as_batch(q, p.queries), values = as_batch(v, p.keys);
+  const OptTensor keys = k ? OptTensor(as_batch(*k, p.keys)) : k;
+  Call call = packed_call(p, queries, keys, values, rho, head_rho);
+  if (call.partial) out.zero_();
+  if (!call.empty()) forward(call, eps, as_batch(out, p.queries), norm);
+  return {out, norm};
+}
+
+Gradients pure_varlen_bwd(const Tensor& dout, const Tensor& q, const OptTensor& k, const Tensor& v, const Tensor& out,
+                          const Tensor& norm, const Tensor& cu_seqlens_q, const OptTensor& cu_seqlens_k, int64_t max_q,
+                          int64_t max_k, double eps, double rho, const OptTensor& head_rho,
+                          std::array<bool, 4> output_mask) {
+  PackedArguments p(kPackedOp, q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, eps, rho, head_rho);
+  p.a.tensor("dout", dout, q.scalar_type(), "NHv");
+  p.a.tensor("out", out, q.scalar_type(), "NHv");
+  p.a.tensor("norm", norm, acc_dtype(q), "SH");
+  const Tensor queries = as_batch(q, p.queries), values = as_batch(v, p.keys);
+  const OptTensor keys = k ? OptTensor(as_batch(*k, p.keys)) : k;
+  Call call = packed_call(p, queries, keys, values, rho, head_rho);
+  const Tensor grad_q = new_gradient(output_mask[0], q, call.partial),
+               grad_k = new_gradient(output_mask[1] && k, k.value_or(q), call.partial),
+               grad_v = new_gradient(output_mask[2], v, call.partial);
+  const Tensor grad_rho =
+      output_mask[3] && head_rho ? at::zeros(head_rho->sizes(), norm.options()) : at::empty({0}, norm.options());
+  if (!call.empty())
+    backward(call, eps, as_batch(dout, p.queries), as_batch(out, p.queries), norm,
+             {as_batch(grad_q, p.queries), as_batch(grad_k, p.keys), as_batch(grad_v, p.keys), grad_rho});
+  return {grad_q, grad_k, grad_v, grad_rho};
 }
 
 }  // namespace
@@ -339,6 +405,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pure_bwd(const Tensor& dout, const Te
 TORCH_LIBRARY_IMPL(infsa, CPU, m) {
   m.impl("pure_fwd", TORCH_FN(pure_fwd));
   m.impl("pure_bwd", TORCH_FN(pure_bwd));
+  m.impl("pure_varlen_fwd", TORCH_FN(pure_varlen_fwd));
+  m.impl("pure_varlen_bwd", TORCH_FN(pure_varlen_bwd));
 }
 
 }  // namespace infsa::cpu

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 import infsa_kernels
-from infsa_kernels.ops import central_query, linear, pure, score_pool
+from infsa_kernels.ops import central_query, linear, pure, score_pool, varlen
 from infsa_kernels.ops.backends import OPERATORS, SUFFIXES
 
 ROOT = Path(__file__).parents[2]
@@ -182,7 +182,11 @@ def test_flops_of_compiled_graphs(op, form, device, backend):
     assert tuple(flops) == expected_flops(op, form)
 
 
-@pytest.mark.parametrize("raw", [m.raw for m in (linear, pure, central_query, score_pool)], ids=lambda raw: raw.name)
+@pytest.mark.parametrize(
+    "raw",
+    [m.raw for m in (linear, pure, central_query, score_pool)] + [varlen.raw_linear, varlen.raw_pure],
+    ids=lambda raw: raw.name,
+)
 def test_kernels_are_where_the_operator_says(raw):
     """The compiled ones that torch knows are those declared; the file or the module is there."""
     has = torch._C._dispatch_has_kernel_for_dispatch_key
@@ -205,7 +209,8 @@ def usable(device):
 
 def test_operators_and_their_backends():
     everything = {"cpu", "cuda", "triton", "eager"}
-    assert {"linear": everything, "pure": everything - {"cuda"}, "pooled_linear": {"cpu", "eager"}} == OPERATORS
+    dense = {"linear": everything, "pure": everything - {"cuda"}}
+    assert dense | {op: {"cpu", "eager"} for op in ("pooled_linear", "linear_varlen", "pure_varlen")} == OPERATORS
 
 
 def test_private_names_of_torch_are_in_one_file():
