@@ -1,7 +1,8 @@
 """`python -m bench.varlen`: packed sequences beside the same tokens as a padded batch with masks, and beside a loop, in turn.
 
 First the gate: packed equals the loop over sequences in float64, by the tests' rule. Then forward and forward + backward of both
-operators at D = 1024, tied, for batches of which a half and three quarters are padding, and for many short sequences.
+operators (Linear's contexts) at D = 1024, tied, for batches of which a half and three quarters are padding, and for many short
+sequences.
 """
 
 import argparse
@@ -12,17 +13,14 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from infsa_kernels import linear_infsa, linear_infsa_varlen, pure_infsa, pure_infsa_varlen, reference
+from infsa_kernels import reference
 from infsa_kernels.testing import FORWARD, assert_within, error_of_eager
 
 from . import machine
 
-FUNCTIONS = {
-    "linear": (linear_infsa, linear_infsa_varlen, reference.linear),
-    "pure": (pure_infsa, pure_infsa_varlen, reference.pure),
-}
+REFERENCE = {"linear": reference.linear, "pure": reference.pure}
 HEADS = {"linear": 64, "pure": 16}
-DIM, RHO = 1024, 0.95
+DIM, EPS, RHO = 1024, 1e-6, 0.95
 
 # Lengths of the sequences; the longest is that of the padded batch.
 CASES = {
@@ -37,46 +35,50 @@ class Tokens:
     """One draw of packed tokens (N, H, d), and the same as a padded batch (B, H, L, d) that is token-major."""
 
     def __init__(self, op: str, lengths: list[int]):
-        self.dense, self.varlen, self.reference = FUNCTIONS[op]
-        heads = HEADS[op]
+        self.op, heads = op, HEADS[op]
+        self.dense, self.varlen = getattr(torch.ops.infsa, op), getattr(torch.ops.infsa, f"{op}_varlen")
         self.lengths, self.longest = lengths, max(lengths)
         random = torch.Generator().manual_seed(0)
-        self.q, self.v, self.dout = (torch.randn(sum(lengths), heads, DIM // heads, generator=random) for _ in range(3))
+        self.q, self.v = (torch.randn(sum(lengths), heads, DIM // heads, generator=random) for _ in range(2))
         self.cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
         self.padding = torch.arange(self.longest) >= torch.tensor(lengths)[:, None]
 
     def packed(self, q: Tensor, v: Tensor) -> Tensor:
-        return self.varlen(q, q, v, self.cu_seqlens, self.cu_seqlens, self.longest, self.longest, RHO)
+        return self.varlen(q, q, v, self.cu_seqlens, self.cu_seqlens, self.longest, self.longest, EPS, RHO)
 
     def masked(self, q: Tensor, v: Tensor) -> Tensor:
-        return self.dense(q, q, v, RHO, 1e-6, self.padding, self.padding)
+        return self.dense(q, q, v, EPS, RHO, self.padding, self.padding)
 
     def loop(self, q: Tensor, v: Tensor) -> Tensor:
-        def one(q, v):
-            q, v = q.transpose(0, 1)[None], v.transpose(0, 1)[None]
-            return self.dense(q, q, v, RHO)[0].transpose(0, 1)
+        return self.each(q, v, lambda q, v: self.dense(q, q, v, EPS, RHO))
 
-        return torch.cat([one(*pair) for pair in zip(q.split(self.lengths), v.split(self.lengths))])
+    def each(self, q: Tensor, v: Tensor, function) -> Tensor:
+        """A dense function of one sequence after another."""
+        pairs = zip(q.split(self.lengths), v.split(self.lengths))
+        found = [function(*(t.transpose(0, 1)[None] for t in pair)) for pair in pairs]
+        return torch.cat([out[0].transpose(0, 1) if self.op == "pure" else out for out in found])
 
     def batch(self, t: Tensor) -> Tensor:
         return torch.nn.utils.rnn.pad_sequence(t.split(self.lengths), batch_first=True).transpose(1, 2)
 
     def actions(self, train: bool) -> dict:
         def action(function, *tensors):
-            q, v, dout = (t.detach().requires_grad_(train) for t in tensors)
+            q, v = (t.detach().requires_grad_(train) for t in tensors)
+            dout = torch.randn_like(function(q, v))
 
             def run():
                 out = function(q, v)
                 if train:
-                    torch.autograd.grad(out, (q, v), dout.detach())
+                    torch.autograd.grad(out, (q, v), dout)
 
             return run
 
-        tensors = self.q, self.v, self.dout
+        padded = self.batch(self.q), self.batch(self.v)
+        packed = self.q, self.v
         return {
-            "packed": action(self.packed, *tensors),
-            "masked": action(self.masked, *(self.batch(t) for t in tensors)),
-            "loop": action(self.loop, *tensors),
+            "packed": action(self.packed, *packed),
+            "masked": action(self.masked, *padded),
+            "loop": action(self.loop, *packed),
         }
 
 
@@ -84,12 +86,8 @@ def gate(op: str, lengths: list[int]) -> None:
     tokens = Tokens(op, lengths)
 
     def evaluate(dtype):
-        def one(q, v):
-            q, v = (t.to(dtype).transpose(0, 1)[None] for t in (q, v))
-            out = tokens.reference(q, q, v, RHO)
-            return (out if op == "pure" else out.unsqueeze(2).expand_as(v))[0].transpose(0, 1)
-
-        return torch.cat([one(*pair) for pair in zip(tokens.q.split(lengths), tokens.v.split(lengths))])
+        q, v = tokens.q.to(dtype), tokens.v.to(dtype)
+        return tokens.each(q, v, lambda q, v: REFERENCE[op](q, q, v, RHO, EPS))
 
     truth = evaluate(torch.float64)
     eager = error_of_eager(evaluate(torch.float32), truth, torch.float32)
@@ -121,7 +119,7 @@ def main() -> None:
     turns = parser.parse_args().turns
     load = machine.OtherLoad()
     print(machine.describe(machine.environment(torch.device("cpu"))))
-    for op in FUNCTIONS:
+    for op in REFERENCE:
         gate(op, [100, 0, 37, 1])
         for case, lengths in CASES.items():
             for train in (False, True):
