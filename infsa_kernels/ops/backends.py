@@ -151,8 +151,8 @@ def choose_backend(
 ) -> str:  # fmt: skip
     """The backend that runs `infsa::<op>` on q of this device, dtype and shape (B, H, N, d).
 
-    ``op`` is "linear", "pure" or "pooled_linear". ``forced`` names a backend, as ``with infsa_kernels.backend(...)`` does: it is
-    that one or a RuntimeError that says why not.
+    ``op`` is a public operator: "linear", "pure", "pooled_linear", "linear_varlen" or "pure_varlen", whose shape is (N, H, d).
+    ``forced`` names a backend, as ``with infsa_kernels.backend(...)`` does: it is that one or a RuntimeError that says why not.
     """
     if forced:
         if reason := why_not(op, forced, device, dtype, shape):
