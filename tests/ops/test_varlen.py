@@ -86,6 +86,15 @@ def test_empty(op, lengths, device, backend):
 
 
 @by_op
+def test_rho_of_every_sequence(op, device, backend):
+    """The raw operator's may differ between sequences, the public one's is the same for all."""
+    *arguments, _ = make(op, device, rho=torch.ones(H, device=device)).raw()
+    head_rho, raw = torch.rand(len(LENGTHS), H, device=device) + 0.5, raw_op(f"{op}_varlen_fwd", backend)
+    of_rows = head_rho if op == "linear" else head_rho.repeat_interleave(torch.tensor(LENGTHS, device=device), 0)
+    assert_close(raw(*arguments, head_rho)[0], raw(*arguments, None)[0] * of_rows[..., None])
+
+
+@by_op
 @by_tie
 def test_gradients_of_every_order(op, tied, device, backend):
     lengths = {"lengths": (3, 0, 1, 4), "key_lengths": (2, 1, 0, 5)}
