@@ -12,6 +12,8 @@ from unittest import mock
 
 import torch
 
+from infsa_kernels.ops import plans
+
 from . import cases, engine, gate, machine
 
 # (BLOCK_M, BLOCK_N, warps, stages)
@@ -57,6 +59,7 @@ def race(turns: list[dict], candidates: dict, device: torch.device) -> dict[str,
     seconds = {}
     for name, candidate in {"shipped": contextlib.nullcontext(), **candidates}.items():
         gate.forget()
+        plans.forget()
         with candidate:
             rows = [row for turn in turns for row in engine.measure(turn, device, SECONDS)]
         seconds[name] = sum(row["median_s"] for row in rows) if all(row["status"] == "ok" for row in rows) else None

@@ -1,5 +1,7 @@
 """The private names of torch that this package uses, each with what nothing public does. Tested with torch 2.11 to 2.14."""
 
+import sys
+
 import torch
 from torch._functorch import autograd_function, utils
 from torch._ops import OpOverload
@@ -70,6 +72,11 @@ def process_group(name: str):
     from torch.distributed.distributed_c10d import _resolve_process_group
 
     return _resolve_process_group(name)
+
+
+def has_compiled() -> bool:
+    """Whether torch.compile can have made anything so far: loading its compiler takes seconds."""
+    return "torch._dynamo" in sys.modules
 
 
 def all_reduce(t: torch.Tensor, group: str) -> torch.Tensor:

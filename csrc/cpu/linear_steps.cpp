@@ -152,8 +152,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_keys_bwd(const Tensor&
   const double scale = scale_of(s.d);
   const Buffer score_query(plan.head_bytes(plan.d)), dcontext(plan.head_bytes(plan.d_v)),
       dcontext_dot(plan.head_bytes(1)), score_scale(plan.head_bytes(1));
-  const Buffer sums_buffer(want_dcentral ? keys.sums_bytes(plan.d) : 0);
-  double* sums = want_dcentral ? sums_buffer.as<double>() : nullptr;
+  // The pass that sums them makes the scores' gradients.
+  const bool want_sums = want_dcentral || want_dscores;
+  const Buffer sums_buffer(want_sums ? keys.sums_bytes(plan.d) : 0);
+  double* sums = want_sums ? sums_buffer.as<double>() : nullptr;
   // In the order in which the passes go over tokens and heads.
   const int64_t token = plan.heads > 1 ? s.H : 1, of_head = plan.heads > 1 ? 1 : s.M;
   const Tensor dscores =

@@ -166,7 +166,8 @@ def _solve(g: TokenGraph, x: Tensor, gamma: Tensor, tol: float) -> tuple[Tensor,
         return torch.linalg.vector_norm(t, dim=-2, keepdim=True)
 
     def dot(a, b):
-        return torch.linalg.vecdot(a, b, dim=-2).unsqueeze(-2)
+        # Not vecdot, which autocast would round.
+        return (a * b).sum(-2, keepdim=True)
 
     def over(a, b):
         return torch.where(b > 0, a / b, 0)

@@ -6,7 +6,6 @@ Nothing is computed for them a second time, and no score is held.
 """
 
 import contextlib
-import sys
 import threading
 from collections.abc import Iterator
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.register import RAW_OPS
-from ..torch_private import in_functorch
+from ..torch_private import has_compiled, in_functorch
 
 # Statistics of raw operators that are 0 without a positive score, by what their schemas call them, and what they are called here.
 _TAGS = {"score_sum": "score_sum", "norm": "score_norm"}
@@ -63,8 +62,7 @@ def monitor(model: nn.Module) -> Iterator[dict[str, float]]:
         handles.append(module.register_forward_pre_hook(lambda *_, name=name: calls.enter(name)))
         handles.append(module.register_forward_hook(lambda *_: calls.leave(), always_call=True))
     try:
-        # What torch.compile made, only torch._dynamo can have made.
-        uncompiled = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else None
+        uncompiled = torch.compiler.set_stance("force_eager") if has_compiled() else None
         with uncompiled or contextlib.nullcontext(), contextlib.ExitStack() as observed:
             for raw in RAW_OPS:
                 if not _TAGS.keys().isdisjoint(raw.forward.results):

@@ -97,7 +97,7 @@ def functions(raw, forward_op, backward_op) -> tuple:
             found = dict(zip(douts, ddouts)) | dict(zip(present, second))
             return None, *(found.get(n) for n in backward_names)
 
-    return _one_level(Forward, raw.forward), _one_level(Backward, raw.backward)
+    return _one_level(Forward, forward_op, raw.forward), _one_level(Backward, backward_op, raw.backward)
 
 
 def no_derivative(op, signature, instead: str):
@@ -119,8 +119,12 @@ def no_derivative(op, signature, instead: str):
 def skipped_if_unused(*tensors):
     """A context for calls of raw operators: it skips the Autograd key, and its Python, where nothing differentiates them."""
     sharding.register_waiting()
-    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    return contextlib.nullcontext() if needs_grad or in_forward_mode() or in_functorch() else below_autograd()
+    return contextlib.nullcontext() if in_functorch() or _differentiated(tensors) else below_autograd()
+
+
+def _differentiated(arguments) -> bool:
+    needs_grad = torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in arguments)
+    return needs_grad or in_forward_mode()
 
 
 def without_autocast(function):
@@ -156,12 +160,13 @@ def _refuse_forward_mode(op):
     )
 
 
-def _one_level(function, signature):
+def _one_level(function, op, signature):
     def autograd(keyset, *args):
         sharding.register_waiting()
         try:
             if not in_functorch():
-                return function.apply(keyset, *unwrap_dead_wrappers(args))
+                args = unwrap_dead_wrappers(args)
+                return function.apply(keyset, *args) if _differentiated(args) else _redispatch(op, keyset, args)
             # At this key functorch has already unwrapped to one level: record on it, and let the redispatch reach the next.
             with on_one_level():
                 return function.apply(keyset, *args)

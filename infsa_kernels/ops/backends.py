@@ -48,6 +48,15 @@ def why_not(op: str, backend: str, device: torch.device, dtype: torch.dtype, sha
     raise ValueError(f"infsa_kernels has no backend {backend!r}, expected one of {', '.join(map(repr, SUFFIXES))}")
 
 
+NO_GPU = "torch sees no GPU (torch.cuda.is_available() is False)"
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    """A GPU's compute capability, of which torch takes microseconds to tell; None where it sees no GPU."""
+    return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else None
+
+
 # A row lies in one warp, 8 elements a lane: csrc/cuda/linear_plan.h.
 LARGEST_CUDA_HEAD_DIM = 256
 
@@ -64,10 +73,11 @@ def _why_not_cuda(op: str, device: torch.device, dtype: torch.dtype, shape: Sequ
         )
     if "cuda" not in OPERATORS[op]:
         return f"infsa::{op} has no CUDA C++ kernels"
-    if not torch.cuda.is_available():
-        return "torch sees no GPU (torch.cuda.is_available() is False)"
-    major, minor = torch.cuda.get_device_capability(device)
-    if not any(runs_on(arch, (major, minor)) for arch in compiled):
+    capability = _capability(device)
+    if not capability:
+        return NO_GPU
+    major, minor = capability
+    if not any(runs_on(arch, capability) for arch in compiled):
         return (
             f"{device} has compute capability {major}.{minor}, and the extension was built for {', '.join(compiled)}; build "
             f"it again with TORCH_CUDA_ARCH_LIST={major}.{minor}"
@@ -126,10 +136,10 @@ def _why_not_triton(op: str, device: torch.device, dtype: torch.dtype, shape: Se
             )
     elif device.type != "cuda":
         return f"the tensors are on {device}, not on a GPU"
-    elif not torch.cuda.is_available():
-        return "torch sees no GPU (torch.cuda.is_available() is False)"
+    elif not (capability := _capability(device)):
+        return NO_GPU
     elif torch.version.hip is None:
-        major, minor = torch.cuda.get_device_capability(device)
+        major, minor = capability
         if major < 8:
             return f"{device} has compute capability {major}.{minor}, the kernels need 8.0 (Ampere) or newer"
         oldest = OLDEST_TRITON_BLACKWELL if major == 10 else OLDEST_TRITON

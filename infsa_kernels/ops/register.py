@@ -24,6 +24,7 @@ from ..torch_private import OpOverload, below_autocast
 from . import autograd, backends, check, sharding
 from .backends import SUFFIXES
 from .check import Signature
+from .plans import Plans, kind_of
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -171,19 +172,33 @@ class RawOps:
         return self._results(self.gradients(arguments), arguments)
 
     def _forward_in(self, backend):
+        plans = Plans()
+
         def forward(*arguments):
-            self.forward.check(arguments)
-            return self._module(backend, self.forward, arguments).forward(*arguments)
+            kind = kind_of(arguments) if backend == "triton" else ()
+            run = plans.find(kind)
+            if run is None:
+                self.forward.check(arguments)
+                run = plans.make(kind, self._module(backend, self.forward, arguments).forward, arguments)
+            return run(*arguments)
 
         return forward
 
     def _backward_in(self, backend):
+        plans = Plans()
+
         def backward(*arguments):
-            self.backward.check(arguments)
+            kind = kind_of(arguments) if backend == "triton" else ()
+            run = plans.find(kind)
+            if run is None:
+                self.backward.check(arguments)
             gradients = self.gradients(arguments)
             if any(gradient is not None for gradient in gradients):
                 *taken, _ = arguments
-                self._module(backend, self.backward, taken).backward(*taken, gradients)
+                if run is None:
+                    kernels = self._module(backend, self.backward, taken).backward
+                    run = plans.make(kind, kernels, (*taken, gradients))
+                run(*taken, gradients)
             return self._results(gradients, arguments)
 
         return backward

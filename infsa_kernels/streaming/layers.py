@@ -94,12 +94,12 @@ def check_model(model: nn.Module) -> None:
             f"predict_file: variant is {model.variant!r}, expected 'linear_infsa': every token of the others has scores with "
             "all tokens, which would be read once for each chunk; call the model on a picture that fits"
         )
-    if getattr(model, "sequence_group", None) is not None:
+    if model.sequence_group is not None:
         raise NotImplementedError(
             "predict_file: model was parallelized, expected one that was not; give predict_file(group=...), whose processes each "
             "read rows of their own"
         )
-    floors = {getattr(block.attn, "score_floor", 0.0) for block in model.blocks}
+    floors = {block.attn.score_floor for block in model.blocks}
     if floors - {0.0}:
         raise NotImplementedError(
             f"predict_file: score_floor is {max(floors)}, expected 0: the floor needs two sums more, which no pass makes yet; "

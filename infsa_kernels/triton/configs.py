@@ -39,6 +39,11 @@ class Linear:
         split_tokens = triton.cdiv(steps, min(max(1, self.programs // groups), steps)) * self.tokens
         return triton.cdiv(tokens, split_tokens), split_tokens
 
+    def sizes(self, d: int) -> dict[str, int]:
+        """What every kernel of Linear is told."""
+        D = triton.next_power_of_2(d)
+        return {"d": d, "D": D, "G": self.heads, "BT": self.tokens, "num_warps": self.num_warps}
+
 
 # Longest sequence that one program per head group takes in one launch: at most a few tiles, and a launch costs more.
 WHOLE = 512

@@ -58,17 +58,20 @@ class Variant:
     d: int
     dv: int
     tied: bool
-    masked: bool
+    masked: str  # which sides have a mask: "", "keys", "queries" or "keys and queries"
     token_major: bool  # q is a view of [B, N, H, d]
     described: bool  # tiles come by descriptor, which the copy engine reads
 
     def __str__(self) -> str:
         words = [f"infsa::{self.op} {self.direction}", self.dtype, f"head dimensions {self.d} and {self.dv}"]
-        words += [word for word, true in (("tied", self.tied), ("masked", self.masked)) if true]
+        words += ["tied"] * self.tied + [f"masked {self.masked}"] * bool(self.masked)
         words += ["token-major" if self.token_major else "head-major"]
         words += [self.precision] if self.dtype == "float32" else []
         return ", ".join([*words, *(["descriptors"] if self.described else [])])
 
+
+# In the order of the operators' masks.
+SIDES = ("keys", "queries")
 
 _verdicts: dict[tuple[Variant, torch.device], str | None] = {}
 
@@ -136,8 +139,8 @@ def usual(device: torch.device) -> list[Variant]:
             described and op == "pure" and not masked and dtype != "float32",
         )
         for op, direction, dtype, tied, masked in itertools.product(
-            ("linear", "linear_floor", "pure"), ("forward", "backward"), ("bfloat16", "float16", "float32"), (True, False),
-            (False, True),
+            ("linear", "linear_floor", "pure"), ("forward", "backward"), ("bfloat16", "float16", "float32"),
+            (True, False), ("", " and ".join(SIDES)),
         )
     ]  # fmt: skip
 
@@ -151,7 +154,8 @@ def of(op: str, direction: str, arguments) -> Variant:
     dtype = str(q.dtype).removeprefix("torch.")
     return Variant(
         op, direction, dtype, configs.precision(q) if dtype == "float32" else "", q.shape[3], v.shape[3], k is None,
-        any(mask is not None for mask in masks), q.stride(1) < q.stride(2), op == "pure" and describable(masks, *read),
+        " and ".join(side for side, mask in zip(SIDES, masks) if mask is not None), q.stride(1) < q.stride(2),
+        op == "pure" and describable(masks, *read),
     )  # fmt: skip
 
 
@@ -249,12 +253,20 @@ def _lengths(variant: Variant, device: torch.device) -> list[tuple[int, int]]:
 
 def _arguments(variant: Variant, device: torch.device, N: int, M: int, random: torch.Generator) -> list:
     """Of the forward pass, from q to query_padding_mask, with the floor after eps. All heads have the same content."""
-    ignored = [torch.arange(length, device="cpu") % 4 == 2 if variant.masked else None for length in (N, M)]
+    ignored = [
+        torch.arange(length, device="cpu") % 4 == 2 if side in variant.masked else None
+        for side, length in zip(("queries", "keys"), (N, M))
+    ]
     queries, keys = (_odd_rows(length, variant, random) for length in (N, M))
     values = torch.randint(-4, 5, (M, variant.dv), generator=random, device="cpu")
     rows = [x.to(getattr(torch, variant.dtype)) for x in (queries, keys, values)]
-    if variant.masked:
-        rows = [x.masked_fill(mask[:, None], torch.nan) for x, mask in zip(rows, (*ignored, ignored[1]))]
+    if variant.tied:
+        # A row that a mask leaves out on one side alone takes part on the other.
+        both = None if None in ignored else ignored[0] & ignored[1]
+        unread = both, both, ignored[1]
+    else:
+        unread = *ignored, ignored[1]
+    rows = [x if mask is None else x.masked_fill(mask[:, None], torch.nan) for x, mask in zip(rows, unread)]
     masks = [None if mask is None else mask.expand(*HEADS[:1], -1).contiguous().to(device) for mask in ignored[::-1]]
     head_rho = torch.full(HEADS, 0.75, dtype=torch.float32, device=device)
     # Rows of a length that the copy engine cannot step over are read through pointers.

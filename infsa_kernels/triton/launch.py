@@ -1,11 +1,15 @@
-"""What both Triton operators need: launching, strides and masks as kernel arguments, a ReLU that keeps NaN."""
+"""What both Triton operators need: plans and launches, strides and masks as kernel arguments, a ReLU that keeps NaN."""
 
-import contextlib
+import functools
+from collections.abc import Callable
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime import driver
+
+from . import private
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 
@@ -51,22 +55,76 @@ def largest_grid(num_warps: int) -> int:
     return min((1 << 31) - 1, ((1 << 32) - 1) // (64 * num_warps)) if torch.version.hip else (1 << 31) - 1
 
 
-def launch(kernel, programs: int, device: torch.device, *args, num_warps: int, **options) -> None:
-    """Starts `programs` programs of a kernel on the device's current stream."""
-    if programs > largest_grid(num_warps):
-        raise ValueError(
-            f"infsa: the call needs {programs} programs of a Triton kernel, the GPU starts up to {largest_grid(num_warps)} at a "
-            "time; split the batch"
-        )
-    # Contraction to FMA is off by default from some Triton version on; nothing here needs the separate rounding.
-    with _current(device):
-        kernel[(programs,)](*args, enable_fp_fusion=True, num_warps=num_warps, **options)
+class Launch:
+    """Launches of a kernel of which all but the tensors is settled; call it with what comes first, up to the last tensor.
+
+    The first goes through Triton, which compiles the kernel or finds it. The others start what it found, and so take tensors like
+    the first ones: None where these were, of the same dtypes and strides, and on 16 bytes where these were.
+
+    Args:
+        programs: how many start, in a grid of one dimension.
+        settled: the kernel's arguments after the tensors, but for those that ``options`` names.
+    """
+
+    def __init__(self, kernel, programs: int, device: torch.device, *settled, num_warps: int, **options):
+        if programs > largest_grid(num_warps):
+            raise ValueError(
+                f"infsa: the call needs {programs} programs of a Triton kernel, the GPU starts up to {largest_grid(num_warps)} "
+                "at a time; split the batch"
+            )
+        self._kernel, self._programs, self._device, self._settled = kernel, programs, device.index, settled
+        self._on_gpu = device.type == "cuda"
+        # Contraction to FMA is off by default from some Triton version on; nothing here needs the separate rounding.
+        self._options = options | {"num_warps": num_warps, "enable_fp_fusion": True}
+        self._again: Callable | None = None
+
+    def __call__(self, *tensors) -> None:
+        """Starts the programs on the current stream of the tensors' device, current or not."""
+        if self._on_gpu and self._device != torch.cuda.current_device():
+            with torch.cuda.device(self._device):
+                self._start(tensors)
+        else:
+            self._start(tensors)
+
+    def _start(self, tensors) -> None:
+        if self._again is None or private.hooked(self._kernel):
+            compiled = self._kernel[(self._programs,)](*tensors, *self._settled, **self._options)
+            if found := private.started(compiled):
+                self._again = self._starting(found, len(tensors))
+        else:
+            self._again(driver.active.get_current_stream(self._device), tensors)
+
+    def _starting(self, found: private.Started, tensors: int) -> Callable:
+        """(stream, tensors) -> the launch, with the settled arguments in the kernel's order."""
+        names = self._kernel.arg_names[tensors:]
+        given = dict(zip(names, self._settled)) | self._options
+        start, function, metadata = found
+        programs, rest = self._programs, tuple(given[name] for name in names)
+
+        def again(stream, tensors):
+            start(programs, 1, 1, stream, function, metadata, None, None, None, *tensors, *rest)
+
+        return again
 
 
-def _current(device: torch.device):
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(device)
+def planned(plan: Callable[..., Callable]) -> Callable:
+    """A backend's forward or backward, whose ``plan`` makes of a call what runs it and every other of the same kind.
+
+    The kind is what operators keep plans by (ops/plans.py). A plan holds on to no tensor.
+    """
+
+    @functools.wraps(plan)
+    def run(*arguments, **more):
+        return plan(*arguments, **more)(*arguments, **more)
+
+    run.plan = plan
+    return run
+
+
+def maker(device: torch.device, dtype: torch.dtype, *shape: int) -> Callable[[], Tensor]:
+    """Makes uninitialised tensors of this shape, in two thirds of the time that new_empty takes."""
+    steps = torch.empty(shape, device="meta").stride()
+    return functools.partial(torch.empty_strided, shape, steps, dtype=dtype, device=device)
 
 
 def strides(t: Tensor | None, dims: int) -> tuple[int, ...]:

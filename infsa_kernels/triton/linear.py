@@ -22,7 +22,7 @@ import triton.language as tl
 from ..eager import linear as eager
 from ..eager.common import scale
 from . import configs
-from .launch import SIZES, countable, launch, padded, relu, strides
+from .launch import SIZES, Launch, countable, maker, padded, planned, relu, strides
 from .linear_backward import backward
 from .tokens import (
     effective_rho,
@@ -179,53 +179,66 @@ def linear_fwd_keys_kernel(
             )  # fmt: skip
 
 
+@planned
 def forward(q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask):
     if 0 in (*q.shape, *v.shape):
-        return eager.forward(q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask)
-    return launch_forward(q, k, v, eps, None, rho, head_rho, key_padding_mask, query_padding_mask)[:5]
+        return eager.forward
+    run = plan_forward(q, k, v, eps, None, rho, head_rho, key_padding_mask, query_padding_mask)
+    return lambda q, k, v, eps, rho, *more: run(q, k, v, *more)
 
 
-def launch_forward(q, k, v, eps, score_floor, rho, head_rho, key_padding_mask, query_padding_mask):
-    """What linear_floor_fwd returns, of which the last two are None without a floor."""
+def plan_forward(q, k, v, eps, score_floor, rho, head_rho, key_padding_mask, query_padding_mask):
+    """(q, k, v, head_rho, masks) -> what linear_fwd returns, or with a floor linear_floor_fwd."""
     B, H, N, d = q.shape
     M, dv = v.shape[2:]
     countable("infsa::linear", q, v)
-    tied = k is None
-    k = q if tied else k
+    k = q if k is None else k
     config = configs.linear(q, v, max(N, M), score_floor is not None)
     groups = B * triton.cdiv(H, config.heads)
     splits, split_tokens = config.splits(N, groups)
     key_splits, key_split_tokens = config.splits(M, groups)
     whole = splits == key_splits == 1
-    sizes = {"d": d, "D": padded(d), "G": config.heads, "BT": config.tokens, "num_warps": config.num_warps}
-
-    out = q.new_empty(B, H, dv)
-    context, central_query, energy_sum, score_sum = (
-        q.new_empty(shape, dtype=torch.float32) for shape in ((B, H, dv), (B, H, d), (B, H), (B, H))
-    )
-    absolute_sum = value_mean = absolute_parts = value_parts = None
-    if score_floor is not None:
-        absolute_sum, value_mean = torch.empty_like(score_sum), torch.empty_like(context)
-        if not whole:
-            value_parts, absolute_parts = (
-                q.new_empty(B, H, n, dtype=torch.float32) for n in (key_splits * dv, key_splits)
-            )
-    scratch = None, None, None, None
-    if not whole:
-        scratch = [q.new_empty(B, H, n, dtype=torch.float32) for n in (splits * d, splits, key_splits * dv, key_splits)]
-    central_parts, energy_parts, context_parts, score_parts = scratch
-    tickets = None if whole else q.new_empty(groups, dtype=torch.int32)
-    if not whole:
-        launch(
-            linear_fwd_queries_kernel, groups * splits, q.device, q, query_padding_mask, central_parts, energy_parts, tickets,
-            q.stride(), strides(query_padding_mask, 2), H, N, splits, split_tokens, **sizes,
-        )  # fmt: skip
-    launch(
-        linear_fwd_keys_kernel, groups * key_splits, q.device,
-        q, k, v, query_padding_mask, key_padding_mask, head_rho, out, context, central_query, energy_sum, score_sum,
-        central_parts, energy_parts, splits, context_parts, score_parts, tickets,
-        absolute_sum, value_mean, absolute_parts, value_parts, key_counts(score_floor, key_padding_mask),
-        q.stride(), k.stride(), v.stride(), strides(query_padding_mask, 2), strides(key_padding_mask, 2), strides(head_rho, 2),
-        H, N, M, key_splits, key_split_tokens, scale(q), eps, rho, score_floor, dv=dv, DV=padded(dv), WHOLE=whole, **sizes,
+    sizes = config.sizes(d)
+    sum_queries_of_splits = Launch(
+        linear_fwd_queries_kernel, groups * splits, q.device,
+        q.stride(), strides(query_padding_mask, 2), H, N, splits, split_tokens, **sizes,
     )  # fmt: skip
-    return out, context, central_query, energy_sum, score_sum, absolute_sum, value_mean
+    sum_keys = Launch(
+        linear_fwd_keys_kernel, groups * key_splits, q.device,
+        q.stride(), k.stride(), v.stride(), strides(query_padding_mask, 2), strides(key_padding_mask, 2), strides(head_rho, 2),
+        H, N, M, key_splits, key_split_tokens, scale(q), eps, rho, score_floor, dv=dv, DV=padded(dv), WHOLE=whole,
+        **sizes,
+    )  # fmt: skip
+
+    def sums(*widths: int | None) -> list:
+        return [maker(q.device, torch.float32, B, H, *(() if width is None else (width,))) for width in widths]
+
+    new_out, results = maker(q.device, q.dtype, B, H, dv), sums(dv, d, None, None)
+    scratch = [] if whole else sums(splits * d, splits, key_splits * dv, key_splits)
+    new_tickets = maker(q.device, torch.int32, groups)
+    if score_floor is not None:
+        floor_results, floor_scratch = sums(None, dv), [] if whole else sums(key_splits, key_splits * dv)
+
+    def run(q, k, v, head_rho, key_padding_mask, query_padding_mask):
+        k = q if k is None else k
+        out = new_out()
+        context, central_query, energy_sum, score_sum = found = [new() for new in results]
+        central_parts = energy_parts = context_parts = score_parts = tickets = None
+        absolute_sum = value_mean = absolute_parts = value_parts = None
+        if not whole:
+            central_parts, energy_parts, context_parts, score_parts = [new() for new in scratch]
+            tickets = new_tickets()
+            sum_queries_of_splits(q, query_padding_mask, central_parts, energy_parts, tickets)
+        if score_floor is not None:
+            absolute_sum, value_mean = of_floor = [new() for new in floor_results]
+            found += of_floor
+            if not whole:
+                absolute_parts, value_parts = [new() for new in floor_scratch]
+        sum_keys(
+            q, k, v, query_padding_mask, key_padding_mask, head_rho, out, context, central_query, energy_sum, score_sum,
+            central_parts, energy_parts, splits, context_parts, score_parts, tickets,
+            absolute_sum, value_mean, absolute_parts, value_parts, key_counts(score_floor, key_padding_mask),
+        )  # fmt: skip
+        return out, *found
+
+    return run

@@ -7,7 +7,7 @@ import triton.language as tl
 from ..eager import linear as eager
 from ..eager.common import scale
 from . import configs
-from .launch import SIZES, countable, launch, padded, relu, strides
+from .launch import SIZES, Launch, countable, padded, planned, relu, strides
 from .tokens import (
     dot_of_heads,
     effective_rho,
@@ -143,21 +143,25 @@ def linear_bwd_queries_kernel(
         tl.store(dq + dq_at, b_dq.to(dq.dtype.element_ty), mask=inside(exists, d, D))
 
 
+@planned
 def backward(
     dout, q, k, v, context, central_query, energy_sum, score_sum, eps, rho, head_rho, key_padding_mask, query_padding_mask,
     gradients,
 ):  # fmt: skip
-    rest = rho, head_rho, key_padding_mask, query_padding_mask, gradients
     if 0 in (*q.shape, *v.shape):
-        return eager.backward(dout, q, k, v, context, central_query, energy_sum, score_sum, eps, *rest)
-    return launch_backward(dout, q, k, v, context, central_query, energy_sum, score_sum, None, None, eps, None, *rest)
+        return eager.backward
+    run = plan_backward(dout, q, k, v, eps, None, rho, head_rho, key_padding_mask, query_padding_mask, gradients)
+
+    def run_without_floor(dout, q, k, v, context, central_query, energy_sum, score_sum, eps, rho, *more):
+        run(dout, q, k, v, context, central_query, energy_sum, score_sum, None, None, *more)
+
+    return run_without_floor
 
 
-def launch_backward(
-    dout, q, k, v, context, central_query, energy_sum, score_sum, absolute_sum, value_mean, eps, score_floor, rho, head_rho,
-    key_padding_mask, query_padding_mask, gradients,
+def plan_backward(
+    dout, q, k, v, eps, score_floor, rho, head_rho, key_padding_mask, query_padding_mask, gradients
 ):  # fmt: skip
-    """linear_floor_bwd, or without the floor's three arguments linear_bwd."""
+    """(dout, q, k, v, what forward kept, head_rho, masks, gradients): linear_bwd, or with a floor linear_floor_bwd."""
     B, H, N, d = q.shape
     M, dv_size = v.shape[2:]
     countable("infsa::linear", q, v)
@@ -165,39 +169,52 @@ def launch_backward(
     want_q = dq is not None
     tied = k is None
     k = q if tied else k
-    context, central_query, energy_sum, score_sum, absolute_sum, value_mean = (
-        None if t is None else t.contiguous()
-        for t in (context, central_query, energy_sum, score_sum, absolute_sum, value_mean)
-    )
     config = configs.linear(q, v, max(N, M))
     groups = B * triton.cdiv(H, config.heads)
     splits, split_tokens = config.splits(N, groups)
     key_splits, key_split_tokens = config.splits(M, groups)
-    sizes = {
-        "d": d,
-        "D": padded(d),
-        "G": config.heads,
-        "BT": config.tokens,
-        "num_warps": config.num_warps,
-        "TIED": tied,
-    }
-
-    dcentral_parts = q.new_empty(B, H, key_splits, d, dtype=torch.float32) if want_q else None
-    dscores = q.new_empty(B, H, M, dtype=torch.float32) if want_q and tied else None
-    launch(
+    sizes = config.sizes(d) | {"TIED": tied}
+    keys = Launch(
         linear_bwd_keys_kernel, groups * key_splits, q.device,
-        dout, k, v, key_padding_mask, head_rho, context, central_query, score_sum,
-        absolute_sum, value_mean, key_counts(score_floor, key_padding_mask),
-        dk, dv, dhead_rho, dscores, dcentral_parts,
         dout.stride(), k.stride(), v.stride(), strides(dk, 4), strides(dv, 4),
         strides(key_padding_mask, 2), strides(head_rho, 2), H, M, key_splits, key_split_tokens, scale(q), eps, rho, score_floor,
         dv=dv_size, DV=padded(dv_size), WANT_Q=want_q, WANT_K=dk is not None, WANT_V=dv is not None,
         WANT_RHO=dhead_rho is not None, **sizes,
     )  # fmt: skip
     if want_q:
-        launch(
+        queries = Launch(
             linear_bwd_queries_kernel, groups * splits, q.device,
-            q, query_padding_mask, key_padding_mask, dq, central_query, energy_sum, dscores, dcentral_parts, key_splits,
             q.stride(), dq.stride(), strides(query_padding_mask, 2), strides(key_padding_mask, 2),
             H, N, splits, split_tokens, scale(q), eps, **sizes,
         )  # fmt: skip
+
+    def run(
+        dout, q, k, v, context, central_query, energy_sum, score_sum, absolute_sum, value_mean, head_rho, key_padding_mask,
+        query_padding_mask, gradients,
+    ):  # fmt: skip
+        dq, dk, dv, dhead_rho = gradients
+        k = q if k is None else k
+        context, central_query, energy_sum, score_sum, absolute_sum, value_mean = (
+            None if t is None else t.contiguous()
+            for t in (context, central_query, energy_sum, score_sum, absolute_sum, value_mean)
+        )
+        dcentral_parts = q.new_empty((B, H, key_splits, d), dtype=torch.float32) if want_q else None
+        dscores = q.new_empty((B, H, M), dtype=torch.float32) if want_q and tied else None
+        keys(
+            dout, k, v, key_padding_mask, head_rho, context, central_query, score_sum,
+            absolute_sum, value_mean, key_counts(score_floor, key_padding_mask), dk, dv, dhead_rho, dscores, dcentral_parts,
+        )  # fmt: skip
+        if want_q:
+            queries(
+                q,
+                query_padding_mask,
+                key_padding_mask,
+                dq,
+                central_query,
+                energy_sum,
+                dscores,
+                dcentral_parts,
+                key_splits,
+            )
+
+    return run

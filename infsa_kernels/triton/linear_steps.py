@@ -9,7 +9,7 @@ import triton
 from ..eager import linear_steps as eager
 from ..eager.common import scale
 from . import configs, first_use
-from .launch import countable, launch, padded, strides
+from .launch import Launch, countable, padded, strides
 from .linear import linear_fwd_keys_kernel, linear_fwd_queries_kernel
 from .linear_backward import linear_bwd_keys_kernel, linear_bwd_queries_kernel
 
@@ -23,10 +23,11 @@ def queries_fwd(q, query_padding_mask):
     (B, H, N, d), grid = q.shape, _Grid(q, q)
     splits, split_tokens = grid.splits
     central, energy = (q.new_empty(B, H, splits, size, dtype=torch.float32) for size in (d, 1))
-    launch(
-        linear_fwd_queries_kernel, grid.groups * splits, q.device, q, query_padding_mask, central, energy, grid.tickets(),
+    sum_queries = Launch(
+        linear_fwd_queries_kernel, grid.groups * splits, q.device,
         q.stride(), strides(query_padding_mask, 2), H, N, splits, split_tokens, **grid.sizes,
     )  # fmt: skip
+    sum_queries(q, query_padding_mask, central, energy, grid.tickets())
     s = scale(q)
     return torch.cat([central.sum(2, dtype=torch.float64) * s * s, energy.sum(2, dtype=torch.float64) * s], -1)
 
@@ -43,12 +44,14 @@ def keys_fwd(k, v, central_query, key_padding_mask):
     out, context, central_out, energy_out, score_sum, context_parts, score_parts = (
         k.new_empty(B, H, size, dtype=torch.float32) for size in (dv, dv, d, 1, 1, splits * dv, splits)
     )
-    launch(
+    sum_keys = Launch(
         linear_fwd_keys_kernel, grid.groups * splits, k.device,
-        k, k, v, None, key_padding_mask, None, out, context, central_out, energy_out, score_sum,
-        central, energy, 1, context_parts, score_parts, grid.tickets(zero=True), *[NO_FLOOR] * 5,
         k.stride(), k.stride(), v.stride(), strides(None, 2), strides(key_padding_mask, 2), strides(None, 2),
         H, 0, M, splits, split_tokens, s, eps, 1.0, NO_FLOOR, dv=dv, DV=padded(dv), WHOLE=False, **grid.sizes,
+    )  # fmt: skip
+    sum_keys(
+        k, k, v, None, key_padding_mask, None, out, context, central_out, energy_out, score_sum,
+        central, energy, 1, context_parts, score_parts, grid.tickets(zero=True), *[NO_FLOOR] * 5,
     )  # fmt: skip
     parts = context_parts.view(B, H, splits, dv), score_parts.view(B, H, splits, 1)
     return torch.cat([t.sum(2, dtype=torch.float64) for t in parts], -1) * s
@@ -69,13 +72,15 @@ def keys_bwd(dcontext, k, v, context, central_query, score_sum, eps, key_padding
     parts = k.new_empty(B, H, splits, d, dtype=torch.float32) if want_q else None
     dscores = k.new_empty(B, H, M, dtype=torch.float32) if want_dscores else None
     dcontext, context, central_query = (t.contiguous() for t in (dcontext, context, central_query))
-    launch(
+    pull_back = Launch(
         linear_bwd_keys_kernel, grid.groups * splits, k.device,
-        dcontext, k, v, key_padding_mask, None, context, central_query, score_sum.float().contiguous(),
-        *[NO_FLOOR] * 3, dk, dv, None, dscores, parts,
         dcontext.stride(), k.stride(), v.stride(), strides(dk, 4), strides(dv, 4), strides(key_padding_mask, 2), strides(None, 2),
         H, M, splits, split_tokens, scale(k), eps, 1.0, NO_FLOOR, dv=dv_size, DV=padded(dv_size), TIED=want_dscores,
         WANT_Q=want_q, WANT_K=want_dk, WANT_V=want_dv, WANT_RHO=False, **grid.sizes,
+    )  # fmt: skip
+    pull_back(
+        dcontext, k, v, key_padding_mask, None, context, central_query, score_sum.float().contiguous(),
+        *[NO_FLOOR] * 3, dk, dv, None, dscores, parts,
     )  # fmt: skip
     return (
         k.new_empty(0) if dk is None else dk,
@@ -94,12 +99,14 @@ def queries_bwd(dcentral_query, dscores, dscores_unit, q, central_query, energy_
     (_, H, N, _), grid = q.shape, _Grid(q, q)
     splits, split_tokens = grid.splits
     dq = torch.empty_like(q)
-    launch(
+    pull_back = Launch(
         linear_bwd_queries_kernel, grid.groups * splits, q.device,
-        q, query_padding_mask, None, dq, central_query.contiguous(), energy_sum.float().contiguous(),
-        None if dscores is None else dscores.contiguous(), dcentral_query.float().contiguous(), 1,
         q.stride(), dq.stride(), strides(query_padding_mask, 2), strides(None, 2), H, N, splits, split_tokens, scale(q), eps,
         TIED=dscores is not None, **grid.sizes,
+    )  # fmt: skip
+    pull_back(
+        q, query_padding_mask, None, dq, central_query.contiguous(), energy_sum.float().contiguous(),
+        None if dscores is None else dscores.contiguous(), dcentral_query.float().contiguous(), 1,
     )  # fmt: skip
     return dq
 
@@ -112,7 +119,7 @@ class _Grid:
         config = configs.linear(x, v, N)
         self.groups, self._like = B * triton.cdiv(H, config.heads), x
         self.splits = config.splits(N, self.groups)
-        self.sizes = {"d": d, "D": padded(d), "G": config.heads, "BT": config.tokens, "num_warps": config.num_warps}
+        self.sizes = config.sizes(d)
 
     def tickets(self, zero: bool = False) -> torch.Tensor:
         new = self._like.new_zeros if zero else self._like.new_empty

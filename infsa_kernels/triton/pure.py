@@ -24,7 +24,7 @@ import triton.language as tl
 from ..eager import pure as eager
 from ..eager.common import scale
 from . import configs
-from .launch import SIZES, countable, launch, padded, relu, strides
+from .launch import SIZES, Launch, countable, padded, planned, relu, strides
 from .pure_backward import backward
 from .tiles import (
     addressable,
@@ -35,8 +35,8 @@ from .tiles import (
     live_rows,
     load_rows,
     power_of_two_below_inverse,
-    rows_of,
     store_rows,
+    tiles_of,
     where_am_i,
 )  # fmt: skip
 
@@ -128,11 +128,11 @@ def pure_rescale_kernel(
     store_rows(out, out_strides, tl.where(live[:, None], b_out, 0.0), b, h, row, N, dv, DV, ROWS)
 
 
+@planned
 def forward(q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask, dtype=None):
     """dtype: of the output, if not that of q."""
     if 0 in (*q.shape, *v.shape):
-        out, norm = eager.forward(q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask)
-        return out.to(dtype or out.dtype), norm
+        return _forward_of_nothing
     countable("infsa::pure", q, v)
     B, H, N, d = q.shape
     M, dv = v.shape[2:]
@@ -143,29 +143,43 @@ def forward(q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask, d
             f"infsa::pure: the output, laid out as q, has {out.stride(2)} elements from token to token, the Triton kernels take "
             f"fewer than {(1 << 31) // rows}; pass q.contiguous()"
         )
+    masks = strides(query_padding_mask, 2), strides(key_padding_mask, 2)
     k = q if k is None else k
     q, k, v = addressable(q), addressable(k), addressable(v)
     described = describable((query_padding_mask, key_padding_mask), q, k, v)
     config = configs.pure(q, v, "fwd", described)
-    blocks = triton.cdiv(N, config.block_m)
+    blocks, rescale_blocks = triton.cdiv(N, config.block_m), triton.cdiv(N, rows)
     half = q.dtype == torch.float16
-
-    norm = q.new_empty(B, H, dtype=torch.float32)
-    square_parts = q.new_empty(B, H, blocks, dtype=torch.float32)
-    row_scales = q.new_empty(B, H, N, dtype=torch.float32) if half else None
     sizes = {"dv": dv, "DV": padded(dv, 16), "HALF": half}
-    launch(
-        pure_fwd_kernel, B * H * blocks, q.device,
-        rows_of(q, config.block_m, described), rows_of(k, config.block_n, described), rows_of(v, config.block_n, described),
-        query_padding_mask, key_padding_mask, out, square_parts, row_scales,
-        q.stride(), k.stride(), v.stride(), out.stride(), strides(query_padding_mask, 2), strides(key_padding_mask, 2),
-        H, N, M, blocks, d=d, D=padded(d, 16), TAIL=key_padding_mask is not None or M % config.block_n != 0,
-        DESCRIPTORS=described, **sizes, **config.options(q),
+    multiply = Launch(
+        pure_fwd_kernel, B * H * blocks, q.device, q.stride(), k.stride(), v.stride(), out.stride(), *masks, H, N, M, blocks,
+        d=d, D=padded(d, 16), TAIL=key_padding_mask is not None or M % config.block_n != 0, DESCRIPTORS=described,
+        **sizes, **config.options(q),
     )  # fmt: skip
-    rescale_blocks = triton.cdiv(N, rows)
-    launch(
-        pure_rescale_kernel, B * H * rescale_blocks, q.device, out, square_parts, row_scales, query_padding_mask, head_rho, norm,
-        out.stride(), strides(query_padding_mask, 2), strides(head_rho, 2), H, N, rescale_blocks, blocks, scale(q) ** 2, eps, rho,
-        ROWS=rows, num_warps=4, **sizes,
+    rescale = Launch(
+        pure_rescale_kernel, B * H * rescale_blocks, q.device, out.stride(), masks[0], strides(head_rho, 2),
+        H, N, rescale_blocks, blocks, scale(q) ** 2, eps, rho, ROWS=rows, num_warps=4, **sizes,
     )  # fmt: skip
-    return out, norm
+    q_tiles, k_tiles, v_tiles = (
+        tiles_of(t, size, described) for t, size in ((q, config.block_m), (k, config.block_n), (v, config.block_n))
+    )
+
+    def run(q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask, dtype=None):
+        out = eager.output_like(q, v, dtype)
+        k = q if k is None else k
+        q, k, v = addressable(q), addressable(k), addressable(v)
+        norm = q.new_empty((B, H), dtype=torch.float32)
+        square_parts = q.new_empty((B, H, blocks), dtype=torch.float32)
+        row_scales = q.new_empty((B, H, N), dtype=torch.float32) if half else None
+        multiply(
+            q_tiles(q), k_tiles(k), v_tiles(v), query_padding_mask, key_padding_mask, out, square_parts, row_scales
+        )
+        rescale(out, square_parts, row_scales, query_padding_mask, head_rho, norm)
+        return out, norm
+
+    return run
+
+
+def _forward_of_nothing(*arguments, dtype=None):
+    out, norm = eager.forward(*arguments)
+    return out.to(dtype or out.dtype), norm

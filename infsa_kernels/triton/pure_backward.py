@@ -7,7 +7,7 @@ import triton.language as tl
 from ..eager import pure as eager
 from ..eager.common import scale
 from . import configs
-from .launch import COUNTS, countable, launch, padded, relu, strides
+from .launch import COUNTS, Launch, countable, padded, planned, relu, strides
 from .tiles import (
     addressable,
     describable,
@@ -16,8 +16,8 @@ from .tiles import (
     head_rho_at,
     live_rows,
     load_rows,
-    rows_of,
     store_rows,
+    tiles_of,
     where_am_i,
 )
 
@@ -310,107 +310,136 @@ def pure_bwd_tied_kernel(
         store_rows(dv_out, dv_strides, b_dv, b, h, row, N, dv, DV, BLOCK_M)
 
 
+@planned
 def backward(
     dout, q, k, v, out, norm, eps, rho, head_rho, key_padding_mask, query_padding_mask, gradients, dout_out=None
 ):  # fmt: skip
     """dout_out: as in eager/pure.py."""
     if 0 in (*q.shape, *v.shape):
-        return eager.backward(
-            dout, q, k, v, out, norm, eps, rho, head_rho, key_padding_mask, query_padding_mask, gradients, dout_out
-        )  # fmt: skip
+        return eager.backward
     countable("infsa::pure", q, v)
     dout, q, k, v, out = (addressable(t) for t in (dout, q, k, v, out))
     B, H, N, d = q.shape
-    dv = v.shape[3]
-    norm = norm.contiguous()
+    M, dv = v.shape[2:]
     rows = configs.stream_rows(q, v)
     blocks = triton.cdiv(N, rows)
     half = q.dtype == torch.float16
-    parts = q.new_empty(3 if half else 1, B, H, blocks, dtype=torch.float32)
     sizes = {"d": d, "dv": dv, "D": padded(d, 16), "DV": padded(dv, 16), "HALF": half}
     masks = query_padding_mask, key_padding_mask
     per_head = H, blocks, B * H, scale(q) ** 2, eps, rho
-    few = dout_out is None and N * v.shape[2] <= eager.FEW_SCORES
-    seen = (
-        (k if k is not None else q, v, *masks, norm, head_rho)
-        if few
-        else (None, None, query_padding_mask, None, None, None)
-    )
-    launch(
-        pure_bwd_prepare_kernel, B * H * blocks, q.device, dout, out, q, *seen, parts,
+    few = dout_out is None and N * M <= eager.FEW_SCORES
+    seen = _seen(few, q, k, v, masks, None, head_rho)
+    prepare = Launch(
+        pure_bwd_prepare_kernel, B * H * blocks, q.device,
         dout.stride(), out.stride(), q.stride(), *(strides(t, 4) for t in seen[:2]), *(strides(t, 2) for t in seen[2:4]),
-        strides(seen[5], 2), H, N, v.shape[2], blocks, *per_head[2:], ROWS=rows, PRECISION=configs.precision(q), FEW=few,
+        strides(seen[5], 2), H, N, M, blocks, *per_head[2:], ROWS=rows, PRECISION=configs.precision(q), FEW=few,
         num_warps=4, **sizes,
     )  # fmt: skip
-    if dout_out is not None:
-        # It takes the place of the parts that these queries have of it.
-        parts[0].zero_()[..., 0] = dout_out
-    if k is not None:
-        drho_parts = _untied(dout, q, k, v, masks, head_rho, norm, parts, gradients, per_head, sizes)
-    elif q.element_size() == 2:
-        drho_parts = _tied(dout, q, v, masks, head_rho, norm, parts, gradients, per_head, sizes)
-    else:
-        # The tied kernel's three resident tiles would not fit into registers in float32.
-        dq, _, dv, dhead_rho = gradients
-        dk = None if dq is None else torch.empty_like(dq)
-        drho_parts = _untied(dout, q, q, v, masks, head_rho, norm, parts, (dq, dk, dv, dhead_rho), per_head, sizes)
-        if dq is not None:
-            dq += dk
-    if drho_parts is not None:
-        torch.sum(drho_parts, -1, out=gradients[3])
+    # In float32 the tied kernel's three resident tiles would not fit into registers.
+    one_pass = k is None and q.element_size() == 2
+    split = k is None and not one_pass
+    plan = _tied if one_pass else _untied
+    passes = plan(
+        dout, q, q if split else k, v, masks, head_rho, _both(gradients) if split else gradients, per_head, sizes
+    )
+
+    def run(
+        dout, q, k, v, out, norm, eps, rho, head_rho, key_padding_mask, query_padding_mask, gradients, dout_out=None
+    ):  # fmt: skip
+        dout, q, k, v, out = (addressable(t) for t in (dout, q, k, v, out))
+        masks = query_padding_mask, key_padding_mask
+        norm = norm.contiguous()
+        parts = q.new_empty((3 if half else 1, B, H, blocks), dtype=torch.float32)
+        prepare(dout, out, q, *_seen(few, q, k, v, masks, norm, head_rho), parts)
+        if dout_out is not None:
+            # It takes the place of the parts that these queries have of it.
+            parts[0].zero_()[..., 0] = dout_out
+        wanted = _both(gradients) if split else gradients
+        passes(dout, q, q if split else k, v, masks, head_rho, norm, parts, wanted)
+        if split and gradients[0] is not None:
+            gradients[0].add_(wanted[1])
+
+    return run
 
 
-def _tied(dout, q, v, masks, head_rho, norm, parts, gradients, per_head, sizes):
+def _seen(few, q, k, v, masks, norm, head_rho) -> tuple:
+    """What the preparation reads beside dout, out and q."""
+    return (q if k is None else k, v, *masks, norm, head_rho) if few else (None, None, masks[0], None, None, None)
+
+
+def _both(gradients) -> tuple:
+    """The gradients of a tied call, with one for q as a key of its own."""
+    dq, _, dv, dhead_rho = gradients
+    return dq, None if dq is None else torch.empty_like(dq), dv, dhead_rho
+
+
+def _tied(dout, q, k, v, masks, head_rho, gradients, per_head, sizes):
     dq, _, dv, dhead_rho = gradients
     B, H, N, _ = q.shape
     described = describable(masks, q, dout, v)
     config = configs.pure(q, v, "bwd_tied", described)
     blocks = triton.cdiv(N, config.block_m)
-    drho_parts = q.new_empty(B, H, blocks, dtype=torch.float32) if dhead_rho is not None else None
+    want_rho = dhead_rho is not None
     H, part_blocks, heads, *numbers = per_head
-    launch(
+    launch = Launch(
         pure_bwd_tied_kernel, B * H * blocks, q.device,
-        dout, q, v, *(rows_of(t, config.block_n, described) for t in (q, dout, v)),
-        *masks, head_rho, norm, parts, dq, dv, drho_parts,
         dout.stride(), q.stride(), v.stride(), strides(dq, 4), strides(dv, 4),
         *(strides(t, 2) for t in (*masks, head_rho)), H, N, blocks, part_blocks, heads, *numbers,
         TAIL=masks != (None, None) or N % config.block_n != 0, DESCRIPTORS=described,
-        WANT_Q=dq is not None, WANT_V=dv is not None, WANT_RHO=dhead_rho is not None, **sizes, **config.options(q),
+        WANT_Q=dq is not None, WANT_V=dv is not None, WANT_RHO=want_rho, **sizes, **config.options(q),
     )  # fmt: skip
-    return drho_parts
+    q_tiles, dout_tiles, v_tiles = (tiles_of(t, config.block_n, described) for t in (q, dout, v))
+
+    def run(dout, q, k, v, masks, head_rho, norm, parts, gradients):
+        dq, _, dv, dhead_rho = gradients
+        drho_parts = q.new_empty((B, H, blocks), dtype=torch.float32) if want_rho else None
+        launch(dout, q, v, q_tiles(q), dout_tiles(dout), v_tiles(v), *masks, head_rho, norm, parts, dq, dv, drho_parts)
+        if want_rho:
+            torch.sum(drho_parts, -1, out=dhead_rho)
+
+    return run
 
 
-def _untied(dout, q, k, v, masks, head_rho, norm, parts, gradients, per_head, sizes):
+def _untied(dout, q, k, v, masks, head_rho, gradients, per_head, sizes):
     dq, dk, dv, dhead_rho = gradients
     B, H, N, _ = q.shape
     M = v.shape[2]
     H, part_blocks, heads, *numbers = per_head
     described = describable(masks, q, dout, k, v)
-    drho_parts = None
-    if dq is not None or dhead_rho is not None:
-        config = configs.pure(q, v, "bwd_queries", described)
-        blocks = triton.cdiv(N, config.block_m)
-        drho_parts = q.new_empty(B, H, blocks, dtype=torch.float32) if dhead_rho is not None else None
-        launch(
-            pure_bwd_queries_kernel, B * H * blocks, q.device,
-            *(rows_of(t, config.block_m, described) for t in (dout, q)), *(rows_of(t, config.block_n, described) for t in (k, v)),
-            *masks, head_rho, norm, parts, dq, drho_parts,
-            dout.stride(), q.stride(), k.stride(), v.stride(), strides(dq, 4),
-            *(strides(t, 2) for t in (*masks, head_rho)), H, N, M, blocks, part_blocks, heads, *numbers,
-            TAIL=masks[1] is not None or M % config.block_n != 0, DESCRIPTORS=described,
-            WANT_Q=dq is not None, WANT_RHO=dhead_rho is not None, **sizes, **config.options(q),
+    want_rho = dhead_rho is not None
+    want_queries, want_keys = dq is not None or want_rho, dk is not None or dv is not None
+    by_query, by_key = (configs.pure(q, v, kernel, described) for kernel in ("bwd_queries", "bwd_keys"))
+    blocks, key_blocks = triton.cdiv(N, by_query.block_m), triton.cdiv(M, by_key.block_n)
+    strides_of = dout.stride(), q.stride(), k.stride(), v.stride()
+    mask_strides = tuple(strides(t, 2) for t in (*masks, head_rho))
+    if want_queries:
+        queries = Launch(
+            pure_bwd_queries_kernel, B * H * blocks, q.device, *strides_of, strides(dq, 4), *mask_strides,
+            H, N, M, blocks, part_blocks, heads, *numbers,
+            TAIL=masks[1] is not None or M % by_query.block_n != 0, DESCRIPTORS=described,
+            WANT_Q=dq is not None, WANT_RHO=want_rho, **sizes, **by_query.options(q),
         )  # fmt: skip
-    if dk is not None or dv is not None:
-        config = configs.pure(q, v, "bwd_keys", described)
-        blocks = triton.cdiv(M, config.block_n)
-        launch(
-            pure_bwd_keys_kernel, B * H * blocks, q.device,
-            *(rows_of(t, config.block_m, described) for t in (dout, q)), *(rows_of(t, config.block_n, described) for t in (k, v)),
-            *masks, head_rho, norm, parts, dk, dv,
-            dout.stride(), q.stride(), k.stride(), v.stride(),
-            strides(dk, 4), strides(dv, 4),
-            *(strides(t, 2) for t in (*masks, head_rho)), H, N, M, blocks, part_blocks, heads, *numbers,
-            TAIL=masks[0] is not None or N % config.block_m != 0, DESCRIPTORS=described,
-            WANT_K=dk is not None, WANT_V=dv is not None, **sizes, **config.options(q),
+    if want_keys:
+        keys = Launch(
+            pure_bwd_keys_kernel, B * H * key_blocks, q.device, *strides_of, strides(dk, 4), strides(dv, 4), *mask_strides,
+            H, N, M, key_blocks, part_blocks, heads, *numbers,
+            TAIL=masks[0] is not None or N % by_key.block_m != 0, DESCRIPTORS=described,
+            WANT_K=dk is not None, WANT_V=dv is not None, **sizes, **by_key.options(q),
         )  # fmt: skip
-    return drho_parts
+    of_query, of_key = (
+        [tiles_of(t, c.block_m, described) for t in (dout, q)] + [tiles_of(t, c.block_n, described) for t in (k, v)]
+        for c in (by_query, by_key)
+    )
+
+    def run(dout, q, k, v, masks, head_rho, norm, parts, gradients):
+        dq, dk, dv, dhead_rho = gradients
+        read, rest = (dout, q, k, v), (*masks, head_rho, norm, parts)
+        if want_queries:
+            drho_parts = q.new_empty((B, H, blocks), dtype=torch.float32) if want_rho else None
+            queries(*(tiles(t) for tiles, t in zip(of_query, read)), *rest, dq, drho_parts)
+            if want_rho:
+                torch.sum(drho_parts, -1, out=dhead_rho)
+        if want_keys:
+            keys(*(tiles(t) for tiles, t in zip(of_key, read)), *rest, dk, dv)
+
+    return run

@@ -1,5 +1,8 @@
 """Tiles of rows for Pure InfSA: loading, storing, products, and the per-head totals that every program needs."""
 
+import functools
+from collections.abc import Callable
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -124,15 +127,21 @@ def describable(masks: tuple[Tensor | None, ...], *tensors: Tensor) -> bool:
     )
 
 
-def rows_of(t: Tensor, rows: int, described: bool):
-    """t (B, H, N, d) as a kernel reads tiles of `rows` rows from it: a descriptor, or the tensor itself."""
+def tiles_of(t: Tensor, rows: int, described: bool) -> Callable[[Tensor], Tensor | TensorDescriptor]:
+    """How a kernel is given tensors like t (B, H, N, d) to read tiles of ``rows`` rows: as they are, or as descriptors."""
     if not described:
-        return t
+        return itself
     # The step of a dimension of size 1 is never taken, but has to be valid.
     steps = [
         step if n > 1 else t.shape[3] * t.element_size() // 16 * 16 or 16 for n, step in zip(t.shape[:3], t.stride())
     ]
-    return TensorDescriptor(t, list(t.shape), [*steps, 1], [1, 1, rows, padded(t.shape[3], 16)])
+    return functools.partial(
+        TensorDescriptor, shape=list(t.shape), strides=[*steps, 1], block_shape=[1, 1, rows, padded(t.shape[3], 16)]
+    )
+
+
+def itself(t: Tensor) -> Tensor:
+    return t
 
 
 def addressable(t: Tensor | None) -> Tensor | None:

@@ -31,9 +31,7 @@ def small(monkeypatch):
     monkeypatch.setattr(first_use, "HEADS", (1, 2))
 
 
-def variant(
-    op="pure", direction="forward", dtype="float32", d=16, tied=False, masked=False, **rest
-) -> first_use.Variant:
+def variant(op="pure", direction="forward", dtype="float32", d=16, tied=False, masked="", **rest) -> first_use.Variant:
     rest = {"dv": d, "precision": "ieee" if dtype == "float32" else "", "token_major": True, "described": False} | rest
     return first_use.Variant(op=op, direction=direction, dtype=dtype, d=d, tied=tied, masked=masked, **rest)
 
@@ -45,10 +43,12 @@ def variant(
     "case",
     [
         {"tied": True},
-        {"dtype": "bfloat16", "d": 20, "masked": True, "token_major": False},
+        {"dtype": "bfloat16", "d": 20, "masked": "keys and queries", "token_major": False},
+        {"masked": "keys"},
+        {"masked": "queries", "tied": True},
         {"dtype": "float16", "d": 17, "dv": 32},
     ],
-    ids=["tied", "masked", "odd"],
+    ids=["tied", "masked", "keys", "queries", "odd"],
 )
 def test_the_shipped_kernels_pass(op, direction, case, small):
     assert first_use.check(variant(op, direction, **case), CPU) is None
@@ -167,7 +167,8 @@ def forget(monkeypatch):
 
 def call(**changes):
     q, v = torch.ones(1, 2, 8, 16), torch.ones(1, 2, 8, changes.get("dv", 16))
-    return first_use.failure("pure", "forward", (q, None, v, 1e-6, 1.0, None, changes.get("mask"), None))
+    masks = changes.get("mask"), changes.get("query_mask")
+    return first_use.failure("pure", "forward", (q, None, v, 1e-6, 1.0, None, *masks))
 
 
 def test_a_variant_is_checked_once_on_a_machine(checked, tmp_path, monkeypatch):
@@ -176,10 +177,12 @@ def test_a_variant_is_checked_once_on_a_machine(checked, tmp_path, monkeypatch):
         for _ in range(2):
             assert call() is None
             forget(monkeypatch)
-        assert call(dv=32) is None and call(mask=torch.zeros(1, 8, dtype=torch.bool)) is None
-    assert [(v.dv, v.masked) for v in checked.seen] == [(16, False), (32, False), (16, True)]
+        mask = torch.zeros(1, 8, dtype=torch.bool)
+        assert call(dv=32) is call(mask=mask) is call(query_mask=mask) is call(mask=mask, query_mask=mask) is None
+    seen = [(v.dv, v.masked) for v in checked.seen]
+    assert seen == [(16, ""), (32, ""), (16, "keys"), (16, "queries"), (16, "keys and queries")]
     files = list(tmp_path.rglob("*.json"))
-    assert len(files) == 3 and not list(tmp_path.rglob("*.part"))
+    assert len(files) == 5 and not list(tmp_path.rglob("*.part"))
     assert {json.loads(file.read_text())["failure"] for file in files} == {None}
 
 
@@ -310,6 +313,6 @@ def test_defaults_of_the_program_do_not_reach_the_check(direction, small):
     torch.set_default_dtype(torch.float64)
     try:
         with torch.device("meta"):
-            assert first_use.check(variant("linear", direction, masked=True), CPU) is None
+            assert first_use.check(variant("linear", direction, masked="keys and queries"), CPU) is None
     finally:
         torch.set_default_dtype(torch.float32)

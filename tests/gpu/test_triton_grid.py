@@ -122,9 +122,9 @@ def test_steps_between_tokens_of_pure_that_tiles_cannot_take(kernels):
 def test_the_largest_grid(hip, largest, monkeypatch, kernels):
     monkeypatch.setattr(torch.version, "hip", hip)
     kernel = Recorder()
-    launch.launch(kernel, largest, torch.device("cpu"), num_warps=8)
+    launch.Launch(kernel, largest, torch.device("cpu"), num_warps=8)()
     with pytest.raises(ValueError, match=f"needs {largest + 1} programs"):
-        launch.launch(kernel, largest + 1, torch.device("cpu"), num_warps=8)
+        launch.Launch(kernel, largest + 1, torch.device("cpu"), num_warps=8)
     assert kernel.grids == [(largest, None)]
 
 
@@ -134,7 +134,7 @@ def test_kernels_start_on_the_device_of_their_tensors(at, guarded, monkeypatch):
 
     class Guard:
         def __init__(self, device):
-            self.index = device.index
+            self.index = device
 
         def __enter__(self):
             kernel.inside = self.index
@@ -144,7 +144,7 @@ def test_kernels_start_on_the_device_of_their_tensors(at, guarded, monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "device", Guard)
-    launch.launch(kernel, 1, torch.device(at), num_warps=4)
+    launch.Launch(kernel, 1, torch.device(at), num_warps=4)()
     assert kernel.grids == [(1, guarded)] and kernel.inside is None
 
 

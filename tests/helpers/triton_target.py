@@ -1,7 +1,9 @@
 """The package's Triton launchers, without a GPU: what they launch is handed over, compiled for an architecture, not started."""
 
 import contextlib
+import hashlib
 from collections.abc import Callable
+from typing import NamedTuple
 from unittest import mock
 
 from triton.backends.compiler import GPUTarget
@@ -19,6 +21,24 @@ def launching(arch: str, launch: Callable):
 
     What `compiled` makes of these is what the GPU would run: options, specialisation and all are the package's own.
     """
+
+    def run(kernel, *args, grid, warmup, **options):
+        launch(kernel, grid[0], args, options)
+
+    with _target(arch, _Driver(arch)), mock.patch.object(JITFunction, "run", run):
+        yield
+
+
+@contextlib.contextmanager
+def starting(arch: str):
+    """In this block the GPU is an ``arch`` on which nothing runs. It is yielded, and ``started`` has what reached it."""
+    driver = _Starting(arch)
+    with _target(arch, driver):
+        yield driver
+
+
+@contextlib.contextmanager
+def _target(arch: str, of_arch):
     modules = linear, linear_backward, pure, pure_backward
     kernels = {f for module in modules for f in vars(module).values() if isinstance(f, JITFunction)}
 
@@ -27,16 +47,9 @@ def launching(arch: str, launch: Callable):
             kernel.device_caches.clear()
 
     forget()
-    driver.set_active(_Driver(arch))
+    driver.set_active(of_arch)
     try:
-        with (
-            mock.patch.object(configs, "arch_of", return_value=arch),
-            mock.patch.object(
-                JITFunction,
-                "run",
-                lambda kernel, *args, grid, warmup, **options: launch(kernel, grid[0], args, options),
-            ),
-        ):
+        with mock.patch.object(configs, "arch_of", return_value=arch):
             yield
     finally:
         forget()
@@ -62,3 +75,52 @@ class _Driver:
 
     def get_current_stream(self, device):
         return 0
+
+
+class Start(NamedTuple):
+    """A launch as the GPU's driver sees it."""
+
+    kernel: str
+    programs: int
+    stream: int
+    arguments: list  # types beside values
+
+
+class _Starting(_Driver):
+    """Loads and starts nothing, and writes down what it was asked to."""
+
+    def __init__(self, arch: str):
+        super().__init__(arch)
+        self.started: list[Start] = []
+        self.stream, self.loaded = 0, []
+        self.utils = self
+        outer = self
+
+        class Launcher:
+            def __init__(self, src, metadata):
+                self.kinds = list(src.signature.values())
+
+            def __call__(self, gridX, gridY, gridZ, stream, function, *args):
+                _, launch_metadata, enter, leave, *given = args
+                if enter:
+                    enter(launch_metadata)
+                outer.started.append(
+                    Start(outer.loaded[function], gridX, stream, list(zip(self.kinds, given, strict=True)))
+                )
+                if leave:
+                    leave(launch_metadata)
+
+        self.launcher_cls = Launcher
+
+    def load_binary(self, name, kernel, shared, device):
+        self.loaded.append(f"{name} {hashlib.sha256(kernel).hexdigest()}")
+        return 1, len(self.loaded) - 1, 64, 0, 1024
+
+    def unload_module(self, module):
+        pass
+
+    def get_device_properties(self, device):
+        return {"max_shared_mem": 227 << 10}
+
+    def get_current_stream(self, device):
+        return self.stream

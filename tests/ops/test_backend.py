@@ -145,8 +145,7 @@ def test_fallback_warns_once(call, monkeypatch, recwarn):
 @pytest.fixture
 def gpu(monkeypatch):
     """A GPU that Triton supports, for whatever only asks about it."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(backends, "_capability", lambda device: (9, 0))
     monkeypatch.delenv("INFSA_TRITON", raising=False)
     return torch.device("cuda", 0)
 
@@ -194,7 +193,7 @@ def test_amd_runs_what_is_proven(gpu, monkeypatch):
 )
 def test_gpus_and_versions_of_triton(capability, version, words, gpu, monkeypatch):
     triton = pytest.importorskip("triton")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(backends, "_capability", lambda device: capability)
     monkeypatch.setattr(triton, "__version__", version)
     monkeypatch.setattr(backends, "_why_no_triton", backends._why_no_triton.__wrapped__)
     reason = infsa_kernels.explain_backend("pure", gpu, torch.bfloat16, (1, 4, 100, 64))["triton"]
