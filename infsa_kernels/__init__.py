@@ -7,6 +7,7 @@ from .ops.backends import backend, choose_backend, explain_backend
 from .ops.linear import linear_infsa, linear_infsa_scores
 from .ops.pooled_linear import pooled_linear_infsa
 from .ops.pure import pure_infsa, pure_infsa_scores
+from .ops.varlen import linear_infsa_varlen, pure_infsa_varlen
 
 __version__ = "0.2.0"
 
@@ -17,8 +18,10 @@ __all__ = [
     "infsa_attention",
     "linear_infsa",
     "linear_infsa_scores",
+    "linear_infsa_varlen",
     "pooled_linear_infsa",
     "pure_infsa",
     "pure_infsa_scores",
+    "pure_infsa_varlen",
     "release_memory",
 ]

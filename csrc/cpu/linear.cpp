@@ -22,11 +22,22 @@
 #include <tuple>
 
 #include "linear_plan.h"
+#include "packed.h"
 
 namespace infsa::cpu::linear {
 namespace {
 
-constexpr const char* kOp = "infsa::linear";
+constexpr const char *kOp = "infsa::linear", *kPackedOp = "infsa::linear_varlen";
+
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+// Where the batches' tokens begin, if these lie one behind another.
+struct Packed {
+  const Offsets *queries = nullptr, *keys = nullptr;
+
+  // Queries of a batch.
+  int64_t mean(const Sizes& s) const { return queries ? ceil_div(queries->at.back(), std::max<int64_t>(s.B, 1)) : s.N; }
+};
 
 // What forward returns, and backward takes; the last two with a floor only.
 struct Statistics {
@@ -50,14 +61,10 @@ std::vector<double> key_counts(const Floor& floor, const Mask& mask, int64_t B, 
   return counts;
 }
 
-std::tuple<Tensor, Statistics> forward(const Tensor& q, const OptTensor& k_, const Tensor& v, double eps,
-                                       const Floor& floor, double rho, const OptTensor& head_rho,
-                                       const OptTensor& key_padding_mask, const OptTensor& query_padding_mask) {
-  const Arguments arguments =
-      attention_arguments(kOp, q, k_, v, eps, rho, head_rho, key_padding_mask, query_padding_mask);
-  demand_floor(arguments, floor);
-  const Sizes s = sizes_of(arguments);
-  const Tensor& k = k_ ? *k_ : q;
+std::tuple<Tensor, Statistics> forward(const Sizes& s, const Packed& packed, const Tensor& q, const Tensor& k,
+                                       const Tensor& v, double eps, const Floor& floor, double rho,
+                                       const OptTensor& head_rho, const OptTensor& key_padding_mask,
+                                       const OptTensor& query_padding_mask) {
   const auto acc = acc_dtype(q);
   const int64_t floored = floor.has_value();
   const Tensor out = new_cpu({s.B, s.H, s.d_v}, q.scalar_type()), context = new_cpu({s.B, s.H, s.d_v}, acc),
@@ -65,10 +72,11 @@ std::tuple<Tensor, Statistics> forward(const Tensor& q, const OptTensor& k_, con
                score_sum = new_cpu({s.B, s.H}, acc), absolute_sum = new_cpu({s.B * floored, s.H}, acc),
                value_mean = new_cpu({s.B * floored, s.H, s.d_v}, acc);
 
-  const Plan plan(s, q, k, v);
+  const Plan plan(s, packed.mean(s), q, k, v);
+  const Walk queries(plan, s.N, packed.queries), keys(plan, s.M, packed.keys);
   const double scale = scale_of(s.d);
   const Buffer score_query(plan.head_bytes(plan.d)), results(plan.head_bytes(s.d_v));
-  const Buffer sums_buffer(std::max(plan.sums_bytes(s.N, plan.d), plan.sums_bytes(s.M, plan.d_v, 1 + floored)));
+  const Buffer sums_buffer(std::max(queries.sums_bytes(plan.d), keys.sums_bytes(plan.d_v, 1 + floored)));
   double* sums = sums_buffer.as<double>();
 
   LinearArgs args{};
@@ -78,13 +86,13 @@ std::tuple<Tensor, Statistics> forward(const Tensor& q, const OptTensor& k_, con
   args.score_query = score_query.data();
 
   const std::vector<double> counts = key_counts(floor, args.key_mask, s.B, s.M);
-  Units units(plan, args);
+  Units units(plan, queries, keys, args);
   std::vector<char> strange(s.B * s.H);
   const Numbers qbar(central_query), E(energy_sum), R(score_sum), T(absolute_sum), z(context), mean(value_mean),
       query = plan.numbers(score_query), result = plan.numbers(results);
   const auto run = [&](int64_t begin, int64_t end) {
-    plan.run(LinearPass::forward_queries, args, begin, end, s.N, sums, plan.d, nullptr);
-    plan.for_heads(begin, end, s.N, sums, plan.d, [&](int64_t head, const auto& rows, const auto& weights) {
+    queries.run(LinearPass::forward_queries, args, begin, end, sums, plan.d, nullptr);
+    queries.for_heads(begin, end, sums, plan.d, [&](int64_t head, const auto& rows, const auto& weights) {
       const HeadUnits u = units[head];
       const double* sum = rows(0);
       const double energy = scale * weights(0);
@@ -98,7 +106,7 @@ std::tuple<Tensor, Statistics> forward(const Tensor& q, const OptTensor& k_, con
       }
       for (int64_t c = s.d; c < plan.d; ++c) query.set(head * plan.d + c, 0);
     });
-    plan.run(floor ? LinearPass::forward_keys_floor : LinearPass::forward_keys, args, begin, end, s.M, sums, plan.d_v,
+    keys.run(floor ? LinearPass::forward_keys_floor : LinearPass::forward_keys, args, begin, end, sums, plan.d_v,
              nullptr, 1 + floored);
     const auto finish = [&](int64_t head, const auto& rows, const auto& weights) {
       const HeadUnits u = units[head];
@@ -123,7 +131,7 @@ std::tuple<Tensor, Statistics> forward(const Tensor& q, const OptTensor& k_, con
         result.set(head * s.d_v + c, head_scale * x);
       }
     };
-    plan.for_heads(begin, end, s.M, sums, plan.d_v, finish, 1 + floored);
+    keys.for_heads(begin, end, sums, plan.d_v, finish, 1 + floored);
   };
   plan.for_waves(run);
   plan.for_strange(strange, [&](int64_t head) { return units.set(head); }, run);
@@ -131,39 +139,27 @@ std::tuple<Tensor, Statistics> forward(const Tensor& q, const OptTensor& k_, con
   return {out, {context, central_query, energy_sum, score_sum, absolute_sum, value_mean}};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dout_, const Tensor& q, const OptTensor& k_,
-                                                    const Tensor& v, const Statistics& saved, double eps,
-                                                    const Floor& floor, double rho, const OptTensor& head_rho,
-                                                    const OptTensor& key_padding_mask,
-                                                    const OptTensor& query_padding_mask,
-                                                    std::array<bool, 4> output_mask) {
-  Arguments arguments =
-      linear_backward_arguments(kOp, dout_, q, k_, v, saved.context, saved.central_query, saved.energy_sum,
-                                saved.score_sum, eps, rho, head_rho, key_padding_mask, query_padding_mask);
+// Fills the gradients.
+void backward(const Sizes& s, const Packed& packed, const Gradients& gradients, const Tensor& dout_, const Tensor& q,
+              const Tensor& k, bool tied, const Tensor& v, const Statistics& saved, double eps, const Floor& floor,
+              double rho, const OptTensor& head_rho, const OptTensor& key_padding_mask,
+              const OptTensor& query_padding_mask) {
   const auto acc = acc_dtype(q);
-  demand_floor(arguments, floor);
-  if (floor) {
-    arguments.tensor("absolute_sum", saved.absolute_sum, acc, "BH");
-    arguments.tensor("value_mean", saved.value_mean, acc, "BHv");
-  }
-  const Sizes s = sizes_of(arguments);
   const Tensor dout = dout_.contiguous();
-  const bool tied = !k_;
-  const Tensor& k = tied ? q : *k_;
-  const auto [want_dq, want_dk_any, want_dv, want_drho_any] = output_mask;
-  const bool want_dk = want_dk_any && !tied, want_drho = want_drho_any && head_rho;
-  const Tensor dq = new_gradient(want_dq, q), dk = new_gradient(want_dk, k), dv = new_gradient(want_dv, v);
-  const Tensor none = new_cpu({0}, acc), dhead_rho = want_drho ? new_cpu({s.B, s.H}, acc) : none;
+  const auto& [dq, dk, dv, dhead_rho] = gradients;
+  const bool want_dq = dq.dim() > 1, want_dk = dk.dim() > 1, want_dv = dv.dim() > 1, want_drho = dhead_rho.dim() > 1;
+  const Tensor none = new_cpu({0}, acc);
 
-  const Plan plan(s, q, k, v);
+  const Plan plan(s, packed.mean(s), q, k, v);
+  const Walk queries(plan, s.N, packed.queries), keys(plan, s.M, packed.keys);
   const double scale = scale_of(s.d);
   const Buffer score_query(plan.head_bytes(plan.d)), query_vector(plan.head_bytes(plan.d)),
       dcontext(plan.head_bytes(plan.d_v));
   const Buffer dcontext_dot(plan.head_bytes(1)), score_scale(plan.head_bytes(1)), query_dot(plan.head_bytes(1));
   const Buffer floor_weight(floor ? plan.head_bytes(1) : 0), floor_gradient(floor ? plan.head_bytes(1) : 0);
-  const Buffer sums_buffer(want_dq ? plan.sums_bytes(s.M, plan.d) : 0);
+  const Buffer sums_buffer(want_dq ? keys.sums_bytes(plan.d) : 0);
   const bool keeps_dscores = tied && want_dq;
-  const Buffer dscores_buffer(keeps_dscores ? plan.wave * s.N * plan.heads * plan.acc_bytes : 0);
+  const Buffer dscores_buffer(keeps_dscores ? keys.scalars_bytes() : 0);
   double* sums = want_dq ? sums_buffer.as<double>() : nullptr;
   char* dscores = keeps_dscores ? dscores_buffer.data() : nullptr;
 
@@ -179,7 +175,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dout_, const T
   args.floor_weight = floor_weight.data(), args.floor_gradient = floor_gradient.data();
 
   const std::vector<double> counts = key_counts(floor, args.key_mask, s.B, s.M);
-  Units units(plan, args);
+  Units units(plan, queries, keys, args);
   std::vector<char> strange(s.B * s.H);
   const Numbers dz(dout.to(acc)), z(saved.context.contiguous()), qbar(saved.central_query.contiguous()),
       E(saved.energy_sum.contiguous()), R(saved.score_sum.contiguous()), drho(dhead_rho);
@@ -214,10 +210,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dout_, const T
     }
   };
   const auto run = [&](int64_t begin, int64_t end) {
-    plan.run(floor ? LinearPass::backward_keys_floor : LinearPass::backward_keys, args, begin, end, s.M, sums, plan.d,
+    keys.run(floor ? LinearPass::backward_keys_floor : LinearPass::backward_keys, args, begin, end, sums, plan.d,
              dscores);
     if (!want_dq) return;
-    plan.for_heads(begin, end, s.M, sums, plan.d, [&](int64_t head, const auto& rows, const auto&) {
+    keys.for_heads(begin, end, sums, plan.d, [&](int64_t head, const auto& rows, const auto&) {
       const HeadUnits u = units[head];
       const double* sum = rows(0);
       const double factor = scale * scale * scale / ((E[head] + eps) * u.q);
@@ -229,10 +225,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dout_, const T
       strange[head] |= !plan.is_sum(f, head * plan.d, (head + 1) * plan.d);
       plan.numbers(query_dot).set(head, dot / scale);
     });
-    plan.run(LinearPass::backward_queries, args, begin, end, s.N, nullptr, 0, dscores);
+    queries.run(LinearPass::backward_queries, args, begin, end, nullptr, 0, dscores);
   };
   at::parallel_for(0, s.B * s.H, kGrain / (s.d + s.d_v + 1) + 1, prepare);
-  if (!(want_dq || want_dk || want_dv)) return {dq, dk, dv, dhead_rho};
+  if (!(want_dq || want_dk || want_dv)) return;
   plan.for_waves(run);
   plan.for_strange(
       strange, [&](int64_t head) { return units.set(head, &dout, norm(head)); },
@@ -240,15 +236,82 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dout_, const T
         prepare(begin * plan.heads, end * plan.heads);
         run(begin, end);
       });
-  return {dq, dk, dv, dhead_rho};
+}
+
+// Of no elements where they are not wanted; as many of rho as there are of it.
+Gradients new_gradients(const std::array<bool, 4>& wanted, const Tensor& q, const OptTensor& k, const Tensor& v,
+                        const OptTensor& head_rho) {
+  return {new_gradient(wanted[0], q), new_gradient(wanted[1] && k, k.value_or(q)), new_gradient(wanted[2], v),
+          wanted[3] && head_rho ? new_cpu(head_rho->sizes(), acc_dtype(q)) : new_cpu({0}, acc_dtype(q))};
+}
+
+std::tuple<Tensor, Statistics> dense_forward(const Tensor& q, const OptTensor& k, const Tensor& v, double eps,
+                                             const Floor& floor, double rho, const OptTensor& head_rho,
+                                             const OptTensor& key_mask, const OptTensor& query_mask) {
+  const Arguments arguments = attention_arguments(kOp, q, k, v, eps, rho, head_rho, key_mask, query_mask);
+  demand_floor(arguments, floor);
+  return forward(sizes_of(arguments), {}, q, k ? *k : q, v, eps, floor, rho, head_rho, key_mask, query_mask);
+}
+
+Gradients dense_backward(const Tensor& dout, const Tensor& q, const OptTensor& k, const Tensor& v,
+                         const Statistics& saved, double eps, const Floor& floor, double rho, const OptTensor& head_rho,
+                         const OptTensor& key_mask, const OptTensor& query_mask,
+                         const std::array<bool, 4>& output_mask) {
+  Arguments arguments =
+      linear_backward_arguments(kOp, dout, q, k, v, saved.context, saved.central_query, saved.energy_sum,
+                                saved.score_sum, eps, rho, head_rho, key_mask, query_mask);
+  demand_floor(arguments, floor);
+  if (floor) {
+    arguments.tensor("absolute_sum", saved.absolute_sum, acc_dtype(q), "BH");
+    arguments.tensor("value_mean", saved.value_mean, acc_dtype(q), "BHv");
+  }
+  const Gradients gradients = new_gradients(output_mask, q, k, v, head_rho);
+  backward(sizes_of(arguments), {}, gradients, dout, q, k ? *k : q, !k, v, saved, eps, floor, rho, head_rho, key_mask,
+           query_mask);
+  return gradients;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_varlen_fwd(const Tensor& q, const OptTensor& k,
+                                                                     const Tensor& v, const Tensor& cu_seqlens_q,
+                                                                     const OptTensor& cu_seqlens_k, int64_t max_q,
+                                                                     int64_t max_k, double eps, double rho,
+                                                                     const OptTensor& head_rho) {
+  const PackedArguments p(kPackedOp, q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, eps, rho, head_rho);
+  const Tensor queries = as_batch(q, p.queries), keys = k ? as_batch(*k, p.keys) : queries;
+  const auto [out, s] =
+      forward(p.sizes(), {&p.queries, &p.keys}, queries, keys, as_batch(v, p.keys), eps, {}, rho, head_rho, {}, {});
+  return {out, s.context, s.central_query, s.energy_sum, s.score_sum};
+}
+
+Gradients linear_varlen_bwd(const Tensor& dout, const Tensor& q, const OptTensor& k, const Tensor& v,
+                            const Tensor& context, const Tensor& central_query, const Tensor& energy_sum,
+                            const Tensor& score_sum, const Tensor& cu_seqlens_q, const OptTensor& cu_seqlens_k,
+                            int64_t max_q, int64_t max_k, double eps, double rho, const OptTensor& head_rho,
+                            std::array<bool, 4> output_mask) {
+  PackedArguments p(kPackedOp, q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, eps, rho, head_rho);
+  const auto acc = acc_dtype(q);
+  p.a.tensor("dout", dout, q.scalar_type(), "SHv");
+  p.a.tensor("context", context, acc, "SHv");
+  p.a.tensor("central_query", central_query, acc, "SHd");
+  p.a.tensor("energy_sum", energy_sum, acc, "SH");
+  p.a.tensor("score_sum", score_sum, acc, "SH");
+  const Gradients gradients = new_gradients(output_mask, q, k, v, head_rho);
+  const auto& [dq, dk, dv, dhead_rho] = gradients;
+  const Tensor queries = as_batch(q, p.queries), keys = k ? as_batch(*k, p.keys) : queries;
+  const Gradients written{as_batch(dq, p.queries), as_batch(dk, p.keys), as_batch(dv, p.keys), dhead_rho};
+  backward(p.sizes(), {&p.queries, &p.keys}, written, dout, queries, keys, !k, as_batch(v, p.keys),
+           {context, central_query, energy_sum, score_sum, {}, {}}, eps, {}, rho, head_rho, {}, {});
+  return gradients;
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(infsa, CPU, m) {
+  m.impl("linear_varlen_fwd", linear_varlen_fwd);
+  m.impl("linear_varlen_bwd", linear_varlen_bwd);
   m.impl("linear_fwd", [](const Tensor& q, const OptTensor& k, const Tensor& v, double eps, double rho,
                           const OptTensor& head_rho, const OptTensor& key_mask, const OptTensor& query_mask) {
-    const auto [out, s] = forward(q, k, v, eps, {}, rho, head_rho, key_mask, query_mask);
+    const auto [out, s] = dense_forward(q, k, v, eps, {}, rho, head_rho, key_mask, query_mask);
     return std::make_tuple(out, s.context, s.central_query, s.energy_sum, s.score_sum);
   });
   m.impl("linear_bwd", [](const Tensor& dout, const Tensor& q, const OptTensor& k, const Tensor& v,
@@ -256,12 +319,12 @@ TORCH_LIBRARY_IMPL(infsa, CPU, m) {
                           const Tensor& score_sum, double eps, double rho, const OptTensor& head_rho,
                           const OptTensor& key_mask, const OptTensor& query_mask, std::array<bool, 4> output_mask) {
     const Statistics saved{context, central_query, energy_sum, score_sum, {}, {}};
-    return backward(dout, q, k, v, saved, eps, {}, rho, head_rho, key_mask, query_mask, output_mask);
+    return dense_backward(dout, q, k, v, saved, eps, {}, rho, head_rho, key_mask, query_mask, output_mask);
   });
   m.impl("linear_floor_fwd", [](const Tensor& q, const OptTensor& k, const Tensor& v, double eps, double score_floor,
                                 double rho, const OptTensor& head_rho, const OptTensor& key_mask,
                                 const OptTensor& query_mask) {
-    const auto [out, s] = forward(q, k, v, eps, score_floor, rho, head_rho, key_mask, query_mask);
+    const auto [out, s] = dense_forward(q, k, v, eps, score_floor, rho, head_rho, key_mask, query_mask);
     return std::make_tuple(out, s.context, s.central_query, s.energy_sum, s.score_sum, s.absolute_sum, s.value_mean);
   });
   m.impl("linear_floor_bwd",
@@ -270,7 +333,8 @@ TORCH_LIBRARY_IMPL(infsa, CPU, m) {
             const Tensor& value_mean, double eps, double score_floor, double rho, const OptTensor& head_rho,
             const OptTensor& key_mask, const OptTensor& query_mask, std::array<bool, 4> output_mask) {
            const Statistics saved{context, central_query, energy_sum, score_sum, absolute_sum, value_mean};
-           return backward(dout, q, k, v, saved, eps, score_floor, rho, head_rho, key_mask, query_mask, output_mask);
+           return dense_backward(dout, q, k, v, saved, eps, score_floor, rho, head_rho, key_mask, query_mask,
+                                 output_mask);
          });
 }
 

@@ -1,5 +1,6 @@
-// How Linear-InfSA's work is cut on the CPU, and the units of measure of its heads: what linear.cpp and
-// linear_steps.cpp run the kernels by.
+// How linear.cpp and linear_steps.cpp cut the work of a call: units, waves of units, and chunks of a unit's tokens; and
+// the units of measure of its heads. The cut depends on sizes alone and partial sums are added in their order, in
+// double: the same bits for any number of threads.
 #pragma once
 
 #include <ATen/EmptyTensor.h>
@@ -13,6 +14,7 @@
 
 #include "isa.h"
 #include "memory.h"
+#include "packed.h"
 #include "range.h"
 
 namespace infsa::cpu::linear {
@@ -36,7 +38,8 @@ struct Plan {
   const int64_t d, d_v;  // in whole vectors
   int64_t wave;
 
-  Plan(const Sizes& s, const Tensor& q, const Tensor& k, const Tensor& v)
+  // tokens: queries of a batch, or what they are on average.
+  Plan(const Sizes& s, int64_t tokens, const Tensor& q, const Tensor& k, const Tensor& v)
       : kernels(kernels_for(q.scalar_type())),
         s(s),
         wide(acc_dtype(q) == at::kDouble),
@@ -46,7 +49,7 @@ struct Plan {
         units(s.B * s.H / heads),
         d(round_up(s.d, kernels.lanes)),
         d_v(round_up(s.d_v, kernels.lanes)) {
-    const int64_t unit_bytes = s.N * s.d * heads * element_bytes;
+    const int64_t unit_bytes = tokens * s.d * heads * element_bytes;
     wave = std::clamp<int64_t>(kWaveBytes / std::max<int64_t>(unit_bytes, 1), 1, std::max<int64_t>(units, 1));
   }
 
@@ -54,55 +57,11 @@ struct Plan {
     const int64_t least = ceil_div(kGrain, heads * std::max<int64_t>(d + d_v, 1));
     return round_up(std::max(ceil_div(tokens, kMaxChunks), least), 16);
   }
-  int64_t chunks(int64_t tokens) const { return ceil_div(tokens, chunk(tokens)); }
   // Of `kinds` weighted sums of rows, and of their weights.
   int64_t sums_size(int64_t width, int64_t kinds) const { return kinds * heads * (width + 1); }
-  // Bytes of the sums of a wave.
-  int64_t sums_bytes(int64_t tokens, int64_t width, int64_t kinds = 1) const {
-    return wave * std::max<int64_t>(chunks(tokens), 1) * sums_size(width, kinds) * sizeof(double);
-  }
   // Bytes of a vector or a scalar per head.
   int64_t head_bytes(int64_t width) const { return s.B * s.H * width * acc_bytes; }
   Numbers numbers(const Buffer& buffer) const { return {buffer, wide}; }
-
-  // One pass over the tokens of units [begin, end). sums, where given, is (units, chunks, sums_size(width, kinds)).
-  void run(LinearPass pass, const LinearArgs& args, int64_t begin, int64_t end, int64_t tokens, double* sums,
-           int64_t width, char* dscores, int64_t kinds = 1) const {
-    const int64_t size = chunk(tokens), count = chunks(tokens);
-    const int64_t grain = std::max<int64_t>(1, kGrain / (std::min(size, tokens + 1) * heads * (d + d_v + 1)));
-    at::parallel_for(0, (end - begin) * count, grain, [&](int64_t first, int64_t last) {
-      const Buffer scratch(kernels.linear.scratch_bytes(pass, heads, s.d, s.d_v));
-      for (int64_t i = first; i < last; ++i) {
-        const int64_t head = (begin + i / count) * heads, from = i % count * size;
-        double* chunk_sums = sums ? sums + i * sums_size(width, kinds) : nullptr;
-        if (sums) std::memset(chunk_sums, 0, sums_size(width, kinds) * sizeof(double));
-        kernels.linear.run(pass, args,
-                           {head / s.H, head % s.H, heads, from, std::min(from + size, tokens), chunk_sums,
-                            dscores ? dscores + i / count * tokens * heads * acc_bytes : nullptr, scratch.data()});
-      }
-    });
-  }
-
-  // Adds the chunks' sums up and calls body(head, vector sums, weight sums) for every head of the units, both by kind.
-  template <typename Body> void for_heads(int64_t begin, int64_t end, int64_t tokens, double* sums, int64_t width,
-                                          const Body& body, int64_t kinds = 1) const {
-    const int64_t count = chunks(tokens), size = sums_size(width, kinds);
-    at::parallel_for(begin, end, std::max<int64_t>(1, kGrain / ((count + 1) * size)), [&](int64_t first, int64_t last) {
-      for (int64_t unit = first; unit < last; ++unit) {
-        double* total = sums + (unit - begin) * std::max<int64_t>(count, 1) * size;
-        if (count == 0) std::memset(total, 0, size * sizeof(double));
-        for (int64_t c = 1; c < count; ++c) {
-          for (int64_t i = 0; i < size; ++i) total[i] += total[c * size + i];
-        }
-        const double* weights = total + kinds * heads * width;
-        for (int64_t h = 0; h < heads; ++h) {
-          body(
-              unit * heads + h, [&](int64_t kind) { return total + (kind * heads + h) * width; },
-              [&](int64_t kind) { return weights[kind * heads + h]; });
-        }
-      }
-    });
-  }
 
   // run(begin, end) over all units, a wave at a time.
   template <typename Run> void for_waves(const Run& run) const {
@@ -134,6 +93,90 @@ struct Plan {
   static bool token_major(const Tensor& t) { return t.stride(1) < t.stride(2); }
 };
 
+// The queries or the keys of a call, in chunks: at least one for each unit, by its own number of tokens alone.
+class Walk {
+ public:
+  // Every batch has so many tokens; or they are packed, and `all` is the number of all of them.
+  Walk(const Plan& plan, int64_t tokens, const Offsets* packed)
+      : plan_(plan), packed_(packed), all_(packed ? packed->at.back() : tokens), first_(plan.units + 1) {
+    for (int64_t unit = 0; unit < plan.units; ++unit) {
+      const int64_t n = this->tokens(unit * plan.heads).size();
+      first_[unit + 1] = first_[unit] + std::max<int64_t>(1, ceil_div(n, plan.chunk(n)));
+    }
+  }
+
+  // Those of a head.
+  Range tokens(int64_t head) const {
+    if (!packed_) return {0, all_};
+    const int64_t b = head / plan_.s.H;
+    return {packed_->at[b], packed_->at[b + 1]};
+  }
+
+  // Bytes of the sums of a wave.
+  int64_t sums_bytes(int64_t width, int64_t kinds = 1) const {
+    int64_t most = 0;
+    plan_.for_waves([&](int64_t begin, int64_t end) { most = std::max(most, first_[end] - first_[begin]); });
+    return most * plan_.sums_size(width, kinds) * sizeof(double);
+  }
+  // Bytes of a scalar for each token and head: of a wave, or of all where they are packed.
+  int64_t scalars_bytes() const { return (packed_ ? groups() : plan_.wave) * unit_bytes(); }
+
+  // One pass over the tokens of units [begin, end). sums, where given, is (chunks, sums_size(width, kinds)).
+  void run(LinearPass pass, const LinearArgs& args, int64_t begin, int64_t end, double* sums, int64_t width,
+           char* dscores, int64_t kinds = 1) const {
+    const int64_t heads = plan_.heads, H = plan_.s.H, size = plan_.sums_size(width, kinds);
+    const int64_t grain = std::max<int64_t>(1, kGrain / ((mean() + 1) * heads * (plan_.d + plan_.d_v + 1)));
+    at::parallel_for(first_[begin], first_[end], grain, [&](int64_t from, int64_t to) {
+      const Buffer scratch(plan_.kernels.linear.scratch_bytes(pass, heads, plan_.s.d, plan_.s.d_v));
+      int64_t unit = std::upper_bound(first_.begin(), first_.end(), from) - first_.begin() - 1;
+      for (int64_t i = from; i < to; ++i) {
+        unit += i == first_[unit + 1];
+        const int64_t head = unit * heads;
+        const Range all = tokens(head);
+        const int64_t step = plan_.chunk(all.size()), at = all.begin + (i - first_[unit]) * step;
+        double* chunk_sums = sums ? sums + (i - first_[begin]) * size : nullptr;
+        if (sums) std::memset(chunk_sums, 0, size * sizeof(double));
+        char* scalars = dscores ? dscores + (packed_ ? unit % groups() : unit - begin) * unit_bytes() : nullptr;
+        plan_.kernels.linear.run(
+            pass, args,
+            {head / H, head % H, heads, at, std::min(at + step, all.end), chunk_sums, scalars, scratch.data()});
+      }
+    });
+  }
+
+  // Adds the chunks' sums up and calls body(head, vector sums, weight sums) for every head of the units, both by kind.
+  template <typename Body>
+  void for_heads(int64_t begin, int64_t end, double* sums, int64_t width, const Body& body, int64_t kinds = 1) const {
+    const int64_t heads = plan_.heads, size = plan_.sums_size(width, kinds);
+    const int64_t chunks = first_.back() / std::max<int64_t>(plan_.units, 1);
+    at::parallel_for(begin, end, std::max<int64_t>(1, kGrain / ((chunks + 1) * size)), [&](int64_t from, int64_t to) {
+      for (int64_t unit = from; unit < to; ++unit) {
+        double* total = sums + (first_[unit] - first_[begin]) * size;
+        for (int64_t c = 1; c < first_[unit + 1] - first_[unit]; ++c) {
+          for (int64_t i = 0; i < size; ++i) total[i] += total[c * size + i];
+        }
+        const double* weights = total + kinds * heads * width;
+        for (int64_t h = 0; h < heads; ++h) {
+          body(
+              unit * heads + h, [&](int64_t kind) { return total + (kind * heads + h) * width; },
+              [&](int64_t kind) { return weights[kind * heads + h]; });
+        }
+      }
+    });
+  }
+
+ private:
+  int64_t groups() const { return plan_.s.H / plan_.heads; }  // units of a batch
+  int64_t unit_bytes() const { return all_ * plan_.heads * plan_.acc_bytes; }
+  // Tokens of a chunk.
+  int64_t mean() const { return all_ * (packed_ ? groups() : plan_.units) / std::max<int64_t>(first_.back(), 1); }
+
+  const Plan& plan_;
+  const Offsets* packed_;
+  const int64_t all_;
+  std::vector<int64_t> first_;  // the number of each unit's first chunk, and of the one behind the last
+};
+
 // What the rows of a head are multiplied by as they are read, and score_scale with them.
 struct HeadUnits {
   double q = 1, k = 1, v = 1, dout = 1, score = 1;
@@ -142,7 +185,8 @@ struct HeadUnits {
 // The units of measure of a call's heads, once one needs them.
 class Units {
  public:
-  Units(const Plan& plan, LinearArgs& args) : plan_(plan), args_(args) {}
+  Units(const Plan& plan, const Walk& queries, const Walk& keys, LinearArgs& args)
+      : plan_(plan), queries_(queries), keys_(keys), args_(args) {}
 
   HeadUnits operator[](int64_t head) const { return heads_.empty() ? HeadUnits{} : heads_[head]; }
 
@@ -151,7 +195,7 @@ class Units {
   bool set(int64_t head, const Tensor* dout = nullptr, double norm = 1) {
     HeadUnits u = measure(head);
     if (dout) {
-      u.dout = unit({dout->data_ptr(), plan_.s.H * plan_.s.d_v, plan_.s.d_v, 0, 1}, head, 1, plan_.s.d_v, {});
+      u.dout = unit({dout->data_ptr(), plan_.s.H * plan_.s.d_v, plan_.s.d_v, 0, 1}, head, {0, 1}, plan_.s.d_v, {});
       u.score = std::ldexp(1, std::ilogb(norm * u.q * u.k));
     }
     return install(head, u);
@@ -161,9 +205,10 @@ class Units {
   HeadUnits measure(int64_t head) const {
     const Sizes& s = plan_.s;
     HeadUnits u;
-    u.q = unit(args_.q, head, s.N, s.d, args_.query_mask);
-    u.k = unit(args_.k, head, s.M, s.d, args_.key_mask);
-    u.v = unit(args_.v, head, s.M, s.d_v, args_.key_mask);
+    const Range queries = queries_.tokens(head), keys = keys_.tokens(head);
+    u.q = unit(args_.q, head, queries, s.d, args_.query_mask);
+    u.k = unit(args_.k, head, keys, s.d, args_.key_mask);
+    u.v = unit(args_.v, head, keys, s.d_v, args_.key_mask);
     if (args_.k.data == args_.q.data) u.q = u.k = std::min(u.q, u.k);
     return u;
   }
@@ -186,12 +231,12 @@ class Units {
   }
 
  private:
-  double unit(const Rows& rows, int64_t head, int64_t tokens, int64_t columns, const Mask& mask) const {
+  double unit(const Rows& rows, int64_t head, Range tokens, int64_t columns, const Mask& mask) const {
     const int64_t b = head / plan_.s.H;
     const Tokens of_head = tokens_of(rows, b, head % plan_.s.H, plan_.element_bytes);
     double most = 0;
-    for (int64_t n = 0, end; n < tokens; n = end) {
-      end = mask.data ? n + 1 : tokens;
+    for (int64_t n = tokens.begin, end; n < tokens.end; n = end) {
+      end = mask.data ? n + 1 : tokens.end;
       if (mask.data && mask.data[b * mask.batch + n * mask.token]) continue;
       const double x = plan_.kernels.tokens.largest(of_head, columns, {n, end});
       if (!std::isfinite(x)) return 0;
@@ -201,6 +246,7 @@ class Units {
   }
 
   const Plan& plan_;
+  const Walk &queries_, &keys_;
   LinearArgs& args_;
   std::vector<HeadUnits> heads_;
   Tensor rows_;

@@ -52,19 +52,20 @@ Tensor linear_queries_fwd(const Tensor& q, const OptTensor& query_padding_mask) 
   const Tensor result = new_cpu({s.B, s.H, s.d + 1}, at::kDouble);
   double* to = result.data_ptr<double>();
 
-  const Plan plan(s, q, q, q);
+  const Plan plan(s, s.N, q, q, q);
+  const Walk queries(plan, s.N, nullptr), keys(plan, 0, nullptr);
   const double scale = scale_of(s.d);
-  const Buffer sums_buffer(plan.sums_bytes(s.N, plan.d));
+  const Buffer sums_buffer(queries.sums_bytes(plan.d));
   double* sums = sums_buffer.as<double>();
   LinearArgs args{};
   args.q = rows_of(q), args.query_mask = mask_of(query_padding_mask);
   args.H = s.H, args.d = s.d, args.d_v = s.d_v;
 
-  Units units(plan, args);
+  Units units(plan, queries, keys, args);
   std::vector<char> strange(s.B * s.H);
   const auto run = [&](int64_t begin, int64_t end) {
-    plan.run(LinearPass::forward_queries, args, begin, end, s.N, sums, plan.d, nullptr);
-    plan.for_heads(begin, end, s.N, sums, plan.d, [&](int64_t head, const auto& sums_of, const auto& weights_of) {
+    queries.run(LinearPass::forward_queries, args, begin, end, sums, plan.d, nullptr);
+    queries.for_heads(begin, end, sums, plan.d, [&](int64_t head, const auto& sums_of, const auto& weights_of) {
       const double* sum = sums_of(0);
       const double norm_sum = weights_of(0);
       const HeadUnits u = units[head];
@@ -95,21 +96,22 @@ Tensor linear_keys_fwd(const Tensor& k, const Tensor& v, const Tensor& central_q
   const Tensor result = new_cpu({s.B, s.H, s.d_v + 1}, at::kDouble);
   double* to = result.data_ptr<double>();
 
-  const Plan plan(s, k, k, v);
-  const Buffer score_query(plan.head_bytes(plan.d)), sums_buffer(plan.sums_bytes(s.M, plan.d_v));
+  const Plan plan(s, 0, k, k, v);
+  const Walk queries(plan, 0, nullptr), keys(plan, s.M, nullptr);
+  const Buffer score_query(plan.head_bytes(plan.d)), sums_buffer(keys.sums_bytes(plan.d_v));
   double* sums = sums_buffer.as<double>();
   LinearArgs args{};
   args.k = rows_of(k), args.v = rows_of(v), args.key_mask = mask_of(key_padding_mask);
   args.H = s.H, args.d = s.d, args.d_v = s.d_v;
   args.score_query = score_query.data();
 
-  Units units(plan, args);
+  Units units(plan, queries, keys, args);
   std::vector<char> strange(s.B * s.H);
   const Numbers qbar(central_query.contiguous()), query = plan.numbers(score_query);
   const auto run = [&](int64_t begin, int64_t end) {
     set_score_query(plan, qbar, units, query, begin * plan.heads, end * plan.heads);
-    plan.run(LinearPass::forward_keys, args, begin, end, s.M, sums, plan.d_v, nullptr);
-    plan.for_heads(begin, end, s.M, sums, plan.d_v, [&](int64_t head, const auto& sums_of, const auto& weights_of) {
+    keys.run(LinearPass::forward_keys, args, begin, end, sums, plan.d_v, nullptr);
+    keys.for_heads(begin, end, sums, plan.d_v, [&](int64_t head, const auto& sums_of, const auto& weights_of) {
       const double* sum = sums_of(0);
       const double scores = weights_of(0);
       const HeadUnits u = units[head];
@@ -145,13 +147,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_keys_bwd(const Tensor&
   const Tensor dk = new_gradient(want_dk, k), dv = new_gradient(want_dv, v);
   const Tensor dcentral = new_cpu({want_dcentral ? s.B * s.H * s.d : 0}, at::kDouble);
 
-  const Plan plan(s, k, k, v);
+  const Plan plan(s, 0, k, k, v);
+  const Walk queries(plan, 0, nullptr), keys(plan, s.M, nullptr);
   const double scale = scale_of(s.d);
   const Buffer score_query(plan.head_bytes(plan.d)), dcontext(plan.head_bytes(plan.d_v)),
       dcontext_dot(plan.head_bytes(1)), score_scale(plan.head_bytes(1));
   // The pass that sums them makes the scores' gradients.
   const bool want_sums = want_dcentral || want_dscores;
-  const Buffer sums_buffer(want_sums ? plan.sums_bytes(s.M, plan.d) : 0);
+  const Buffer sums_buffer(want_sums ? keys.sums_bytes(plan.d) : 0);
   double* sums = want_sums ? sums_buffer.as<double>() : nullptr;
   // In the order in which the passes go over tokens and heads.
   const int64_t token = plan.heads > 1 ? s.H : 1, of_head = plan.heads > 1 ? 1 : s.M;
@@ -167,7 +170,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_keys_bwd(const Tensor&
   args.score_query = score_query.data(), args.dcontext = dcontext.data();
   args.dcontext_dot = dcontext_dot.data(), args.score_scale = score_scale.data();
 
-  Units units(plan, args);
+  Units units(plan, queries, keys, args);
   std::vector<char> strange(s.B * s.H);
   const Numbers dz(dcontext_.contiguous()), z(context.contiguous()), qbar(central_query.contiguous()),
       R(score_sum.contiguous());
@@ -187,10 +190,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_keys_bwd(const Tensor&
       strange[head] = !plan.is_factor(R[head]);
     }
     const int64_t unit_bytes = s.M * plan.heads * plan.acc_bytes;
-    plan.run(LinearPass::backward_keys, args, begin, end, s.M, sums, plan.d,
-             scores ? scores + begin * unit_bytes : nullptr);
+    keys.run(LinearPass::backward_keys, args, begin, end, sums, plan.d, scores ? scores + begin * unit_bytes : nullptr);
     if (!want_dcentral) return;
-    plan.for_heads(begin, end, s.M, sums, plan.d, [&](int64_t head, const auto& sums_of, const auto&) {
+    keys.for_heads(begin, end, sums, plan.d, [&](int64_t head, const auto& sums_of, const auto&) {
       const double* sum = sums_of(0);
       const HeadUnits u = units[head];
       strange[head] |= !plan.is_sum(sum, 0, s.d);
@@ -232,7 +234,8 @@ Tensor linear_queries_bwd(const Tensor& dcentral_query, const OptTensor& dscores
   const Sizes s = sizes_of_queries(a);
   const Tensor dq = new_gradient(true, q);
 
-  const Plan plan(s, q, q, q);
+  const Plan plan(s, s.N, q, q, q);
+  const Walk queries(plan, s.N, nullptr), keys(plan, 0, nullptr);
   const double scale = scale_of(s.d);
   const Buffer score_query(plan.head_bytes(plan.d)), query_vector(plan.head_bytes(plan.d)),
       query_dot(plan.head_bytes(1));
@@ -241,7 +244,7 @@ Tensor linear_queries_bwd(const Tensor& dcentral_query, const OptTensor& dscores
   args.H = s.H, args.d = s.d, args.d_v = s.d_v;
   args.score_query = score_query.data(), args.query_vector = query_vector.data(), args.query_dot = query_dot.data();
 
-  Units units(plan, args);
+  Units units(plan, queries, keys, args);
   std::vector<char> strange(s.B * s.H);
   const Numbers dqbar(dcentral_query.contiguous()), qbar(central_query.contiguous()), E(energy_sum.contiguous());
   const Numbers query = plan.numbers(score_query), f = plan.numbers(query_vector);
@@ -266,8 +269,8 @@ Tensor linear_queries_bwd(const Tensor& dcentral_query, const OptTensor& dscores
       strange[head] = !plan.is_factor(E[head]) || !plan.is_sum(f, head * plan.d, (head + 1) * plan.d);
     }
     const int64_t unit_bytes = s.N * plan.heads * plan.acc_bytes;
-    plan.run(LinearPass::backward_queries, args, begin, end, s.N, nullptr, 0,
-             dscores ? static_cast<char*>(scores.data_ptr()) + begin * unit_bytes : nullptr);
+    queries.run(LinearPass::backward_queries, args, begin, end, nullptr, 0,
+                dscores ? static_cast<char*>(scores.data_ptr()) + begin * unit_bytes : nullptr);
   };
   const auto set = [&](int64_t head) {
     HeadUnits u = units.measure(head);

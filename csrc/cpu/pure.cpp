@@ -1,196 +1,38 @@
-// The CPU backend of infsa::pure_fwd and infsa::pure_bwd: checks, memory and the division into tasks. The equations are
-// in docs/pure.md, the arithmetic in pure_kernels.h.
+// The CPU backend of infsa::pure_fwd and infsa::pure_bwd: checks, memory, and what each cell of the score matrix adds
+// to (pure_plan.h cuts it). The equations are in docs/pure.md, the arithmetic in pure_kernels.h.
 //
-// A head's score matrix is cut into cells (key chunk, query chunk). The cells of one round share no chunk, so they run
-// in parallel and each adds to sums that no other cell of the round touches. The cut and the order of the rounds depend
-// on the shape alone: the bits do not depend on the number of threads.
-// A head whose numbers left the range of the accumulation type is run once more (range.h).
+// The cells of one round share no chunk, so they run in parallel and each adds to sums that no other cell of the round
+// touches. A head whose numbers left the range of the accumulation type is run once more (range.h).
+// infsa::pure_varlen is the same on batches whose tokens are runs of packed ones (packed.h).
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 #include <torch/library.h>
 
-#include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstring>
 #include <tuple>
 #include <vector>
 
-#include "isa.h"
-#include "memory.h"
-#include "range.h"
-#include "tasks.h"
+#include "packed.h"
+#include "pure_plan.h"
 
-namespace infsa::cpu {
+namespace infsa::cpu::pure {
 namespace {
 
-constexpr const char* kOp = "infsa::pure";
-// The sums of the heads in flight, unless one head alone needs more.
-constexpr int64_t kSumsBytes = 32 << 20;
-// A head whose sums are at most this is left to one thread, which keeps them in its L2, when there are heads for all.
-constexpr int64_t kOwnSumsBytes = 1 << 20;
-// The cells that a round should have, for machines with many cores.
-constexpr int64_t kCells = 32;
+constexpr const char *kOp = "infsa::pure", *kPackedOp = "infsa::pure_varlen";
 
 bool same_mask(const OptTensor& a, const OptTensor& b) {
   if (!a || !b) return !a && !b;
   return a->const_data_ptr() == b->const_data_ptr() && a->strides() == b->strides();
 }
 
-// What forward and backward have in common.
-struct Call {
-  Arguments arguments;
-  const Sizes size;
-  const Tensor &q, &k, &v;
-  const double rho;
-  const OptTensor& head_rho;
-  const Kept queries, keys;
-  const bool tied;       // k is q
-  const bool symmetric;  // and the same tokens count on both sides
-  const bool partial;    // some outputs are not written by the kernels: they start as 0
-  const Kernels& kernels;
-  const bool wide;               // the accumulation type is double
-  std::vector<PureUnits> units;  // of the heads, once one needs them
-  bool whole = true;             // no other keys and queries share its F and c
-
-  Call(const Tensor& q, const OptTensor& k, const Tensor& v, double eps, double rho, const OptTensor& head_rho,
-       const OptTensor& key_mask, const OptTensor& query_mask)
-      : arguments(attention_arguments(kOp, q, k, v, eps, rho, head_rho, key_mask, query_mask)),
-        size(sizes_of(arguments)),
-        q(q),
-        k(k ? *k : q),
-        v(v),
-        rho(rho),
-        head_rho(head_rho),
-        queries(query_mask, size.N),
-        keys(key_mask, size.M),
-        tied(!k),
-        symmetric(tied && same_mask(key_mask, query_mask)),
-        partial(key_mask || query_mask || empty()),
-        kernels(kernels_for(q.scalar_type())),
-        wide(acc_dtype(q) == at::kDouble) {}
-
-  int64_t heads() const { return size.B * size.H; }
-  bool empty() const { return heads() * size.N * size.M * size.d == 0; }
-
-  Tokens tokens(const Tensor& t, int64_t head, const Kept& kept) const {
-    return tokens_of(rows_of(t), head / size.H, head % size.H, t.element_size(), kept.of(head / size.H));
-  }
-
-  PureHead head(int64_t index) const {
-    const int64_t b = index / size.H;
-    PureHead p{};
-    p.N = queries.count(b), p.M = keys.count(b), p.d = size.d, p.d_v = size.d_v;
-    p.q = tokens(q, index, queries), p.k = tokens(k, index, keys), p.v = tokens(v, index, keys);
-    p.tied = symmetric, p.rho = rho_of(rho, head_rho, b, index % size.H);
-    p.few_keys = p.M <= kFewKeys, p.few_columns = p.d_v <= kFewColumns;
-    p.few_scores = whole && std::max(p.N, p.M) <= kPureStride && p.N * p.M <= kFewScores;
-    if (!units.empty()) p.unit = units[index];
-    return p;
-  }
-
-  bool is_factor(double x) const { return within(x, kMostFactor, wide); }
-  bool is_sum(double x) const { return within(x, kMostSum, wide); }
-
-  // Brings q, k and v of a head to order one, and g = dout / norm where given. False where that is no help: one is not
-  // finite.
-  bool scale_head(int64_t index, const Tensor* dout = nullptr, double norm = 1) {
-    PureHead p = head(index);
-    const auto unit = [&](const Tokens& t, int64_t rows, int64_t columns) {
-      return unit_of(kernels.tokens.largest(t, columns, {0, rows}), wide);
-    };
-    PureUnits u{unit(p.q, p.N, p.d), unit(p.k, p.M, p.d), unit(p.v, p.M, p.d_v), 1};
-    if (dout) u.dout = unit(tokens(*dout, index, queries), p.N, p.d_v) * std::ldexp(1, std::ilogb(norm * u.q * u.k));
-    if (u.q * u.k * u.v * u.dout == 0) return false;
-    units.resize(heads());
-    units[index] = u;
-    return true;
-  }
-};
-
-// Cells of a head: n query chunks; as many key chunks and rounds, or one.
-struct Cut {
-  int64_t n, rounds;
-};
-
-Cut cut(const Call& call, int64_t head_bytes, bool queries_only) {
-  const auto blocks = [](int64_t tokens) {
-    return 1 + ceil_div(std::max<int64_t>(tokens - kPureStride, 0), kPureBlock);
-  };
-  if (queries_only) return {blocks(call.size.N), 1};
-  const int64_t together = std::clamp<int64_t>(kSumsBytes / std::max<int64_t>(head_bytes, 1), 1, call.heads());
-  // A round of a symmetric head has half as many cells as chunks.
-  const int64_t wanted = ceil_div(call.symmetric ? 2 * kCells : kCells, together);
-  const int64_t n = std::min(wanted, blocks(std::max(call.size.N, call.size.M)));
-  return {n, n};
-}
-
-// The i-th of n chunks: whole blocks, with the slack that the last block may take.
-Range chunk(int64_t tokens, int64_t n, int64_t i) {
-  const int64_t step = ceil_div(ceil_div(tokens, n), kPureBlock) * kPureBlock;
-  const auto bound = [&](int64_t at) { return at > 0 && at * step + kPureSlack >= tokens ? tokens : at * step; };
-  return {bound(i), bound(i + 1)};
-}
-
-// For every head of a range: begin(head, chunk), then cell(head, round, query chunk, key chunk, sums, scratch) round by
-// round, then end(head, chunk, sums).
-template <typename Begin, typename Cell, typename End>
-void run_heads(const Call& call, Range range, Cut cut, int64_t head_bytes, bool backward, const Begin& begin,
-               const Cell& cell, const End& end) {
-  const auto [n, rounds] = cut;
-  const int64_t heads = range.end - range.begin;
-  PureHead largest = call.head(0);
-  largest.N = call.size.N, largest.M = call.size.M;
-  const int64_t scratch = call.kernels.pure.scratch_bytes(largest, backward);
-  const double head_work = double(call.size.N) * call.size.M * (call.size.d + call.size.d_v);
-  const auto run_cell = [&](int64_t head, int64_t round, int64_t i, char* sums, char* memory) {
-    // The pairs i + j = round (mod n): every chunk is in one cell of a round, of which a symmetric head needs one half.
-    const int64_t j = rounds == 1 ? i : (round - i + n) % n;
-    if (!call.symmetric || i <= j) cell(head, round, i, j, sums, memory);
-  };
-
-  if (head_bytes <= kOwnSumsBytes && heads >= at::get_num_threads()) {
-    run_tasks(heads, heads * head_work, scratch + head_bytes, [&](int64_t task, char* memory) {
-      const int64_t head = range.begin + task;
-      char* sums = memory + scratch;
-      for (int64_t i = 0; i < n; ++i) begin(head, i);
-      for (int64_t round = 0; round < rounds; ++round) {
-        for (int64_t i = 0; i < n; ++i) run_cell(head, round, i, sums, memory);
-      }
-      for (int64_t i = 0; i < n; ++i) end(head, i, sums);
-    });
-    return;
-  }
-  const int64_t together = std::clamp<int64_t>(kSumsBytes / std::max<int64_t>(head_bytes, 1), 1, heads);
-  const Buffer all_sums(together * head_bytes);
-  for (int64_t first = range.begin; first < range.end; first += together) {
-    const int64_t tasks = std::min(together, range.end - first) * n;
-    const double work = tasks / n * head_work;
-    const auto sums = [&](int64_t task) { return all_sums.data() + task / n * head_bytes; };
-    run_tasks(tasks, work, 0, [&](int64_t task, char*) { begin(first + task / n, task % n); });
-    for (int64_t round = 0; round < rounds; ++round) {
-      run_tasks(tasks, work, scratch,
-                [&](int64_t task, char* memory) { run_cell(first + task / n, round, task % n, sums(task), memory); });
-    }
-    run_tasks(tasks, work, 0, [&](int64_t task, char*) { end(first + task / n, task % n, sums(task)); });
-  }
-}
-
 void clear(void* sums, Range rows, int64_t row_bytes) {
   if (sums) std::memset(static_cast<char*>(sums) + rows.begin * row_bytes, 0, rows.size() * row_bytes);
 }
 
-// The output is rounded to dtype.
-std::tuple<Tensor, Tensor> forward(Call& call, double eps, at::ScalarType dtype) {
-  const Tensor& q = call.q;
+// Writes the rows of out that count, rounded to its dtype, and the norms.
+void forward(Call& call, double eps, const Tensor& out, const Tensor& norm) {
   const auto [B, H, N, M, d, d_v] = call.size;
-  const bool token_major = q.stride(1) < q.stride(2);
-  const int64_t token = token_major ? H * d_v : d_v, head = token_major ? d_v : N * d_v;
-  const Tensor out = new_tensor({B, H, N, d_v}, {H * N * d_v, head, token, 1}, dtype);
-  const Tensor norm = at::zeros({B, H}, q.options().dtype(acc_dtype(q)));
-  if (call.partial) out.zero_();
-  if (call.empty()) return {out, norm};
-
   const Numbers F_of(norm);
   const int64_t stride = d_v <= kFewColumns ? d_v : round_up(d_v, call.kernels.lanes);
   const int64_t row_bytes = stride * norm.element_size(), head_bytes = round_up(N * row_bytes, 64);
@@ -216,8 +58,9 @@ std::tuple<Tensor, Tensor> forward(Call& call, double eps, at::ScalarType dtype)
           const Range queries = chunk(h.N, n, i);
           const PureUnits& u = h.unit;
           const double F = std::sqrt(square_sum(head));
-          kernels_for(dtype).tokens.store(call.tokens(out, head, call.queries), sums, stride, d_v,
-                                          finite(h.rho / (F + eps * u.q * u.k) / u.v, call.wide), queries);
+          kernels_for(out.scalar_type())
+              .tokens.store(call.tokens(out, head, call.queries), sums, stride, d_v,
+                            finite(h.rho / (F + eps * u.q * u.k) / u.v, call.wide), queries);
           largest[head * n + i] = call.kernels.tokens.largest_sum(sums, stride, queries);
           if (i == 0) F_of.set(head, F / u.q / u.k);
         });
@@ -230,57 +73,31 @@ std::tuple<Tensor, Tensor> forward(Call& call, double eps, at::ScalarType dtype)
     const bool ordinary = !lost && call.is_factor(F) && call.is_sum(most);
     if (!ordinary && call.scale_head(head)) run({head, head + 1});
   }
-  return {out, norm};
 }
 
-std::tuple<Tensor, Tensor> pure_fwd(const Tensor& q, const OptTensor& k, const Tensor& v, double eps, double rho,
-                                    const OptTensor& head_rho, const OptTensor& key_padding_mask,
-                                    const OptTensor& query_padding_mask) {
-  Call call(q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask);
-  return forward(call, eps, q.scalar_type());
-}
+// Those of q, k, v and head_rho; of no elements where they are not wanted.
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-std::tuple<Tensor, Tensor> pure_block_fwd(const Tensor& q, const OptTensor& k, const Tensor& v, double eps,
-                                          const OptTensor& key_padding_mask, const OptTensor& query_padding_mask) {
-  const OptTensor no_rho;
-  Call call(q, k, v, eps, 1, no_rho, key_padding_mask, query_padding_mask);
-  return forward(call, eps, acc_dtype(q));
-}
-
-// dout_dot(head, tokens of a chunk of queries): their <dout, out>. The gradients are rounded to dtype.
-template <typename Dot> std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Call& call, const Tensor& dout,
-                                                                            const Tensor& norm, double eps,
-                                                                            std::array<bool, 4> output_mask,
-                                                                            at::ScalarType dtype, const Dot& dout_dot) {
-  const Tensor &q = call.q, &v = call.v;
-  const double rho = call.rho;
-  const OptTensor& head_rho = call.head_rho;
+// Writes the rows of the gradients that count, rounded to their dtypes. dout_dot(head, tokens of a chunk of queries):
+// their <dout, out>.
+template <typename Dot> void backward(Call& call, double eps, const Tensor& dout, const Dot& dout_dot,
+                                      const Tensor& norm, const Gradients& gradients) {
   const auto [B, H, N, M, d, d_v] = call.size;
-  call.arguments.tensor("dout", dout, q.scalar_type(), "BHNv");
-  call.arguments.tensor("norm", norm, acc_dtype(q), "BH");
-
-  const bool want_q = output_mask[0], want_k = output_mask[1] && !call.tied, want_v = output_mask[2],
-             want_rho = output_mask[3] && head_rho;
-  // Masks that differ make the scores of a tied k asymmetric: its half of the gradient is then made apart, and added
-  // before the sum is rounded.
-  const bool apart = want_q && call.tied && !call.symmetric;
-  const at::ScalarType half = apart ? acc_dtype(q) : dtype;
-  const auto store_half = kernels_for(half).tokens.store, store = kernels_for(dtype).tokens.store;
-  const Tensor grad_q = new_gradient(want_q, q, call.partial, half),
-               grad_k = new_gradient(want_k || apart, call.k, call.partial, half),
-               grad_v = new_gradient(want_v, v, call.partial, dtype);
-  const Tensor grad_rho = want_rho ? at::zeros({B, H}, norm.options()) : at::empty({0}, norm.options());
-  const auto results = [&] {
-    if (!apart) return std::make_tuple(grad_q, grad_k, grad_v, grad_rho);
-    return std::make_tuple(grad_q.add_(grad_k).to(dtype), at::empty({0}, grad_v.options()), grad_v, grad_rho);
+  const double rho = call.rho;
+  const auto& [grad_q, grad_k, grad_v, grad_rho] = gradients;
+  const bool want_q = grad_q.dim() > 1, want_k = grad_k.dim() > 1, want_v = grad_v.dim() > 1,
+             want_rho = grad_rho.dim() > 1;
+  if (!(want_q || want_k || want_v || want_rho)) return;
+  const auto store = [&](const Tensor& to, int64_t head, const Kept& kept, const void* sums, int64_t stride,
+                         double scale, Range tokens) {
+    kernels_for(to.scalar_type())
+        .tokens.store(call.tokens(to, head, kept), sums, stride, to.size(3), finite(scale, call.wide), tokens);
   };
-  if (call.empty() || !(want_q || want_k || want_v || want_rho)) return results();
-
   const Numbers F_of(norm.contiguous()), drho(grad_rho);
   const int64_t stride = round_up(d, call.kernels.lanes), v_stride = round_up(d_v, call.kernels.lanes);
   const int64_t row_bytes = stride * norm.element_size(), v_row_bytes = v_stride * norm.element_size();
   const int64_t q_bytes = want_q ? N * row_bytes : 0;
-  const int64_t k_bytes = want_k || apart ? M * row_bytes : 0;
+  const int64_t k_bytes = want_k ? M * row_bytes : 0;
   const int64_t v_bytes = want_v || want_rho ? M * v_row_bytes : 0;
   const auto parts = [=](char* sums) {
     char* dq = q_bytes ? sums : nullptr;
@@ -289,7 +106,7 @@ template <typename Dot> std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Call
   };
   const Cut cells = cut(call, q_bytes + k_bytes + v_bytes, false);
   const int64_t n = cells.n;
-  std::vector<double> dout_out(call.heads() * n), v_dv(call.heads() * n);  // <dout, out> and <v, dv>, by chunk
+  std::vector<double> dots(call.heads() * n), v_dv(call.heads() * n);  // <dout, out> and <v, dv>, by chunk
 
   const auto head_of = [&](int64_t index) {
     PureHead h = call.head(index);
@@ -298,15 +115,14 @@ template <typename Dot> std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Call
     h.dout = call.tokens(dout, index, call.queries);
     h.eps = eps * u.q * u.k;
     h.inverse_norm = 1 / (F + h.eps);
-    h.c = F == 0 ? 0 : sum(&dout_out[index * n], n) * u.dout * u.v / (F * (F + h.eps));
+    h.c = F == 0 ? 0 : sum(&dots[index * n], n) * u.dout * u.v / (F * (F + h.eps));
     return h;
   };
   const auto run = [&](Range heads) {
     run_heads(
         call, heads, cells, q_bytes + k_bytes + v_bytes, true,
         [&](int64_t head, int64_t i) {
-          const Range queries = chunk(call.queries.count(head / H), n, i);
-          dout_out[head * n + i] = dout_dot(head, queries);
+          dots[head * n + i] = dout_dot(head, chunk(call.queries.count(head / H), n, i));
         },
         [&](int64_t head, int64_t round, int64_t i, int64_t j, char* memory, char* scratch) {
           const PureHead h = head_of(head);
@@ -327,14 +143,9 @@ template <typename Dot> std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Call
           const Range queries = chunk(h.N, n, i), keys = chunk(h.M, n, i);
           // dS came out times (u.dout u.v) / (u.q u.k).
           const double per_v = 1 / u.dout, per_score = per_v / u.v;
-          if (want_q)
-            store_half(call.tokens(grad_q, head, call.queries), sums.dq, stride, d, finite(per_score * u.q, call.wide),
-                       queries);
-          if (sums.dk)
-            store_half(call.tokens(grad_k, head, call.keys), sums.dk, stride, d, finite(per_score * u.k, call.wide),
-                       keys);
-          if (want_v)
-            store(call.tokens(grad_v, head, call.keys), sums.dv, v_stride, d_v, finite(h.rho * per_v, call.wide), keys);
+          if (want_q) store(grad_q, head, call.queries, sums.dq, stride, per_score * u.q, queries);
+          if (want_k) store(grad_k, head, call.keys, sums.dk, stride, per_score * u.k, keys);
+          if (want_v) store(grad_v, head, call.keys, sums.dv, v_stride, h.rho * per_v, keys);
           if (want_rho) v_dv[head * n + i] = per_v * call.kernels.tokens.dot(h.v, {}, sums.dv, v_stride, d_v, keys);
         });
   };
@@ -346,35 +157,134 @@ template <typename Dot> std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Call
     if (!ordinary && call.scale_head(head, &dout, F + eps)) run({head, head + 1});
   }
   for (int64_t head = 0; want_rho && head < call.heads(); ++head) drho.set(head, rho * sum(&v_dv[head * n], n));
-  return results();
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> pure_bwd(const Tensor& dout, const Tensor& q, const OptTensor& k,
-                                                    const Tensor& v, const Tensor& out, const Tensor& norm, double eps,
-                                                    double rho, const OptTensor& head_rho,
-                                                    const OptTensor& key_padding_mask,
-                                                    const OptTensor& query_padding_mask,
-                                                    std::array<bool, 4> output_mask) {
-  Call call(q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask);
-  call.arguments.tensor("out", out, q.scalar_type(), "BHNv");
-  return backward(call, dout, norm, eps, output_mask, q.scalar_type(), [&](int64_t head, Range queries) {
+Call dense_call(const Sizes& size, const Tensor& q, const OptTensor& k, const Tensor& v, double rho,
+                const OptTensor& head_rho, const OptTensor& key_mask, const OptTensor& query_mask) {
+  return Call(size, q, k, v, rho, head_rho, Kept(query_mask, size.N), Kept(key_mask, size.M),
+              same_mask(key_mask, query_mask), key_mask || query_mask);
+}
+
+std::tuple<Tensor, Tensor> dense_forward(const Tensor& q, const OptTensor& k, const Tensor& v, double eps, double rho,
+                                         const OptTensor& head_rho, const OptTensor& key_mask,
+                                         const OptTensor& query_mask, at::ScalarType dtype) {
+  const Arguments a = attention_arguments(kOp, q, k, v, eps, rho, head_rho, key_mask, query_mask);
+  Call call = dense_call(sizes_of(a), q, k, v, rho, head_rho, key_mask, query_mask);
+  const auto [B, H, N, M, d, d_v] = call.size;
+  const bool token_major = q.stride(1) < q.stride(2);
+  const int64_t token = token_major ? H * d_v : d_v, head = token_major ? d_v : N * d_v;
+  const Tensor out = new_tensor({B, H, N, d_v}, {H * N * d_v, head, token, 1}, dtype);
+  const Tensor norm = at::zeros({B, H}, q.options().dtype(acc_dtype(q)));
+  if (call.partial) out.zero_();
+  if (!call.empty()) forward(call, eps, out, norm);
+  return {out, norm};
+}
+
+template <typename Dot> Gradients dense_backward(Call& call, double eps, const Tensor& dout, const Dot& dout_dot,
+                                                 const Tensor& norm, std::array<bool, 4> output_mask,
+                                                 at::ScalarType dtype) {
+  const bool want_q = output_mask[0], want_k = output_mask[1] && !call.tied, want_rho = output_mask[3] && call.head_rho;
+  // Masks that differ make the scores of a tied k asymmetric: its half of the gradient is then made apart, and added
+  // before the sum is rounded.
+  const bool apart = want_q && call.tied && !call.symmetric;
+  const at::ScalarType half = apart ? acc_dtype(call.q) : dtype;
+  const Tensor grad_q = new_gradient(want_q, call.q, call.partial, half),
+               grad_k = new_gradient(want_k || apart, call.k, call.partial, half),
+               grad_v = new_gradient(output_mask[2], call.v, call.partial, dtype);
+  const Tensor grad_rho =
+      want_rho ? at::zeros({call.size.B, call.size.H}, norm.options()) : at::empty({0}, norm.options());
+  if (!call.empty()) backward(call, eps, dout, dout_dot, norm, {grad_q, grad_k, grad_v, grad_rho});
+  if (!apart) return {grad_q, grad_k, grad_v, grad_rho};
+  return {grad_q.add_(grad_k).to(dtype), at::empty({0}, grad_v.options()), grad_v, grad_rho};
+}
+
+std::tuple<Tensor, Tensor> pure_fwd(const Tensor& q, const OptTensor& k, const Tensor& v, double eps, double rho,
+                                    const OptTensor& head_rho, const OptTensor& key_padding_mask,
+                                    const OptTensor& query_padding_mask) {
+  return dense_forward(q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask, q.scalar_type());
+}
+
+std::tuple<Tensor, Tensor> pure_block_fwd(const Tensor& q, const OptTensor& k, const Tensor& v, double eps,
+                                          const OptTensor& key_padding_mask, const OptTensor& query_padding_mask) {
+  return dense_forward(q, k, v, eps, 1, {}, key_padding_mask, query_padding_mask, acc_dtype(q));
+}
+
+// The <dout, out> of a chunk of a head's queries.
+auto dot_of(const Call& call, const Tensor& dout, const Tensor& out) {
+  return [&](int64_t head, Range queries) {
     return call.kernels.tokens.dot(call.tokens(dout, head, call.queries), call.tokens(out, head, call.queries), nullptr,
                                    0, call.size.d_v, queries);
-  });
+  };
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> pure_block_bwd(const Tensor& dout, const Tensor& q, const OptTensor& k,
-                                                          const Tensor& v, const Tensor& dout_out, const Tensor& norm,
-                                                          double eps, double rho, const OptTensor& head_rho,
-                                                          const OptTensor& key_padding_mask,
-                                                          const OptTensor& query_padding_mask,
-                                                          std::array<bool, 4> output_mask) {
-  Call call(q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask);
+Gradients pure_bwd(const Tensor& dout, const Tensor& q, const OptTensor& k, const Tensor& v, const Tensor& out,
+                   const Tensor& norm, double eps, double rho, const OptTensor& head_rho,
+                   const OptTensor& key_padding_mask, const OptTensor& query_padding_mask,
+                   std::array<bool, 4> output_mask) {
+  Arguments a = attention_arguments(kOp, q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask);
+  a.tensor("dout", dout, q.scalar_type(), "BHNv");
+  a.tensor("out", out, q.scalar_type(), "BHNv");
+  a.tensor("norm", norm, acc_dtype(q), "BH");
+  Call call = dense_call(sizes_of(a), q, k, v, rho, head_rho, key_padding_mask, query_padding_mask);
+  return dense_backward(call, eps, dout, dot_of(call, dout, out), norm, output_mask, q.scalar_type());
+}
+
+Gradients pure_block_bwd(const Tensor& dout, const Tensor& q, const OptTensor& k, const Tensor& v,
+                         const Tensor& dout_out, const Tensor& norm, double eps, double rho, const OptTensor& head_rho,
+                         const OptTensor& key_padding_mask, const OptTensor& query_padding_mask,
+                         std::array<bool, 4> output_mask) {
+  Arguments a = attention_arguments(kOp, q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask);
+  a.tensor("dout", dout, q.scalar_type(), "BHNv");
+  a.tensor("dout_out", dout_out, at::kDouble, "BH");
+  a.tensor("norm", norm, acc_dtype(q), "BH");
+  Call call = dense_call(sizes_of(a), q, k, v, rho, head_rho, key_padding_mask, query_padding_mask);
   call.whole = false;
-  call.arguments.tensor("dout_out", dout_out, at::kDouble, "BH");
   const Numbers of_all(dout_out.contiguous());
-  return backward(call, dout, norm, eps, output_mask, acc_dtype(q),
-                  [&](int64_t head, Range queries) { return queries.begin == 0 ? of_all[head] : 0; });
+  const auto dout_dot = [&](int64_t head, Range queries) { return queries.begin == 0 ? of_all[head] : 0; };
+  return dense_backward(call, eps, dout, dout_dot, norm, output_mask, acc_dtype(q));
+}
+
+Call packed_call(const PackedArguments& p, const Tensor& q, const OptTensor& k, const Tensor& v, double rho,
+                 const OptTensor& head_rho) {
+  return {p.sizes(), q, k, v, rho, head_rho, Kept(p.queries.at), Kept(p.keys.at), true, false};
+}
+
+std::tuple<Tensor, Tensor> pure_varlen_fwd(const Tensor& q, const OptTensor& k, const Tensor& v,
+                                           const Tensor& cu_seqlens_q, const OptTensor& cu_seqlens_k, int64_t max_q,
+                                           int64_t max_k, double eps, double rho, const OptTensor& head_rho) {
+  const PackedArguments p(kPackedOp, q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, eps, rho, head_rho);
+  const int64_t H = q.size(1), d_v = v.size(2);
+  const Tensor out = new_tensor({q.size(0), H, d_v}, {H * d_v, d_v, 1}, q.scalar_type());
+  const Tensor norm = at::zeros({p.queries.sequences(), H}, q.options().dtype(acc_dtype(q)));
+  const Tensor queries = as_batch(q, p.queries), values = as_batch(v, p.keys);
+  const OptTensor keys = k ? OptTensor(as_batch(*k, p.keys)) : k;
+  Call call = packed_call(p, queries, keys, values, rho, head_rho);
+  if (call.partial) out.zero_();
+  if (!call.empty()) forward(call, eps, as_batch(out, p.queries), norm);
+  return {out, norm};
+}
+
+Gradients pure_varlen_bwd(const Tensor& dout, const Tensor& q, const OptTensor& k, const Tensor& v, const Tensor& out,
+                          const Tensor& norm, const Tensor& cu_seqlens_q, const OptTensor& cu_seqlens_k, int64_t max_q,
+                          int64_t max_k, double eps, double rho, const OptTensor& head_rho,
+                          std::array<bool, 4> output_mask) {
+  PackedArguments p(kPackedOp, q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, eps, rho, head_rho);
+  p.a.tensor("dout", dout, q.scalar_type(), "NHv");
+  p.a.tensor("out", out, q.scalar_type(), "NHv");
+  p.a.tensor("norm", norm, acc_dtype(q), "SH");
+  const Tensor queries = as_batch(q, p.queries), values = as_batch(v, p.keys);
+  const OptTensor keys = k ? OptTensor(as_batch(*k, p.keys)) : k;
+  Call call = packed_call(p, queries, keys, values, rho, head_rho);
+  const Tensor grad_q = new_gradient(output_mask[0], q, call.partial),
+               grad_k = new_gradient(output_mask[1] && k, k.value_or(q), call.partial),
+               grad_v = new_gradient(output_mask[2], v, call.partial);
+  const Tensor grad_rho =
+      output_mask[3] && head_rho ? at::zeros(head_rho->sizes(), norm.options()) : at::empty({0}, norm.options());
+  const Tensor dout_batch = as_batch(dout, p.queries), out_batch = as_batch(out, p.queries);
+  if (!call.empty())
+    backward(call, eps, dout_batch, dot_of(call, dout_batch, out_batch), norm,
+             {as_batch(grad_q, p.queries), as_batch(grad_k, p.keys), as_batch(grad_v, p.keys), grad_rho});
+  return {grad_q, grad_k, grad_v, grad_rho};
 }
 
 }  // namespace
@@ -384,6 +294,8 @@ TORCH_LIBRARY_IMPL(infsa, CPU, m) {
   m.impl("pure_bwd", TORCH_FN(pure_bwd));
   m.impl("pure_blocks_fwd", TORCH_FN(pure_block_fwd));
   m.impl("pure_blocks_bwd", TORCH_FN(pure_block_bwd));
+  m.impl("pure_varlen_fwd", TORCH_FN(pure_varlen_fwd));
+  m.impl("pure_varlen_bwd", TORCH_FN(pure_varlen_bwd));
 }
 
-}  // namespace infsa::cpu
+}  // namespace infsa::cpu::pure

@@ -31,6 +31,12 @@ struct Kept {
       }
     }
   }
+  // Batches whose tokens lie one behind another, each from one of these positions to the next.
+  explicit Kept(const std::vector<int64_t>& packed) : all(packed.back()), positions(packed.size() - 1) {
+    for (size_t b = 0; b < positions.size(); ++b) {
+      for (int64_t i = packed[b]; i < packed[b + 1]; ++i) positions[b].push_back(i);
+    }
+  }
   int64_t count(int64_t b) const { return positions.empty() ? all : static_cast<int64_t>(positions[b].size()); }
   const int64_t* of(int64_t b) const { return positions.empty() ? nullptr : positions[b].data(); }
 };

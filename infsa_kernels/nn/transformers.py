@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
 
+from ..ops.varlen import linear_infsa_varlen, pure_infsa_varlen
 from .checks import LEAVE_OUT, NO_CAUSAL, class_path, require
 from .functional import attend
 from .masks import padding_of_kept, padding_of_scores_mask, without
@@ -28,7 +29,7 @@ CONFIG_SAYS_CAUSAL = _BIDIRECTIONAL is not None
 # Arguments on which no result here depends. Whatever else a model hands to attention is refused, known or not: names change from
 # one version of transformers to the next, and what is not understood cannot be honoured.
 _HARMLESS = {
-    "position_ids",  # rotary embeddings have applied them; sequences packed by them are refused
+    "position_ids",  # rotary embeddings have applied them; sequences that are packed by them are found by _packing
     "cache_position",  # where this call's tokens go in a cache: keys of earlier calls show in their number
     "use_cache",  # the same
     "output_hidden_states",  # what the model returns
@@ -50,10 +51,12 @@ _REFUSED = {
     "head_mask": "scales single heads; set rho_logit, one per head, instead",
     "layer_head_mask": "scales single heads; set rho_logit, one per head, instead",
     "cache": "holds keys of earlier calls, whose queries are gone; use_cache=False",
-    "cu_seq_lens_q": "packs several sequences into one; give a padded batch and its attention_mask",
-    "cu_seq_lens_k": "packs several sequences into one; give a padded batch and its attention_mask",
-    "seq_idx": "packs several sequences into one; give a padded batch and its attention_mask",
+    "seq_idx": "packs several sequences into one; give cu_seq_lens_q and cu_seq_lens_k",
 }
+
+# How flash attention is told of packed sequences.
+_PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+_VARLEN = {"linear_infsa": linear_infsa_varlen, "pure_infsa": pure_infsa_varlen}
 
 # Parameters of attention modules that are no second sequence of tokens.
 _NO_TOKENS = {
@@ -72,10 +75,11 @@ def register() -> None:
     :func:`infsa_kernels.nn.convert`, and 0.95 elsewhere. ``module.score_floor`` is the floor, by default 0.
 
     Honoured: padding (``attention_mask``, 1 = keep: those tokens are removed as keys and as queries and get an output of 0),
+    packed sequences (``cu_seq_lens_q`` and its like, or ``position_ids`` (1, N) that start anew at 0) by Linear and Pure,
     grouped-query attention, rotary embeddings, dropout, ``output_attentions``. The scale of the scores has no effect: all
     variants divide it out. Refused with NotImplementedError when the model is run: causal attention, a cache of keys, sliding
-    windows, masks that differ between queries, packed sequences, position biases, soft-capping, attention sinks, head masks,
-    dropout by multi-hop, and every argument that is not known.
+    windows, masks that differ between queries, position biases, soft-capping, attention sinks, head masks, dropout by
+    multi-hop, dropout and weights of packed sequences, and every argument that is not known.
 
     Cross-attention is computed where it removes no token, and where the module says what it is by ``is_cross_attention = True``
     if there are more keys than queries: as many could come from a cache.
@@ -130,7 +134,7 @@ def _attend(
     if scaling is not None and not scaling > 0:
         _refuse(f"scaling is {scaling}", "InfSA divides out the scale of the scores, so it has to be above 0", module)
     for name, given in kwargs.items():
-        if given is not None and given is not False and name not in _HARMLESS:
+        if given is not None and given is not False and name not in _HARMLESS and name not in _PACKING:
             _refuse(
                 f"{name} is given", f"it {_REFUSED.get(name, 'is not known here, so it cannot be honoured')}", module
             )
@@ -147,6 +151,21 @@ def _attend(
             "if this is cross-attention from all queries, set its is_cross_attention = True",
             module,
         )
+    rho = rho_of(module) if hasattr(module, "rho_logit") else RHO
+    sequences = _packing(attention_mask, query, module, **{n: kwargs.get(n) for n in ("position_ids", *_PACKING)})
+    if sequences is not None:
+        varlen = _VARLEN.get(variant)
+        for what, given in (
+            ("multi-hop", varlen is None),
+            ("dropout", dropout > 0),
+            ("its weights", output_attentions),
+        ):
+            if given:
+                _refuse(
+                    f"{what} of packed sequences", "their scores are not held; give a padded batch and its mask", module
+                )
+        tokens = (t.transpose(1, 2).flatten(0, 1) for t in (query, key, value))
+        return varlen(*tokens, *sequences, rho).unflatten(0, (B, N)), None
     ignore = None
     if attention_mask is not None:
         ignore = _ignored_tokens(attention_mask, (B, H, N, M), module)
@@ -154,10 +173,7 @@ def _attend(
             why = "it removes keys and does not say which queries are padding"
             require(~ignore.any(), _refusal("a mask in what may be cross-attention", f"{why}; {SAY_SELF}", module))
             ignore = None
-    else:
-        _refuse_packed(kwargs.get("position_ids"), N, module)
 
-    rho = rho_of(module) if hasattr(module, "rho_logit") else RHO
     out, weights = attend(
         query, key, value, variant, rho, 1e-6, ignore, ignore, hops=getattr(module, "hops", None),
         score_floor=getattr(module, "score_floor", 0.0), dropout_p=dropout, need_scores=output_attentions,
@@ -169,11 +185,37 @@ def _attend(
     return out.transpose(1, 2).contiguous(), weights if output_attentions else None
 
 
-def _refuse_packed(position_ids: Tensor | None, N: int, module: nn.Module) -> None:
-    """Without a mask, positions that start anew are how flash attention is told of packed sequences."""
-    if position_ids is not None and position_ids.dim() == 2 and position_ids.shape[1] == N:
-        message = _refusal("position_ids start anew within a row", f"this {_REFUSED['seq_idx']}", module)
-        require((position_ids.diff() >= 0).all(), message)
+def _packing(
+    attention_mask, query, module, position_ids, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k
+) -> tuple[Tensor, Tensor, int, int] | None:
+    """cu_seqlens and longest of packed sequences, in the order of varlen functions; None where nothing is packed.
+
+    As for flash attention they lie one behind another in all rows of the batch. ``position_ids`` without a mask tell of them in
+    a batch of one row: 0 begins a sequence.
+    """
+    B, _, N, _ = query.shape
+    if cu_seq_lens_q is not None:
+        if attention_mask is not None:
+            _refuse("cu_seq_lens_q and a mask are given", "packed sequences have no padding; drop one of them", module)
+        keys = cu_seq_lens_q if cu_seq_lens_k is None else cu_seq_lens_k
+        # A length that is a tensor would be waited for: all tokens are a bound too.
+        longest = (n if isinstance(n, int) else B * N for n in (max_length_q, max_length_k))
+        return cu_seq_lens_q, keys, *longest
+    if attention_mask is not None or position_ids is None or position_ids.dim() != 2 or position_ids.shape[1] != N:
+        return None
+    falls = position_ids.diff() < 0
+    if B > 1 or torch.compiler.is_compiling():
+        why = "this packs several sequences into one; give cu_seq_lens_q, or a padded batch and its attention_mask"
+        require(~falls.any(), _refusal("position_ids start anew within a row", why, module))
+        return None
+    begins = position_ids[0] == 0
+    starts = begins.nonzero().flatten()
+    if starts.numel() < 2 and not falls.any():
+        return None
+    if not begins[0] or (falls[0] & ~begins[1:]).any():
+        _refuse("position_ids start anew, and not at 0", "packed sequences begin at 0; give cu_seq_lens_q", module)
+    cu_seqlens = torch.nn.functional.pad(starts, (0, 1), value=N)
+    return cu_seqlens, cu_seqlens, N, N
 
 
 def _ignored_tokens(mask: Tensor, scores: tuple[int, int, int, int], module: nn.Module) -> Tensor:

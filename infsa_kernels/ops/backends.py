@@ -84,8 +84,8 @@ def _why_not_cuda(op: str, device: torch.device, dtype: torch.dtype, shape: Sequ
         )
     if dtype == torch.float64:
         return "float64 has no CUDA C++ kernel: it is there to check gradients, for which the eager backend is exact enough"
-    if shape[3] > LARGEST_CUDA_HEAD_DIM:
-        return f"head_dim {shape[3]} is above {LARGEST_CUDA_HEAD_DIM}"
+    if shape[-1] > LARGEST_CUDA_HEAD_DIM:
+        return f"head_dim {shape[-1]} is above {LARGEST_CUDA_HEAD_DIM}"
     return None
 
 
@@ -151,8 +151,8 @@ def _why_not_triton(op: str, device: torch.device, dtype: torch.dtype, shape: Se
         return f"infsa::{op} has no Triton kernels"
     if torch.version.hip and "linear" in op:
         return "AMD: its partial sums meet in one launch, in an order of memory that is proven for NVIDIA only"
-    if shape[3] > LARGEST_TRITON_HEAD_DIM:
-        return f"head_dim {shape[3]} is above {LARGEST_TRITON_HEAD_DIM}"
+    if shape[-1] > LARGEST_TRITON_HEAD_DIM:
+        return f"head_dim {shape[-1]} is above {LARGEST_TRITON_HEAD_DIM}"
     return _why_no_triton(oldest)
 
 
@@ -161,8 +161,8 @@ def choose_backend(
 ) -> str:  # fmt: skip
     """The backend that runs `infsa::<op>` on q of this device, dtype and shape (B, H, N, d).
 
-    ``op`` is "linear", "pure" or "pooled_linear". ``forced`` names a backend, as ``with infsa_kernels.backend(...)`` does: it is
-    that one or a RuntimeError that says why not.
+    ``op`` is a public operator: "linear", "pure", "pooled_linear", "linear_varlen" or "pure_varlen", whose shape is (N, H, d).
+    ``forced`` names a backend, as ``with infsa_kernels.backend(...)`` does: it is that one or a RuntimeError that says why not.
     """
     if forced:
         if reason := why_not(op, forced, device, dtype, shape):

@@ -5,9 +5,10 @@ fakes are checked before they run. Compiled kernels have invariants of their own
 words from here afterwards, and calls that are right do not wait for Python.
 """
 
+import itertools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import zip_longest
 from types import NoneType
 from typing import NamedTuple
@@ -16,9 +17,10 @@ import torch
 from torch import Tensor
 
 from ..eager.common import acc_dtype
-from ..torch_private import is_batched
+from ..torch_private import FakeTensor, is_batched
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_NO_BROADCASTING = "broadcasting is not implied, use .expand()"
 _FLOATING = "torch.float32, torch.bfloat16, torch.float16 or torch.float64"
 
 # Numbers are finite and above this.
@@ -59,12 +61,17 @@ class Signature:
     Args:
         schema: as torch takes it, "linear_fwd(Tensor q, Tensor? k, ...) -> (Tensor out, ...)".
         tensors: the dimensions of every tensor: "(B, H, N, d)". A letter stands for one size, which the first tensor that has
-            it decides for all. The dtype is that of the first tensor, or what follows the dimensions: "bool", "float64", "acc"
-            for the dtype of sums, "or acc" for either. A gradient dx is declared by x.
+            it decides for all; "S+1" is that of S and one more. The dtype is that of the first tensor, or what follows the
+            dimensions: "bool", "float64", "index" for an integer, "acc" for the dtype of sums, "or acc" for either. A gradient
+            dx is declared by x.
         stand_ins: whose sizes count for an optional tensor's where that is absent.
+        more: (op, arguments by name), raises what is demanded beyond that.
     """
 
-    def __init__(self, schema: str, tensors: dict[str, str], stand_ins: dict[str, str] | None = None):
+    def __init__(
+        self, schema: str, tensors: dict[str, str], stand_ins: dict[str, str] | None = None,
+        more: Callable[[str, dict], None] | None = None,
+    ):  # fmt: skip
         name, arguments, results = re.fullmatch(r"(\w+)\((.*)\) -> (.*)", schema).groups()
         self.name = re.sub("_(fwd|bwd)$", "", name)
         # A floor is an argument of the public operator, whose name errors tell.
@@ -72,6 +79,7 @@ class Signature:
         given = (argument.split("=")[0].split() for argument in arguments.split(", ") if argument != "*")
         self.kinds = {n: kind for kind, n in given}
         self.arguments = list(self.kinds)
+        self._more = more
         self.results = [result.split()[-1] for result in results.strip("()").split(", ")]
         declared = {n: Declared.read(text) for n, text in tensors.items()}
         declared = {f"d{n}": t for n, t in declared.items()} | declared
@@ -97,7 +105,7 @@ class Signature:
         kind = self.kinds[name]
         if name == "rho":
             right, expected = hasattr(value, "__float__") and not isinstance(value, bool), "a number or a Tensor"
-        elif kind == "int":
+        elif kind in ("int", "SymInt"):
             right, expected = isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool), "an int"
         elif kind.startswith("float"):
             return number(self.op, name, value, "a number" if kind == "float" else "a number or None")
@@ -124,27 +132,29 @@ class Signature:
         for at, name in self._numbers:
             if values[at] is not None:
                 finite(self.op, name, values[at])
+        if self._more:
+            self._more(self.op, dict(zip(self.arguments, values)))
         return sizes
 
     def _check_shape(self, name, shape, sizes) -> None:
         """``sizes`` gains those that this tensor is the first to have."""
-        text, letters, _ = self.tensors[name]
+        text, letters, dtype = self.tensors[name]
         if len(shape) != len(letters) and not sizes.keys() >= set(letters):
             raise ValueError(
                 f"{self.op}: {name} has shape {list(shape)}, expected {text}; view it with {len(letters)} dimensions"
             )
         expected = [sizes.setdefault(letter, size) for letter, size in zip_longest(letters, shape) if letter]
+        _one_less(sizes)
         if list(shape) != expected:
-            raise ValueError(
-                f"{self.op}: {name} has shape {list(shape)}, expected {text} = {expected}; broadcasting is not implied, "
-                "use .expand()"
-            )
+            fix = "one element for each sequence and one more" if dtype == "index" else _NO_BROADCASTING
+            raise ValueError(f"{self.op}: {name} has shape {list(shape)}, expected {text} = {expected}; {fix}")
 
     def dtypes(self, name: str, first: Tensor) -> tuple[torch.dtype, ...]:
         """Those that a tensor may have, the usual one before others."""
         acc = acc_dtype(first)
         by_declaration = {"": (first.dtype,), "acc": (acc,), "or acc": (first.dtype, acc), "bool": (torch.bool,)}
         by_declaration["float64"] = (torch.float64,)
+        by_declaration["index"] = (torch.int32, torch.int64)
         return by_declaration[self.tensors[name].dtype]
 
     def sizes(self, shapes: Sequence) -> dict[str, int]:
@@ -152,12 +162,18 @@ class Signature:
         found: dict[str, int] = {}
         for at, name, stand_in in self._order:
             found.update(zip(self.tensors[name].letters, shapes[at] or shapes[stand_in] or ()))
+        _one_less(found)
         return found
 
     def empty(self, name: str, first: Tensor, sizes: dict[str, int] | None) -> Tensor:
         """A tensor as declared, uninitialised; without sizes the (0,) that stands for no gradient."""
         shape = [sizes[letter] for letter in self.tensors[name].letters] if sizes else 0
         return first.new_empty(shape, dtype=self.dtypes(name, first)[0])
+
+
+def _one_less(sizes: dict[str, int]) -> None:
+    """The size S where that of "S+1" is known."""
+    sizes.update({letter[:-2]: size - 1 for letter, size in sizes.items() if letter.endswith("+1")})
 
 
 def in_words(demand, *arguments) -> None:
@@ -210,6 +226,41 @@ def dense(op, name, t):
     if t.layout != torch.strided or t.is_quantized or t.is_nested:
         kind = "nested tensor" if t.is_nested else "quantized tensor" if t.is_quantized else f"{t.layout} tensor"
         raise TypeError(f"{op}: {name} is a {kind}, expected a dense strided one; densify it first")
+
+
+def offsets(op, name, cu_seqlens, tokens, tokens_name, longest_name, longest) -> None:
+    """Where packed sequences begin and the last one ends; of the values only what can be read without waiting for a GPU."""
+    if cu_seqlens.shape[0] == 0:
+        raise ValueError(f"{op}: {name} has shape [0], expected (S+1): a 0, and where each of the S sequences ends")
+    if type(cu_seqlens) is not Tensor or cu_seqlens.device.type != "cpu" or is_batched(cu_seqlens):
+        return
+    values = cu_seqlens.tolist()
+    if values[0] != 0:
+        raise ValueError(f"{op}: {name} starts at {values[0]}, expected 0, where the first sequence begins")
+    lengths = [end - begin for begin, end in itertools.pairwise(values)]
+    for s, length in enumerate(lengths):
+        if length < 0:
+            raise ValueError(
+                f"{op}: {name} falls from {values[s]} to {values[s + 1]} at position {s + 1}, expected no fall; give the "
+                "lengths of the sequences summed up, by .cumsum(0)"
+            )
+    if values[-1] != tokens:
+        raise ValueError(
+            f"{op}: {name} ends at {values[-1]}, expected {tokens}, the number of tokens of {tokens_name}; slice the tokens "
+            "that belong to no sequence off"
+        )
+    if lengths and longest < max(lengths):
+        raise ValueError(
+            f"{op}: {longest_name} is {longest}, expected at least {max(lengths)}, the length of sequence "
+            f"{lengths.index(max(lengths))}"
+        )
+
+
+def lengths(cu_seqlens: Tensor, longest: int) -> list[int]:
+    """Those of packed sequences; of tensors without values, the longest for each."""
+    if isinstance(cu_seqlens, FakeTensor) or cu_seqlens.is_meta:
+        return [longest] * (cu_seqlens.shape[0] - 1)
+    return cu_seqlens.diff().tolist()
 
 
 def same_device(op, name, t, first, first_name):

@@ -71,20 +71,22 @@ class RawOps:
         forward, backward: their schemas.
         tensors, stand_ins: what is known of the tensors (check.Signature). "B" is the batch and "H" the heads: over these vmap
             and DTensor divide the work. The gradient of an argument without "B" is a sum over the batch.
-        kernels: by backend, where its kernels are: a C++ file, or a Python module with ``forward(*arguments)`` and
+        kernels: by backend, where its kernels are: a C++ file, or a Python module (or object) with ``forward(*arguments)`` and
             ``backward(*arguments, gradients)``, which fills the gradients that are not None. A module that is given by its name
             is imported on first use, where the backend can run.
         formula: forward's differentiable outputs, as a tuple, in differentiable torch operations, for second derivatives.
         flops_forward, flops_backward: FLOPs from the sizes by letter.
         like: new outputs that are not laid out contiguously, from forward's arguments by name.
+        more: what is demanded of arguments beyond their sizes and dtypes (check.Signature).
+        counts: what FLOPs depend on beside the sizes, by name, from the arguments by name.
     """
 
     def __init__(
-        self, *, forward: str, backward: str, tensors: dict[str, str], kernels: dict[str, str | ModuleType], formula: Callable,
+        self, *, forward: str, backward: str, tensors: dict[str, str], kernels: dict[str, object], formula: Callable,
         flops_forward: Callable, flops_backward: Callable, stand_ins: dict[str, str] | None = None,
-        like: dict[str, Callable] | None = None,
+        like: dict[str, Callable] | None = None, more: Callable | None = None, counts: Callable | None = None,
     ):  # fmt: skip
-        self.forward, self.backward = (Signature(schema, tensors, stand_ins) for schema in (forward, backward))
+        self.forward, self.backward = (Signature(schema, tensors, stand_ins, more) for schema in (forward, backward))
         self.op, self.kernels, self.formula = self.forward.op, kernels, formula
         self.name = self.forward.name
         self.inputs = [result[1:] for result in self.backward.results]
@@ -105,7 +107,7 @@ class RawOps:
                 op = getattr(torch.ops.infsa, name + suffix).default
                 torch.library.register_fake(op.name(), fake, lib=library)
                 torch.library.register_vmap(op, self._vmap(op, signature), lib=library)
-                register_flop_formula(op.overloadpacket)(_flop_formula(flops, signature))
+                register_flop_formula(op.overloadpacket, get_raw=True)(_flop_formula(flops, signature, counts))
                 sharding.shard(op, self._shardings(signature))
                 ops.append(op)
             self.ops |= dict.fromkeys((backend for backend, own in SUFFIXES.items() if own == suffix), ops[0])
@@ -203,7 +205,7 @@ class RawOps:
 
     def _module(self, backend, signature, arguments):
         kernels, first = self.kernels[backend], signature.first_of(arguments)
-        if isinstance(kernels, ModuleType):
+        if not isinstance(kernels, str):
             return kernels
         backends.choose_backend(self.name, first.device, first.dtype, first.shape, backend)
         direction = "forward" if signature is self.forward else "backward"
@@ -268,6 +270,7 @@ class RawOps:
                 [of_result(letter, n) for n in signature.results],
             )
             for letter in "BH"
+            if any(letter in tensor.letters for tensor in signature.tensors.values())
         ], existing
 
 
@@ -276,9 +279,10 @@ def _first_use() -> ModuleType:
     return importlib.import_module("infsa_kernels.triton.first_use")
 
 
-def _flop_formula(flops, signature):
-    def formula(*shapes, out_shape=None, **kwargs):
-        return flops(**signature.sizes(shapes))
+def _flop_formula(flops, signature, counts):
+    def formula(*arguments, out_val=None, **kwargs):
+        sizes = signature.sizes([a.shape if isinstance(a, Tensor) else a for a in arguments])
+        return flops(**sizes, **(counts(dict(zip(signature.arguments, arguments))) if counts else {}))
 
     return formula
 

@@ -111,12 +111,13 @@ def test_encoders_compute_the_reference_and_padding_as_each_sample_alone(name, v
         assert_close(out[1:, :6], alone, rtol=1e-10, atol=1e-10)
 
 
-def test_packed_sequences_by_their_positions_are_refused():
+def test_packed_sequences_by_the_positions_of_a_batch_are_refused():
+    """Flash attention looks for them in a batch of one row only."""
     model = convert(DECODERS["Llama"]().eval(), inplace=True).model
-    packed = torch.tensor([[0, 1, 2, 0, 1, 2]])
+    ids, packed = IDS.expand(2, -1), torch.tensor([[0, 1, 2, 0, 1, 2]]).expand(2, -1)
     with pytest.raises(NotImplementedError, match="packs several sequences"):
-        model(input_ids=IDS, position_ids=packed)
-    model(input_ids=IDS, position_ids=packed.sort().values)
+        model(input_ids=ids, position_ids=packed)
+    model(input_ids=ids, position_ids=packed.sort().values)
 
 
 def bart_attention(**kwargs):

@@ -63,7 +63,7 @@ class Call:
         return REFERENCE[self.op](q, k, v, rho, eps, *masks, **self._by_name())
 
     def gradients(self, dout: Tensor) -> dict[str, Tensor]:
-        return self._differentiate(dout, Call.run)[1]
+        return self._differentiate(dout, type(self).run)[1]
 
     def reference_gradients(self, dout: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         return self.reference_results(dout, dtype)[1]

@@ -176,6 +176,59 @@ def test_arguments_without_an_effect_are_taken(name):
     assert torch.equal(out, attend(name, Module(), q, q, q)[0])
 
 
+def packed_qwen(name, **kwargs):
+    torch.manual_seed(0)
+    config = bidirectional(transformers.Qwen3Config(**GROUPED | {"attn_implementation": name}, **kwargs))
+    return transformers.Qwen3Model(config).double().eval()
+
+
+PACKED = {"cu_seq_lens_q": [0, 4, 4, 9, 12], "max_length_q": 5}
+POSITIONS = torch.tensor([[*range(4), *range(5), *range(3)]])
+
+
+@pytest.mark.parametrize("name", NAMES[:2])
+def test_packed_input_equals_single_texts(name):
+    """By offsets and by positions, and both in a model: what flash attention is given reaches the packed operators."""
+    model = packed_qwen(name)
+    ids = torch.arange(12)[None] * 5 % 50
+    alone = [model(input_ids=ids[:, part]).last_hidden_state for part in (slice(0, 4), slice(4, 9), slice(9, 12))]
+    offsets = torch.tensor(PACKED["cu_seq_lens_q"], dtype=torch.int32)
+    told = dict(cu_seq_lens_q=offsets, cu_seq_lens_k=offsets, max_length_q=5, max_length_k=5)
+    for kwargs in ({}, told, {"cu_seq_lens_q": offsets}):
+        out = model(input_ids=ids, position_ids=POSITIONS, **kwargs).last_hidden_state
+        torch.testing.assert_close(out, torch.cat(alone, 1), rtol=1e-10, atol=1e-10)
+    with torch.no_grad():
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        again = compiled(input_ids=ids, position_ids=POSITIONS, **told).last_hidden_state
+    torch.testing.assert_close(again, out)
+
+
+@pytest.mark.parametrize("name", NAMES[:2])
+def test_packed_batches_lie_one_behind_another(name):
+    q, k, v = torch.randn(2, 4, 6, 8), torch.randn(2, 2, 6, 8), torch.randn(2, 2, 6, 5)
+    offsets = torch.tensor([0, 5, 12])  # the second sequence begins in the first row of the batch
+    out, weights = attend(name, Module(rho_logit=torch.zeros(4)), q, k, v, cu_seq_lens_q=offsets)
+    assert weights is None and out.shape == (2, 6, 4, 5)
+    q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (q, k[:, [0, 0, 1, 1]], v[:, [0, 0, 1, 1]]))
+    for part in (slice(0, 5), slice(5, 12)):
+        one = (t[part].transpose(0, 1)[None] for t in (q, k, v))
+        truth, _ = attend(name, Module(rho_logit=torch.zeros(4)), *one)
+        torch.testing.assert_close(out.flatten(0, 1)[part], truth[0])
+
+
+@pytest.mark.parametrize(("name", "kwargs", "reason"), [
+    ("infsa_multi_hop", {}, "multi-hop of packed sequences"),
+    ("infsa_pure", {"dropout": 0.1}, "dropout of packed sequences"),
+    ("infsa_linear", {"output_attentions": True}, "its weights of packed sequences"),
+    ("infsa_pure", {"mask": torch.ones(1, 12, dtype=torch.long)}, "cu_seq_lens_q and a mask are given"),
+    ("infsa_pure", {"cu_seq_lens_q": None, "position_ids": POSITIONS + 1}, "start anew, and not at 0"),
+])  # fmt: skip
+def test_packed_input_that_is_refused(name, kwargs, reason):
+    q = torch.randn(1, 4, 12, 8)
+    with pytest.raises(NotImplementedError, match=reason):
+        attend(name, Module(), q, q, q, **{"cu_seq_lens_q": torch.tensor(PACKED["cu_seq_lens_q"])} | kwargs)
+
+
 def test_wrong_masks():
     q = torch.randn(2, 4, 9, 8)
     with pytest.raises(TypeError, match=r"dtype torch\.float32, expected bool or integers, 1 = keep"):

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 import infsa_kernels
-from infsa_kernels.ops import central_query, linear, pure, score_pool
+from infsa_kernels.ops import central_query, linear, pure, score_pool, varlen
 from infsa_kernels.ops.backends import OPERATORS, SUFFIXES
 
 ROOT = Path(__file__).parents[2]
@@ -182,7 +182,11 @@ def test_flops_of_compiled_graphs(op, form, device, backend):
     assert tuple(flops) == expected_flops(op, form)
 
 
-@pytest.mark.parametrize("raw", [m.raw for m in (linear, pure, central_query, score_pool)], ids=lambda raw: raw.name)
+@pytest.mark.parametrize(
+    "raw",
+    [m.raw for m in (linear, pure, central_query, score_pool)] + [varlen.raw_linear, varlen.raw_pure],
+    ids=lambda raw: raw.name,
+)
 def test_kernels_are_where_the_operator_says(raw):
     """The compiled ones that torch knows are those declared; the file or the module is there."""
     has = torch._C._dispatch_has_kernel_for_dispatch_key
@@ -205,14 +209,16 @@ def usable(device):
 
 def test_operators_and_their_backends():
     everything = {"cpu", "cuda", "triton", "eager"}
-    without_cuda, pooled = everything - {"cuda"}, {"cpu", "eager"}
-    assert {"linear": everything, "linear_floor": without_cuda, "pure": without_cuda, "pooled_linear": pooled} | {
+    without_cuda, without_gpu = everything - {"cuda"}, {"cpu", "eager"}
+    assert {"linear": everything, "linear_floor": without_cuda, "pure": without_cuda, "pooled_linear": without_gpu} | {
+        "linear_varlen": without_gpu,
+        "pure_varlen": without_gpu,
         # Parts of these for tokens in parts, and what puts them together over ranks.
         "linear_steps": without_cuda,
         "pure_blocks": without_cuda,
         "sharded_linear": without_cuda,
         "sharded_pure": without_cuda,
-        "sharded_pooled_linear": pooled,
+        "sharded_pooled_linear": without_gpu,
     } == OPERATORS
 
 
