@@ -79,7 +79,7 @@ def register() -> None:
     grouped-query attention, rotary embeddings, dropout, ``output_attentions``. The scale of the scores has no effect: all
     variants divide it out. Refused with NotImplementedError when the model is run: causal attention, a cache of keys, sliding
     windows, masks that differ between queries, position biases, soft-capping, attention sinks, head masks, dropout by
-    multi-hop, dropout and weights of packed sequences, and every argument that is not known.
+    multi-hop, dropout, weights and a floor of packed sequences, and every argument that is not known.
 
     Cross-attention is computed where it removes no token, and where the module says what it is by ``is_cross_attention = True``
     if there are more keys than queries: as many could come from a cache.
@@ -157,12 +157,16 @@ def _attend(
         varlen = _VARLEN.get(variant)
         for what, given in (
             ("multi-hop", varlen is None),
+            ("a score_floor", getattr(module, "score_floor", 0.0) != 0),
             ("dropout", dropout > 0),
             ("its weights", output_attentions),
+            ("tokens on several ranks", getattr(module, "sequence_group", None) is not None),
         ):
             if given:
                 _refuse(
-                    f"{what} of packed sequences", "their scores are not held; give a padded batch and its mask", module
+                    f"{what} of packed sequences",
+                    "packed operators have none; give a padded batch and its mask",
+                    module,
                 )
         tokens = (t.transpose(1, 2).flatten(0, 1) for t in (query, key, value))
         return varlen(*tokens, *sequences, rho).unflatten(0, (B, N)), None

@@ -216,17 +216,19 @@ def test_packed_batches_lie_one_behind_another(name):
         torch.testing.assert_close(out.flatten(0, 1)[part], truth[0])
 
 
-@pytest.mark.parametrize(("name", "kwargs", "reason"), [
-    ("infsa_multi_hop", {}, "multi-hop of packed sequences"),
-    ("infsa_pure", {"dropout": 0.1}, "dropout of packed sequences"),
-    ("infsa_linear", {"output_attentions": True}, "its weights of packed sequences"),
-    ("infsa_pure", {"mask": torch.ones(1, 12, dtype=torch.long)}, "cu_seq_lens_q and a mask are given"),
-    ("infsa_pure", {"cu_seq_lens_q": None, "position_ids": POSITIONS + 1}, "start anew, and not at 0"),
+@pytest.mark.parametrize(("name", "module", "kwargs", "reason"), [
+    ("infsa_multi_hop", {}, {}, "multi-hop of packed sequences"),
+    ("infsa_linear", {"score_floor": 0.1}, {}, "a score_floor of packed sequences"),
+    ("infsa_pure", {"sequence_group": "0"}, {}, "tokens on several ranks of packed sequences"),
+    ("infsa_pure", {}, {"dropout": 0.1}, "dropout of packed sequences"),
+    ("infsa_linear", {}, {"output_attentions": True}, "its weights of packed sequences"),
+    ("infsa_pure", {}, {"mask": torch.ones(1, 12, dtype=torch.long)}, "cu_seq_lens_q and a mask are given"),
+    ("infsa_pure", {}, {"cu_seq_lens_q": None, "position_ids": POSITIONS + 1}, "start anew, and not at 0"),
 ])  # fmt: skip
-def test_packed_input_that_is_refused(name, kwargs, reason):
+def test_packed_input_that_is_refused(name, module, kwargs, reason):
     q = torch.randn(1, 4, 12, 8)
     with pytest.raises(NotImplementedError, match=reason):
-        attend(name, Module(), q, q, q, **{"cu_seq_lens_q": torch.tensor(PACKED["cu_seq_lens_q"])} | kwargs)
+        attend(name, Module(**module), q, q, q, **{"cu_seq_lens_q": torch.tensor(PACKED["cu_seq_lens_q"])} | kwargs)
 
 
 def test_wrong_masks():
