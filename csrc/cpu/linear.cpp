@@ -156,7 +156,7 @@ void backward(const Sizes& s, const Packed& packed, const Gradients& gradients, 
   const Buffer score_query(plan.head_bytes(plan.d)), query_vector(plan.head_bytes(plan.d)),
       dcontext(plan.head_bytes(plan.d_v));
   const Buffer dcontext_dot(plan.head_bytes(1)), score_scale(plan.head_bytes(1)), query_dot(plan.head_bytes(1));
-  const Buffer floor_weight(plan.head_bytes(1)), floor_gradient(plan.head_bytes(1));
+  const Buffer floor_weight(floor ? plan.head_bytes(1) : 0), floor_gradient(floor ? plan.head_bytes(1) : 0);
   const Buffer sums_buffer(want_dq ? keys.sums_bytes(plan.d) : 0);
   const bool keeps_dscores = tied && want_dq;
   const Buffer dscores_buffer(keeps_dscores ? keys.scalars_bytes() : 0);

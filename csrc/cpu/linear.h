@@ -32,9 +32,9 @@ struct LinearArgs {
 // The part of a call that one kernel call does: tokens [begin, end) of `heads` consecutive heads.
 struct LinearTask {
   int64_t batch, head, heads, begin, end;
-  double*
-      sums;  // added to: (heads, padded) of a weighted sum of rows, then (heads) of the weights. forward_keys_floor:
-             // twice as many of both, the second half of the rows themselves and of the scores' absolute values
+  // Added to: (heads, padded) of a weighted sum of rows, then (heads) of the weights. forward_keys_floor: twice as many
+  // of both, the second half of the rows themselves and of the scores' absolute values.
+  double* sums;
   void* dscores;  // tied backward: (all tokens, heads) of dt
   void* scratch;  // scratch_bytes()
 };

@@ -5,9 +5,7 @@
 
 #include <algorithm>
 #include <cstdlib>
-#include <iterator>
 #include <mutex>
-#include <utility>
 #include <vector>
 
 #if defined(__linux__)

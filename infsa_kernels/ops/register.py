@@ -291,7 +291,7 @@ class PublicOp:
     """`infsa::<name>` and its overload for a rho that is a number, both of them ``composite``; called by schema order.
 
     Args:
-        schema: as torch takes it; it has "Tensor? rho=None" and "str backend=''", after which all goes by name only.
+        schema: as torch takes it; it has "Tensor? rho=None" and "str backend=''".
         tensors: dimensions and dtypes, as for check.Signature.
         raw: the raw operators behind it: a backend runs it that has kernels of all of them.
         cast: (dtype_of, args, kwargs) -> the args and kwargs of the same call with what autocast concerns cast; dtype_of says in

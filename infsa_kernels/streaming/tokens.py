@@ -62,7 +62,6 @@ class Store:
         self._reader, self._writer = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         if self.cuda:
             self._in, self._out = torch.cuda.Stream(device), torch.cuda.Stream(device)
-        self._buffers: list[Tensor] = []
 
     def read(self, chunks: Iterable[tuple[int, int]]) -> Iterator[Tensor]:
         """The tokens (n, D) of every (slot, n), on the device. One is there until the next is asked for."""
