@@ -165,8 +165,8 @@ def check_activation(op: str, variant: str, activation: str) -> None:
     check.activation(op, activation)
     if activation != "relu" and variant not in ("linear_infsa", "pure_infsa"):
         raise NotImplementedError(
-            f"{op}: activation is {activation!r}, expected 'relu' with variant={variant!r}: only linear_infsa and pure_infsa have "
-            "another"
+            f"{op}: activation is {activation!r}, expected 'relu' with variant={variant!r}: only linear_infsa and pure_infsa "
+            "have another"
         )
 
 

@@ -1,4 +1,4 @@
-"""State dicts of InfSAAttention: nn.MultiheadAttention's names and the authors' become its own before they are loaded, and back."""
+"""State dicts of InfSAAttention: nn.MultiheadAttention's names and the authors' become its own before loading, and back."""
 
 from collections.abc import Mapping
 

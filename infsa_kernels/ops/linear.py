@@ -3,9 +3,8 @@
     e_i = ||u_i||,  qbar = sum_i e_i u_i / (sum_i e_i + eps),  r_j = ReLU(qbar . kappa_j),
     z = rho sum_j r_j v_j / (sum_j r_j + eps)          with u = s q, kappa = s k, s = 1/sqrt(d)
 
-With score_floor above 0 another raw operator runs: linear_floor.py. With another activation than ReLU the reference does, in torch
-operations. Derivation of the gradients, what is saved and why:
-docs/linear.md.
+With score_floor above 0 another raw operator runs: linear_floor.py. With another activation than ReLU the reference does, in
+torch operations. Derivation of the gradients, what is saved and why: docs/linear.md.
 """
 
 from torch import Tensor

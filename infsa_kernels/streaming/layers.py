@@ -108,8 +108,8 @@ def check_model(model: nn.Module) -> None:
     for block in model.blocks:
         if block.attn.activation != "relu":
             raise NotImplementedError(
-                f"predict_file: activation is {block.attn.activation!r}, expected 'relu', the only one that the passes have; call "
-                "the model on a picture that fits"
+                f"predict_file: activation is {block.attn.activation!r}, expected 'relu', the only one that the passes have; "
+                "call the model on a picture that fits"
             )
     if torch.is_autocast_enabled(model.patch_embed.weight.device.type):
         raise NotImplementedError("predict_file: autocast is on, expected a model in one dtype; give model.bfloat16()")

@@ -55,7 +55,7 @@ def test_models_train(variant):
     model(torch.randn(2, 1, 8, 12)).square().sum().backward()
     assert all(block.attn.activation == "gelu" for block in model.blocks)
     assert all(p.grad.isfinite().all() and p.grad.any() for n, p in model.named_parameters() if "q_proj.weight" in n)
-    with pytest.raises(NotImplementedError, match="explain: .* activation 'gelu', expected 'relu'"):
+    with pytest.raises(NotImplementedError, match=r"explain: .* activation 'gelu', expected 'relu'"):
         attention_graphs(model, torch.randn(1, 1, 8, 8))
 
 
@@ -68,9 +68,13 @@ def test_errors():
         "infsa_attention": lambda **given: infsa_attention(q, q, q, **given),
     }
     for name, make in made.items():
-        with pytest.raises(ValueError, match=f"{name}: activation is 'silu', expected 'relu', 'gelu', 'abs' or 'softplus'"):
+        with pytest.raises(
+            ValueError, match=f"{name}: activation is 'silu', expected 'relu', 'gelu', 'abs' or 'softplus'"
+        ):
             make(activation="silu")
-        with pytest.raises(NotImplementedError, match=f"{name}: activation is 'abs', expected 'relu' with variant='multi_"):
+        with pytest.raises(
+            NotImplementedError, match=f"{name}: activation is 'abs', expected 'relu' with variant='multi_"
+        ):
             make(variant="multi_hop_infsa", activation="abs")
     with pytest.raises(NotImplementedError, match="expected 'relu' with variant='softmax'"):
         InfViT(**sizes, variant="softmax", activation="abs")

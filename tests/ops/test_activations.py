@@ -171,5 +171,8 @@ def test_backends(op, qkv):
     assert reasons and all("activation is 'abs', and kernels have 'relu' only" in reason for reason in reasons.values())
     with infsa_kernels.backend("eager"):
         FUNCTIONS[op](*qkv, activation="abs")
-    with infsa_kernels.backend("cpu"), pytest.raises(RuntimeError, match="backend 'cpu' cannot .* activation is 'abs'"):
+    with (
+        infsa_kernels.backend("cpu"),
+        pytest.raises(RuntimeError, match=r"backend 'cpu' cannot .* activation is 'abs'"),
+    ):
         FUNCTIONS[op](*qkv, activation="abs")

@@ -381,7 +381,11 @@ def test_what_cannot_be_streamed_is_refused(picture, tmp_path, monkeypatch):
         refused(model(variant=variant), rf"variant is '{variant}', expected 'linear_infsa': every token")
     made = model()
     attn = made.blocks[1].attn
-    for module, name, value in ((made, "sequence_group", "0"), (attn, "score_floor", 0.1), (attn, "activation", "gelu")):
+    for module, name, value in (
+        (made, "sequence_group", "0"),
+        (attn, "score_floor", 0.1),
+        (attn, "activation", "gelu"),
+    ):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, value)
             refused(made, "model was parallelized|score_floor is 0.1, expected 0|activation is 'gelu', expected 'relu'")
