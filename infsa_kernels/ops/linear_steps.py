@@ -99,6 +99,13 @@ def _fake_queries_bwd(suffix, dcentral_query, dscores, dscores_unit, q, *more):
     return torch.empty_like(q)
 
 
+def _both_or_neither(op, given):
+    absent = given["dscores"] is None
+    if absent != (given["dscores_unit"] is None):
+        got, expected = ("a Tensor", "None") if absent else ("None", "a Tensor")
+        raise ValueError(f"{op}: dscores_unit is {got}, expected {expected}: keys_bwd returns it beside dscores")
+
+
 def _flops(per_token, *at):
     """FLOPs per token and head from the last dimensions of the tensors at these places; the first has all the tokens."""
 
@@ -140,6 +147,7 @@ _ON = define(
             _QUERIES,
             _fake_queries_bwd,
             _flops(lambda d: 8 * d, 3),
+            more=_both_or_neither,
         ),
     ),
     kernels,

@@ -24,6 +24,7 @@ class Step(NamedTuple):
     fake: Callable  # (suffix of the backend, *arguments that were checked)
     flops: Callable  # of shapes, as torch.utils.flop_counter gives them
     stand_ins: dict[str, str] | None = None  # the same
+    more: Callable | None = None  # the same
 
 
 def define(
@@ -42,8 +43,8 @@ def define(
     by_suffix = {}
     for suffix in dict.fromkeys(backends.SUFFIXES[backend] for backend in kernels):
         ops = []
-        for step, (schema, tensors, fake, flops, stand_ins) in zip(kind._fields, steps):
-            signature = Signature(f"{name}_{step}{schema}", tensors, stand_ins)
+        for step, (schema, tensors, fake, flops, stand_ins, more) in zip(kind._fields, steps):
+            signature = Signature(f"{name}_{step}{schema}", tensors, stand_ins, more)
             library.define(f"{name}_{step}{suffix}{schema}")
             op = getattr(torch.ops.infsa, f"{name}_{step}{suffix}").default
             torch.library.register_fake(op.name(), _checked(signature, fake, suffix), lib=library)

@@ -43,6 +43,7 @@ def test_scenes_repeat_and_differ(digits):
     assert "digits" in things.source and "dataset-fashion-mnist is not installed" in things.source
 
 
+@pytest.mark.sweep
 @pytest.mark.skipif(not scenes.FASHION.exists(), reason="Debian's package dataset-fashion-mnist is not installed")
 def test_photographs_of_clothes():
     train, test = scenes.items()

@@ -41,7 +41,7 @@ def compare(graph, made, sizes, batches=(2,)):
         assert_close(graph(x), made(x), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("form, planned", [("linear", True), swept(("linear", False)), ("pure", True)])
+@pytest.mark.parametrize("form, planned", [("linear", True), swept(("linear", False)), swept(("pure", True))])
 def test_one_graph_for_all_sizes(form, planned, monkeypatch):
     assert torch.backends.opt_einsum.is_available()
     monkeypatch.setattr(torch.backends.opt_einsum, "enabled", planned)

@@ -190,6 +190,7 @@ def test_two_ranks(tmp_path):
     ranks.run(CHECKS, 2, tmp_path / "store")
 
 
+@pytest.mark.sweep
 def test_four_ranks(tmp_path):
     checks = [functools.partial(pictures_in_strips_are_whole_pictures, 2), two_dimensional_mesh]
     ranks.run(checks, 4, tmp_path / "store")
@@ -215,6 +216,7 @@ def test_a_lost_rank_is_an_error_on_the_others(tmp_path):
     ranks.run([stuck_and_lost_rank], 2, tmp_path / "store")
 
 
+@pytest.mark.sweep
 def test_example_learns():
     """The script as it stands, by torchrun."""
     root = Path(__file__).parents[2]

@@ -141,6 +141,7 @@ def test_float16_goes_through_the_scaler(tmp_path):
     assert 0 < float(rows[1]["gradient_norm"]) < 1000, "unscaled"
 
 
+@pytest.mark.sweep
 def test_bfloat16_without_clipping(tmp_path):
     rows, _, state = train(tmp_path, *DIGITS, "--amp", "bfloat16", "--clip", "0", "--untied", "--pool", "mean")
     assert state["scaler"] == {}

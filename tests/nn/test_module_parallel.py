@@ -1,11 +1,11 @@
 """The modules under torch.compile, checkpointing, DDP, FSDP2 and tensor parallelism: the same numbers as alone."""
 
 import copy
-import os
+import functools
 
 import pytest
 import torch
-import torch.multiprocessing
+from helpers import ranks
 from helpers.sweep import swept
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -168,16 +168,10 @@ def sharded_heads_and_batch(mesh):
                 assert_close({name: t.full_tensor() for name, t in actual.items()}, expected)
 
 
-def work(rank, store, check):
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    torch.distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=WORLD)
+def on_mesh(check):
     check(torch.distributed.device_mesh.init_device_mesh("cpu", (WORLD,)))
-    torch.distributed.destroy_process_group()
-    os._exit(0)  # as in tests/ops/test_distributed.py
 
 
-@pytest.mark.parametrize("check", [data_parallel, fully_sharded, sharded_heads_and_batch], ids=lambda f: f.__name__)
-def test_two_processes(check, tmp_path, monkeypatch):
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    torch.multiprocessing.spawn(work, (tmp_path / "store", check), nprocs=WORLD)
+def test_two_processes(tmp_path):
+    checks = data_parallel, fully_sharded, sharded_heads_and_batch
+    ranks.run([functools.partial(on_mesh, check) for check in checks], WORLD, tmp_path / "store")

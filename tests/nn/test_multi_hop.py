@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from helpers.sweep import swept
 from torch import nn
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
@@ -203,7 +204,7 @@ def test_rho_learns(hops):
     assert_close(attention.rho_logit.item(), 1.5, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("hops", [2, None])
+@pytest.mark.parametrize("hops", [2, swept(None)])
 def test_compile_and_checkpointing(hops):
     """A number of hops is one graph for all sizes. All hops are found by iteration: a break in the graph, right all the same."""
     attention = module(hops, torch.float32)

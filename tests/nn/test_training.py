@@ -55,7 +55,7 @@ def dead_heads(model, images):
     return shares
 
 
-@pytest.mark.parametrize("variant", some(VARIANTS, *VARIANTS[:2]))
+@pytest.mark.parametrize("variant", some(VARIANTS, VARIANTS[0]))
 def test_digits(variant, digits, record_property):
     model = InfViT(8, 2, 1, 10, embed_dim=64, depth=2, num_heads=4, variant=variant, pool="mean")
     nn.init.normal_(model.pos_embed, std=0.5)  # so few pictures do not teach the model where its tokens are

@@ -1,11 +1,11 @@
 """DTensor: two processes compute together what one computes alone, however the inputs are sharded."""
 
+import functools
 import itertools
-import os
 
 import pytest
 import torch
-import torch.multiprocessing
+from helpers import ranks
 from helpers.calls import OPS, raw_op
 from helpers.framework_calls import DV, D
 from torch.testing import assert_close
@@ -223,26 +223,26 @@ def a_floor_is_sharded(mesh):
         assert_close(actual.full_tensor(), truth)
 
 
-def work(rank, store, checks):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=WORLD)
-    for check in checks:
-        check(torch.distributed.device_mesh.init_device_mesh("cpu", (WORLD,)))
-    torch.distributed.destroy_process_group()
-    # Now and then, with or without operators of ours, gloo's threads outlive the process and abort it at its very end.
-    os._exit(0)
+def on_mesh(check):
+    check(torch.distributed.device_mesh.init_device_mesh("cpu", (WORLD,)))
 
 
 @pytest.mark.parametrize(
     "checks",
     [
-        [placements_are_equivalent, sharded_work_stays_where_it_is, two_mesh_dimensions_and_uneven_shards],
-        [sharded_sequences_of_any_length, sharded_sequence_of_a_mesh, sharded_sequences_compile],
-        [pooled_layer_is_sharded, a_floor_is_sharded],
+        [
+            placements_are_equivalent,
+            sharded_work_stays_where_it_is,
+            two_mesh_dimensions_and_uneven_shards,
+            sharded_sequences_of_any_length,
+            sharded_sequence_of_a_mesh,
+            sharded_sequences_compile,
+            pooled_layer_is_sharded,
+            a_floor_is_sharded,
+        ],
         [raw_operators_are_sharded],  # in processes that have called no public operator before
     ],
-    ids=["public", "sequence", "layer", "raw"],
+    ids=["public", "raw"],
 )
-def test_two_processes(checks, tmp_path, monkeypatch):
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    torch.multiprocessing.spawn(work, (tmp_path / "store", checks), nprocs=WORLD)
+def test_two_processes(checks, tmp_path):
+    ranks.run([functools.partial(on_mesh, check) for check in checks], WORLD, tmp_path / "store")

@@ -4,6 +4,7 @@ Random calls with wrong shapes, dtypes, devices, strides, empty and missing argu
 operator, whose arguments Python checks, says which of them are right, and what is then the answer.
 """
 
+import itertools
 import random
 import subprocess
 import sys
@@ -13,7 +14,8 @@ import torch
 
 import infsa_kernels  # noqa: F401
 
-OPS = ("linear", "linear_floor", "pure", "central_query", "score_pool", "score_pool_floor")
+PACKED = ("linear_varlen", "pure_varlen")
+OPS = ("linear", "linear_floor", "pure", *PACKED, "central_query", "score_pool", "score_pool_floor")
 # Of operators for tokens in parts. All that forward and backward take is an argument.
 PARTS = (
     "linear_steps_queries_fwd", "linear_steps_keys_fwd", "linear_steps_keys_bwd", "linear_steps_queries_bwd", "pure_blocks_fwd",
@@ -53,6 +55,16 @@ def good(op: str, rng: random.Random) -> dict:
         return t if rng.random() < 0.5 else None
 
     B, H, N, M, d, v = rng.randint(1, 3), rng.randint(1, 3), *(rng.choice([1, 2, 5, 16, 33]) for _ in range(4))
+    if op in PACKED:
+        index = rng.choice([torch.int32, torch.int64])
+        queries, keys = ([rng.choice([0, 1, 2, 5, 16, 33]) for _ in range(B)] for _ in range(2))
+        tied = rng.random() < 0.5
+        keys = queries if tied else keys
+        cu_q, cu_k = (torch.tensor([0, *itertools.accumulate(lengths)], dtype=index) for lengths in (queries, keys))
+        tensors = {"q": numbers(sum(queries), H, d), "k": None if tied else numbers(sum(keys), H, d)}
+        tensors |= {"v": numbers(sum(keys), H, v), "cu_seqlens_q": cu_q, "cu_seqlens_k": None if tied else cu_k}
+        rest = {"max_q": max(queries), "max_k": max(keys) + 3, "eps": 1e-3, "rho": 0.9}
+        return tensors | rest | {"head_rho": maybe(numbers(B, H, dtype=acc))}
     floor = {"score_floor": rng.choice([0.0, 0.1, 2.0])} if op.endswith("_floor") else {}
     if op in ("linear", "linear_floor", "pure"):
         k = maybe(numbers(B, H, M, d))
@@ -113,11 +125,20 @@ def another(name: str, value, rng: random.Random):
         return rng.choice([[not x for x in value], value[1:], [*value, True], []])
     if isinstance(value, float):
         return rng.choice([0.0, -1.0, 1.0, float("nan"), float("inf"), -float("inf"), 1e-30])
+    if isinstance(value, int):
+        return rng.choice([0, -1, value - 1, value + 1, -(1 << 63), (1 << 63) - 1])
     if value is None:
         return None if name.endswith("eps") else torch.zeros([rng.randint(0, 3) for _ in range(rng.randint(0, 5))])
     shape = list(value.shape)
     at = rng.randrange(len(shape))
-    other_size = [*shape[:at], rng.choice([0, 1, shape[at] + 1, shape[at] - 1, 7]), *shape[at + 1 :]]
+    other_size = [*shape[:at], rng.choice([0, 1, shape[at] + 1, max(shape[at] - 1, 0), 7]), *shape[at + 1 :]]
+    if name.startswith("cu_seqlens") and rng.random() < 0.7:
+        order, far = torch.randperm(len(value)), torch.iinfo(value.dtype).max
+        return rng.choice(
+            [value + 1, value - 1, -value, value[order], value.flip(0), value[:-1], value.new_empty(0), value * 2,
+             value.clone().fill_(far), value.index_fill(0, order[:1], far), value.index_fill(0, order[:1], -far - 1),
+             value.long(), torch.stack((value, value + 7), 1)[:, 0]]
+        )  # fmt: skip
     freed = value.clone()
     freed.untyped_storage().resize_(0)
     return rng.choice(
@@ -130,9 +151,9 @@ def another(name: str, value, rng: random.Random):
             value.transpose(at, -1),
             value.mT.contiguous().mT if value.dim() > 1 else value,
             value.new_zeros(value.numel() * 3 + 1)[1::3].view(shape).copy_(value),
-            value.flatten()[:1].expand(shape),
+            value.flatten()[:1].expand(shape) if value.numel() else value,
             value[None],
-            value.select(at, 0),
+            value.select(at, 0) if shape[at] else value.squeeze(at)[..., None],
             value.to_sparse() if value.dtype != torch.bfloat16 else value.new_empty(0),
             freed,
         ]

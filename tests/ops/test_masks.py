@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers.calls import OPS, Call, check, output_gradient
+from helpers.sweep import swept
 
 B, H, N, M, D, DV = 3, 2, 21, 26, 16, 24
 
@@ -62,7 +63,7 @@ def make(op, device, dtype=torch.float32, tied=False, masks=(None, None), poison
     )
 
 
-@pytest.mark.parametrize("poison", [None, float("nan"), float("inf")], ids=str)
+@pytest.mark.parametrize("poison", [None, float("nan"), swept(float("inf"))], ids=str)
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("masks", MASKS.values(), ids=MASKS)
 def test_against_the_reference(op, masks, tied, poison, device, backend):

@@ -88,7 +88,7 @@ def test_mixed_layouts(op, dtype, device, backend):
         check(strided_call, output_gradient(call), draws=2)
 
 
-@pytest.mark.parametrize("d", HEAD_DIMS)
+@pytest.mark.parametrize("d", some(HEAD_DIMS, *HEAD_DIMS[::2]))
 def test_head_dims(op, d, device, backend):
     for dtype in (torch.float32, torch.bfloat16):
         for dv, tied in ((d, True), (d, False), (d // 2 + 3, False)):
@@ -96,7 +96,7 @@ def test_head_dims(op, d, device, backend):
             check(call, output_gradient(call))
 
 
-@pytest.mark.parametrize("N", LENGTHS)
+@pytest.mark.parametrize("N", some(LENGTHS, *LENGTHS[::2]))
 def test_lengths(op, N, device, backend):
     # With few keys and a small eps, too, the gradient all but cancels.
     eps = 1e-6 if N > 8 else 1.0

@@ -9,7 +9,7 @@ from helpers import pooled_linear_calls
 from helpers.calls import DTYPES, Call, accumulation, check, output_gradient, raw_op
 from helpers.framework_calls import FORMS, make_call
 from helpers.layouts import LAYOUTS
-from helpers.sweep import some
+from helpers.sweep import some, swept
 from torch.func import grad, vmap
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
@@ -60,7 +60,7 @@ def test_lengths(N, floor, device, backend):
 
 
 @pytest.mark.only_backend("cpu")
-@pytest.mark.parametrize("layout", ["contiguous", "token_major"])
+@pytest.mark.parametrize("layout", [swept("contiguous"), "token_major"])
 def test_many_chunks_of_tokens(layout, device, backend):
     """Partial sums of many chunks and waves; with one thread and with two, the same bits."""
     call = make(device, B=2, H=6, N=30_011, M=29_989, d=16, dv=16)
