@@ -81,7 +81,9 @@ def linear_infsa_scores(
     In torch operations, for analysis and for dropout on the scores; sums in float32 or wider whatever the dtype of ``q``.
     """
     masks = key_padding_mask, query_padding_mask
-    qkv.demand_of_scores(linear, linear_floor.raw, q, k, rho, eps, *masks, activation, score_floor=score_floor)
+    qkv.demand_of_scores(
+        linear, linear_floor.raw, q, k, rho, eps, *masks, activation=activation, score_floor=score_floor
+    )
     acc = acc_dtype(q)
     scores = reference.linear_scores(q.to(acc), k.to(acc), rho, eps, *masks, score_floor, activation)
     return scores.to(q.dtype).unsqueeze(-1)

@@ -74,7 +74,7 @@ def pure_infsa_scores(
     In torch operations, for analysis and for dropout on the scores; sums in float32 or wider whatever the dtype of ``q``.
     """
     masks = key_padding_mask, query_padding_mask
-    qkv.demand_of_scores(pure, raw, q, k, rho, eps, *masks, activation)
+    qkv.demand_of_scores(pure, raw, q, k, rho, eps, *masks, activation=activation)
     acc = acc_dtype(q)
     return reference.pure_scores(q.to(acc), k.to(acc), rho, eps, *masks, activation).to(q.dtype)
 

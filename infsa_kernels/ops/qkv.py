@@ -59,7 +59,7 @@ def statistics(raw, q, k, v, eps, key_padding_mask=None, query_padding_mask=None
     return raw.forwards[name](q, None if k is q else k, v, eps, 1.0, None, key_padding_mask, query_padding_mask)[1:]
 
 
-def demand_of_scores(public, raw, q, k, rho, eps, key_padding_mask, query_padding_mask, activation, **more) -> None:
+def demand_of_scores(public, raw, q, k, rho, eps, key_padding_mask, query_padding_mask, *, activation="relu", **more):
     """What an operator demands, for its scores, which have no v."""
     by_name = more | {"activation": activation}
     public.signature.types((q, k, k, eps, rho, key_padding_mask, query_padding_mask), by_name)
