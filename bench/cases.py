@@ -20,8 +20,13 @@ FIELD = {level: [n for n, (cls, _) in peers.MECHANISMS.items() if level in cls.L
 # The figures of `make bench`: level, mechanisms, side of the picture, phases.
 MAIN = (
     ("operator", (*KERNELS[:5], "mean", *MACHINE), 1024, ("fwd",)),
-    ("operator", ("linear_infsa", "linear_plain", "read", "read_qqv", "clone"), 4096, ("fwd", "train")),
-    ("operator", KERNELS[:5], 224, ("fwd",)),
+    (
+        "operator",
+        ("linear_infsa", "linear_infsa_floor", "linear_plain", "read", "read_qqv", "clone"),
+        4096,
+        ("fwd", "train"),
+    ),
+    ("operator", (*KERNELS[:5], "linear_infsa_floor"), 224, ("fwd",)),
     ("operator", KERNELS[:5], 512, ("fwd",)),
     ("operator", KERNELS[:2], 2048, ("fwd",)),
     ("operator", ("linear_infsa", "linear_plain", "pure_infsa", "softmax", "copy", "clone", "gemm"), 1024, ("train",)),

@@ -13,6 +13,7 @@ PURE = LINEAR | {"pixels": 1024, "name": "pure_infsa"}
 LAYER = {"level": "layer", "pixels": 1024, "name": "linear_infsa"}
 MODEL = {"level": "model", "pixels": 1024, "depth": 4, "name": "linear_infsa"}
 UNTIED = {"name": "linear_infsa_untied"}
+FLOOR = LINEAR | {"name": "linear_infsa_floor"}
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,10 @@ CPU = [
     Goal("Linear backward, untied: time over a fresh copy of equal bytes", LINEAR | UNTIED, "bwd", "clone_qkv", most=1.25),
     Goal("Linear forward: times faster than plain torch", LINEAR, "fwd", "linear_plain", least=20),
     Goal("Linear forward + backward: times faster than plain torch", LINEAR, "train", "linear_plain", least=10),
+    Goal("Linear forward with a floor: time over that without", FLOOR, "fwd", "linear_infsa", most=1.03),
+    Goal("Linear forward with a floor, N = 196: time over that without", FLOOR | {"pixels": 224}, "fwd", "linear_infsa",
+         most=1.03),
+    Goal("Linear backward with a floor: time over that without", FLOOR, "bwd", "linear_infsa", most=1.03),
     Goal("Pure forward: times faster than SDPA", PURE, "fwd", "softmax", least=1.3),
     Goal("Pure forward, untied: times faster than SDPA", PURE | {"name": "pure_infsa_untied"}, "fwd", "softmax", least=1.3),
     Goal("Pure backward: times faster than SDPA's", PURE, "bwd", "softmax", least=1.2),

@@ -22,7 +22,8 @@ OURS = ("linear_infsa", "pure_infsa")
 COLOURS = {
     "linear_infsa": "#0f62a8", "pure_infsa": "#0a9396", "softmax": "#8a4fa3", "linformer": "#c0843d", "performer": "#b5533c",
     "soft": "#7a8b3b", "flatten": "#c2699d", "agent": "#d9822b", "mlla": "#5b7a99", "mean": "#9aa3ab", "fastformer": "#a6761d",
-    "linear_infsa_untied": "#86b3dc", "linear_infsa_per_token": "#86b3dc", "pure_infsa_untied": "#84cbc5",
+    "linear_infsa_untied": "#86b3dc", "linear_infsa_floor": "#86b3dc", "linear_infsa_per_token": "#86b3dc",
+    "pure_infsa_untied": "#84cbc5",
     "linear_plain": "#9a8c7c", "pure_plain": "#9a8c7c",
 }  # fmt: skip
 OTHERS, LIMIT, MUTED = "#b9c2cb", "#2f8f5b", "#6b7785"

@@ -53,7 +53,14 @@ ATTENTION = {
 # The Neumann sum of the layers' outputs: gamma fixed, or learned from 0.9 on.
 NEUMANN = {f"Linear, γ = {g}": ATTENTION["Linear"] | {"neumann": "layer", "gamma": g} for g in GAMMAS}
 NEUMANN["Linear, γ learned"] = ATTENTION["Linear"] | {"neumann": "layer"}
-MODELS = ATTENTION | NEUMANN
+# What becomes of the scores, in place of ReLU: in torch operations, so that the seconds of these runs say nothing.
+ACTIVATIONS = {
+    f"{operator}, {name}": ATTENTION[operator] | {"activation": activation}
+    for operator in ("Linear", "Pure")
+    for name, activation in (("GELU", "gelu"), ("|t|", "abs"), ("softplus", "softplus"))
+}
+PARTS = ATTENTION, NEUMANN, ACTIVATIONS
+MODELS = ATTENTION | NEUMANN | ACTIVATIONS
 
 POINTS = 60  # of a curve over the steps
 
@@ -76,8 +83,9 @@ def main() -> None:
 
 
 def plan(data: list[str], models: list[str], seeds: list[int]) -> list[dict]:
-    """What to train, in the order of what it is worth: all kinds of attention before all seeds, the sums of layers last."""
-    kinds = [[name for name in models if name in part] for part in (ATTENTION, NEUMANN)]
+    """What to train, in the order of what it is worth: all kinds of attention before all seeds, then sums of layers, then other
+    activations, both on the first data set only."""
+    kinds = [[name for name in models if name in part] for part in PARTS]
     return [
         {
             "data": one,
@@ -89,7 +97,7 @@ def plan(data: list[str], models: list[str], seeds: list[int]) -> list[dict]:
             **RECIPE,
             "positions": POSITIONS,
         }
-        for part, where in zip(kinds, (data, data[:1]))
+        for part, where in zip(kinds, (data, data[:1], data[:1]))
         for seed in seeds
         for one in where
         for name in part
@@ -258,11 +266,11 @@ def figure(runs: list[dict]):
 
     mpl.rcParams.update(SETTINGS)
     figure, (accuracy, norms, gammas) = plt.subplots(1, 3, figsize=(16, 4.8), layout="constrained")
-    shown = [name for name in ATTENTION if any(run["model"] == name for run in runs)]
+    shown = [name for name in ATTENTION | ACTIVATIONS if any(run["model"] == name for run in runs)]
     for row, name in enumerate(shown):
         mine = [run for run in runs if run["model"] == name]
         (points,) = accuracy.plot([100 * run["accuracy"] for run in mine], [-row] * len(mine), "o", alpha=0.7)
-        for run in mine:
+        for run in mine if name in ATTENTION else ():
             steps = [(i + 0.5) / len(run["norms"]) for i in range(len(run["norms"]))]
             label = name if run is mine[0] else None
             norms.plot(steps, run["norms"], color=points.get_color(), lw=1, alpha=0.8, label=label)

@@ -13,6 +13,7 @@ from . import __version__
 from .memory import kept_memory, most_kept_memory
 from .ops.backends import OPERATORS, SUFFIXES, explain_backend
 from .ops.extension import PACKAGE
+from .reference import ACTIVATIONS
 
 
 def describe() -> str:
@@ -56,7 +57,7 @@ def _backends(device: torch.device) -> list[str]:
         for reason in dict.fromkeys(reasons[op][name] for op in OPERATORS):
             ops = ", ".join(op for op in OPERATORS if reasons[op][name] == reason)
             lines.append(f"  {name:<7} {ops}: {'runs' if reason is None else 'does not run: ' + reason}")
-    return lines
+    return [*lines, f"  eager   alone runs linear and pure with the activations {', '.join(list(ACTIVATIONS)[1:])}"]
 
 
 def _verdicts(device: torch.device) -> list[str]:

@@ -8,9 +8,11 @@ These functions materialise whatever the equations name (Pure: the N x M matrix)
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
+    "ACTIVATIONS",
     "central_query",
     "linear",
     "linear_scores",
@@ -21,6 +23,9 @@ __all__ = [
     "score_pool",
 ]
 
+# phi, what becomes of the scores. The paper's is ReLU, the only one that kernels have; the others run as they stand here.
+ACTIVATIONS = {"relu": torch.relu, "gelu": F.gelu, "abs": torch.abs, "softplus": F.softplus}
+
 
 def linear_scores(
     q: Tensor,
@@ -30,6 +35,7 @@ def linear_scores(
     key_padding_mask: Tensor | None = None,
     query_padding_mask: Tensor | None = None,
     score_floor: float = 0.0,
+    activation: str = "relu",
 ) -> Tensor:
     """rho a_j, the weight of every key: (..., M). Paper eqs 16-20.
 
@@ -41,9 +47,9 @@ def linear_scores(
     weights = energy / (energy.sum(-1, keepdim=True) + eps)
     central_query = torch.einsum("...n,...nd->...d", weights, u)
     products = torch.einsum("...d,...md->...m", central_query, kappa)
-    scores = _floored(products, None if key_padding_mask is None else _rows(key_padding_mask, k), score_floor)
-    scores = scores / (scores.sum(-1, keepdim=True) + eps)
-    return _per_head(rho, scores, 1) * scores
+    ignored = None if key_padding_mask is None else _rows(key_padding_mask, k)
+    weights = _weights(products, ignored, eps, score_floor, activation)
+    return _per_head(rho, weights, 1) * weights
 
 
 def linear(
@@ -55,9 +61,10 @@ def linear(
     key_padding_mask: Tensor | None = None,
     query_padding_mask: Tensor | None = None,
     score_floor: float = 0.0,
+    activation: str = "relu",
 ) -> Tensor:
     """The pooled context z = rho sum_j a_j v_j of each head: (..., dv). Paper eq 21."""
-    scores = linear_scores(q, k, rho, eps, key_padding_mask, query_padding_mask, score_floor)
+    scores = linear_scores(q, k, rho, eps, key_padding_mask, query_padding_mask, score_floor, activation)
     return torch.einsum("...m,...md->...d", scores, _remove(v, key_padding_mask))
 
 
@@ -68,11 +75,12 @@ def pure_scores(
     eps: float = 1e-6,
     key_padding_mask: Tensor | None = None,
     query_padding_mask: Tensor | None = None,
+    activation: str = "relu",
 ) -> Tensor:
-    """rho P / (||P||_F + eps) with P = ReLU((s q)(s k)^T): (..., N, M). Paper eqs 11-12."""
+    """rho P / (||P||_F + eps) with P = phi((s q)(s k)^T), phi ReLU: (..., N, M). Paper eqs 11-12."""
     u = _remove(q, query_padding_mask) * _scale(q)
     kappa = _remove(k, key_padding_mask) * _scale(k)
-    scores = torch.relu(u @ kappa.mT)
+    scores = ACTIVATIONS[activation](u @ kappa.mT)
     if key_padding_mask is not None:
         scores = scores.masked_fill(_rows(key_padding_mask, k).unsqueeze(-2), 0)
     if query_padding_mask is not None:
@@ -89,9 +97,10 @@ def pure(
     eps: float = 1e-6,
     key_padding_mask: Tensor | None = None,
     query_padding_mask: Tensor | None = None,
+    activation: str = "relu",
 ) -> Tensor:
     """O = rho P v / (||P||_F + eps): (..., N, dv). Rows of ignored queries are 0."""
-    scores = pure_scores(q, k, rho, eps, key_padding_mask, query_padding_mask)
+    scores = pure_scores(q, k, rho, eps, key_padding_mask, query_padding_mask, activation)
     return _remove(scores @ _remove(v, key_padding_mask), query_padding_mask)
 
 
@@ -117,17 +126,22 @@ def multi_hop(
     return out
 
 
-def _floored(products: Tensor, ignored: Tensor | None, score_floor: float) -> Tensor:
-    """ReLU(t_j) + score_floor mean_j |t_j| of products t (..., M), and 0 for the keys that are ignored."""
-    scores = torch.relu(products)
+def _weights(
+    products: Tensor, ignored: Tensor | None, eps: float, score_floor: float, activation: str = "relu"
+) -> Tensor:
+    """a_j = (phi(t_j) + score_floor T / M) / (sum_j |phi(t_j)| + score_floor T + eps), T = sum_j |t_j|, of products t (..., M):
+    0 for the keys that are ignored, and M counts the others."""
+
+    def kept(scores):
+        return scores if ignored is None else scores.masked_fill(ignored, 0)
+
+    scores = kept(ACTIVATIONS[activation](products))
+    norm = scores.abs().sum(-1, keepdim=True)
     if score_floor:
-        absolute = products.abs()
-        count = products.shape[-1]
-        if ignored is not None:
-            absolute = absolute.masked_fill(ignored, 0)
-            count = (~ignored).sum(-1, keepdim=True).clamp(min=1)
-        scores = scores + score_floor * (absolute.sum(-1, keepdim=True) / count)
-    return scores if ignored is None else scores.masked_fill(ignored, 0)
+        count = products.shape[-1] if ignored is None else (~ignored).sum(-1, keepdim=True).clamp(min=1)
+        floor = score_floor * kept(products.abs()).sum(-1, keepdim=True)
+        scores, norm = kept(scores + floor / count), norm + floor
+    return scores / (norm + eps)
 
 
 def _scale(x: Tensor) -> float:
@@ -215,8 +229,7 @@ def score_pool(
     x = _normalise(x, norm_eps, padding_mask)
     scores = torch.einsum("bnc,bhc->bhn", x, keys)
     scores = scores if key_bias is None else scores + key_bias[..., None]
-    scores = _floored(scores, None if padding_mask is None else padding_mask[:, None], score_floor)
-    weights = scores / (scores.sum(-1, keepdim=True) + eps)
+    weights = _weights(scores, None if padding_mask is None else padding_mask[:, None], eps, score_floor)
     return torch.einsum("bhn,bnc->bhc", weights, x), weights.sum(-1)
 
 

@@ -28,9 +28,9 @@ MECHANISMS: dict[str, tuple[type[Mechanism], bool]] = {
 # Which rows are not peers but the operators themselves.
 OWN = tuple(name for name, cls in CORES.items() if issubclass(cls, InfSA))
 
-# The same mechanism otherwise: with its convolutions, untied, as its authors' layer, or by another's kernels.
+# The same mechanism otherwise: with its convolutions, untied, with a floor, as its authors' layer, or by another's kernels.
 VARIANTS = tuple(
-    n for n in MECHANISMS if "+" in n or n.endswith(("_untied", "_per_token", "_64")) or n.startswith("sdpa_")
+    n for n in MECHANISMS if "+" in n or n.endswith(("_untied", "_floor", "_per_token", "_64")) or n.startswith("sdpa_")
 )
 
 

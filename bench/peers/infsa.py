@@ -13,7 +13,7 @@ from infsa_kernels import reference
 from .machine import GEMM_SIZE
 from .mechanism import DTYPES, Mechanism
 
-RHO, EPS = 0.95, 1e-6
+RHO, EPS, FLOOR = 0.95, 1e-6, 0.1
 
 # A score this small beside |u| |kappa| may have either sign in float32. Linear's central query carries the rounding of
 # a sum over all tokens, Pure's scores that of one product.
@@ -109,6 +109,17 @@ class LinearInfSA(InfSA):
 
 class LinearInfSAUntied(Untied, LinearInfSA):
     NAME, LABEL = "linear_infsa_untied", "Linear-InfSA, untied"
+
+
+class LinearInfSAFloor(LinearInfSA):
+    NAME, LABEL, LEVELS = "linear_infsa_floor", "Linear-InfSA, floor", ("operator",)
+    NOTE = f"score_floor = {FLOOR}"
+
+    def core(self, q, k, v):
+        return torch.ops.infsa.linear(q, self.keys(q, k), v, EPS, RHO, score_floor=FLOOR).unsqueeze(2)
+
+    def truth(self, q, k, v, rows):
+        return reference.linear(q, self.keys(q, k), v, RHO, EPS, score_floor=FLOOR).unsqueeze(2)
 
 
 class LinearInfSAPerToken(LinearInfSA):

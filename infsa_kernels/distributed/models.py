@@ -75,6 +75,7 @@ def _refuse(name: str, module: nn.Module) -> None:
         or getattr(config, "_attn_implementation", None) in hops,
         "has add_bias_kv, a key that every rank would add": getattr(module, "bias_k", None) is not None,
         "has a score floor": getattr(module, "score_floor", 0.0) > 0,
+        "has another activation than 'relu'": getattr(module, "activation", "relu") != "relu",
     }
     for what, true in reasons.items():
         if true:

@@ -43,7 +43,8 @@ def attention_graphs(model: nn.Module, images: Tensor) -> list[Graph]:
         walk on. Their memory is that of the layers' q and k.
 
     Raises:
-        ValueError: no attention was seen. NotImplementedError: softmax with a mask, or with keys of its own.
+        ValueError: no attention was seen. NotImplementedError: softmax with a mask, or with keys of its own; InfSA with another
+        activation than ReLU.
     """
     return observe(model, images, None)
 
@@ -122,13 +123,15 @@ def _arguments(signature: inspect.Signature, args, kwargs) -> dict:
     return bound.arguments
 
 
-def _pure(q, k, eps, key_padding_mask, query_padding_mask, **_) -> TokenGraph:
+def _pure(q, k, eps, key_padding_mask, query_padding_mask, activation, **_) -> TokenGraph:
+    _demand_relu(activation)
     tied, q = k is q, _by_heads(q)
     k = q if tied else _by_heads(k)
     return TokenGraph(q, k, key_padding_mask=key_padding_mask, query_padding_mask=query_padding_mask, eps=eps)
 
 
-def _linear(q, k, eps, key_padding_mask, query_padding_mask, score_floor, **_) -> LinearGraph:
+def _linear(q, k, eps, key_padding_mask, query_padding_mask, score_floor, activation, **_) -> LinearGraph:
+    _demand_relu(activation)
     tied, q = k is q, _by_heads(q)
     return LinearGraph(q, q if tied else _by_heads(k), key_padding_mask, query_padding_mask, eps, score_floor)
 
@@ -153,6 +156,13 @@ def _pooled_linear(
     q = _heads(x, q_weight, q_bias, num_heads)
     k = q if k_weight is None else _heads(x, k_weight, k_bias, num_heads)
     return LinearGraph(q, k, padding_mask, padding_mask, eps, score_floor)
+
+
+def _demand_relu(activation: str) -> None:
+    if activation != "relu":
+        raise NotImplementedError(
+            f"explain: the model has InfSA with activation {activation!r}, expected 'relu': maps and graphs are of its scores"
+        )
 
 
 def _softmax(query, key, attn_mask, is_causal, scale, **_) -> SoftmaxGraph:

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from .. import distributed
 from ..ops.pooled_linear import pooled_linear_infsa
 from .checks import fraction, integer, number
-from .functional import attend, check_score_floor, check_variant, refuse_dropout
+from .functional import attend, check_activation, check_score_floor, check_variant, refuse_dropout
 from .fx import Leaf
 from .masks import multihead_padding, refuse_attention_masks
-from .plain import is_exactly, is_plain
+from .plain import is_plain
 from .rho import attach_rho, logit, rho_of
-from .state import demand_same_keys, take_names
+from .state import demand_same_keys, multihead_names, take_names
 
 
 class InfSAAttention(Leaf):
@@ -36,7 +36,8 @@ class InfSAAttention(Leaf):
         dropout: probability of dropping a score, in training. The pure variant then holds its N x M scores.
         bias: whether the four projections have biases.
         add_bias_kv: whether one learned key and value join those given.
-        add_zero_attn: whether a key and value of zeros joins. It scores 0, so only the weights show it, if there is no floor.
+        add_zero_attn: whether a key and value of zeros joins. It scores 0, so that without a floor or softplus only the weights
+            show it.
         kdim, vdim: sizes of key and value tokens (default: ``embed_dim``).
         batch_first: whether tokens come as (B, N, D) instead of (N, B, D).
         variant: "linear_infsa", O(N); "pure_infsa", O(N^2); or "multi_hop_infsa", O(N^2) a hop: the sum over hops
@@ -50,10 +51,11 @@ class InfSAAttention(Leaf):
         eps: added to the operators' denominators.
         score_floor: of linear_infsa: the share of the mean absolute score that every score gains; 0 is the paper's operator.
             What it is for: docs/nn.md, Training.
+        activation: of linear_infsa and pure_infsa: "relu", or "gelu", "abs" or "softplus", which run in torch operations.
 
     Raises:
         ValueError: an argument out of range. TypeError: one of another type. NotImplementedError: what multi_hop_infsa has no
-            form of: dropout, add_bias_kv, add_zero_attn.
+            form of: dropout, add_bias_kv, add_zero_attn, activation.
 
     Example::
 
@@ -93,6 +95,7 @@ class InfSAAttention(Leaf):
         rho_per_head: bool = False,
         eps: float = 1e-6,
         score_floor: float = 0.0,
+        activation: str = "relu",
     ):
         super().__init__()
         kdim = embed_dim if kdim is None else kdim
@@ -109,6 +112,7 @@ class InfSAAttention(Leaf):
             )
         check_variant("InfSAAttention", variant, hops)
         check_score_floor("InfSAAttention", variant, score_floor)
+        check_activation("InfSAAttention", variant, activation)
         if not 0 <= dropout <= 1:
             raise ValueError(f"InfSAAttention: dropout is {dropout}, expected a probability between 0 and 1")
         if not (math.isfinite(eps) and eps > 0):
@@ -132,6 +136,7 @@ class InfSAAttention(Leaf):
         self.dropout, self.batch_first, self.add_zero_attn = dropout, batch_first, add_zero_attn
         self.variant, self.tied, self.rho_init, self.rho_per_head = variant, tied, rho_init, rho_per_head
         self.eps, self.hops, self.score_floor = float(eps), None if hops is None else int(hops), float(score_floor)
+        self.activation = activation
 
         factory = {"device": device, "dtype": dtype}
         self.q_proj = nn.Linear(embed_dim, embed_dim, bias, **factory)
@@ -262,6 +267,7 @@ class InfSAAttention(Leaf):
         """The layer of one set of tokens as a call of pooled_linear_infsa, (B, D), where its projections are only data."""
         if (
             self.variant != "linear_infsa"
+            or self.activation != "relu"
             or (self.training and self.dropout > 0)
             or self.bias_k is not None
             or not self.kdim == self.vdim == self.embed_dim
@@ -327,16 +333,16 @@ class InfSAAttention(Leaf):
 
         context, weights = attend(
             q, k, v, self.variant, self.rho, self.eps, key_padding_mask, query_padding_mask,
-            hops=self.hops, score_floor=self.score_floor, dropout_p=self.dropout if self.training else 0.0,
-            need_scores=need_weights, group=self.sequence_group,
+            hops=self.hops, score_floor=self.score_floor, activation=self.activation,
+            dropout_p=self.dropout if self.training else 0.0, need_scores=need_weights, group=self.sequence_group,
         )  # fmt: skip
         out = self._per_token(self.out_proj, context.transpose(1, 2).flatten(2))
         return out, weights if need_weights else None
 
     @property
     def _zero_key_counts(self) -> bool:
-        """Whether the key of add_zero_attn changes the output: it scores 0, but a floor gives it its share."""
-        return self.add_zero_attn and self.score_floor > 0
+        """Whether the key of add_zero_attn changes the output: it scores 0, of which a floor or softplus makes more."""
+        return self.add_zero_attn and (self.score_floor > 0 or self.activation == "softplus")
 
     def _finish_weights(self, weights, query, query_padding_mask, average):
         if self.add_zero_attn and not self._zero_key_counts:
@@ -404,24 +410,7 @@ class InfSAAttention(Leaf):
         Raises:
             ValueError: a projection computes more than its weight and bias say (an adapter), or holds them elsewhere.
         """
-        for name, projection in self.named_children():
-            if not is_exactly(projection, nn.Linear):
-                raise ValueError(
-                    f"InfSAAttention.multihead_state_dict: {name} is a {type(projection).__qualname__} that computes more than "
-                    "its weight and bias say, expected a plain nn.Linear; merge or remove what was added to it"
-                )
-        query, value = self.q_proj, self.v_proj
-        key = query if self.tied else self.k_proj
-        weights = [p.weight.detach() for p in (query, key, value)]
-        if self.kdim == self.vdim == self.embed_dim:
-            state = {"in_proj_weight": torch.cat(weights)}
-        else:
-            state = dict(zip(("q_proj_weight", "k_proj_weight", "v_proj_weight"), weights))
-        if query.bias is not None:
-            state["in_proj_bias"] = torch.cat([p.bias.detach() for p in (query, key, value)])
-        if self.bias_k is not None:
-            state |= {"bias_k": self.bias_k.detach(), "bias_v": self.bias_v.detach()}
-        return state | {f"out_proj.{name}": t.detach() for name, t in self.out_proj.named_parameters()}
+        return multihead_names(self)
 
     def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
         """As nn.Module's; strict, a checkpoint that is tied where the module is not, or the other way round, says so."""
@@ -445,5 +434,6 @@ class InfSAAttention(Leaf):
             "batch_first": self.batch_first,
             "rho_per_head": self.rho_per_head,
             "score_floor": self.score_floor,
+            "activation": self.activation if self.activation != "relu" else None,
         }
         return ", ".join([text, *(f"{name}={value}" for name, value in shown.items() if value)])

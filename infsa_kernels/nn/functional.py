@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import distributed
 from ..graph.walks import multi_hop_infsa
-from ..ops.check import no_floor_in_parallel
+from ..ops import check
 from ..ops.linear import linear_infsa, linear_infsa_scores
 from ..ops.pure import pure_infsa, pure_infsa_scores
 from ..ops.register import overridable
@@ -33,6 +33,7 @@ def infsa_attention(
     *,
     hops: int | None = None,
     score_floor: float = 0.0,
+    activation: str = "relu",
 ) -> Tensor:
     """InfSA attention over projected q, k, v, by ``variant``.
 
@@ -44,6 +45,7 @@ def infsa_attention(
         training: whether dropout applies.
         hops: of multi_hop_infsa; None for all of them.
         score_floor: of linear_infsa, as in :func:`linear_infsa`.
+        activation: of linear_infsa and pure_infsa, as there: others than "relu" run in torch operations.
 
     The other arguments, the shapes and the errors are those of :func:`pure_infsa`.
 
@@ -55,11 +57,14 @@ def infsa_attention(
     """
     check_variant("infsa_attention", variant, hops)
     check_score_floor("infsa_attention", variant, score_floor)
+    check_activation("infsa_attention", variant, activation)
     if not 0 <= dropout_p <= 1:
         raise ValueError(f"infsa_attention: dropout_p is {dropout_p}, expected a probability between 0 and 1")
     masks = key_padding_mask, query_padding_mask
     dropped = dropout_p if training else 0.0
-    context, _ = attend(q, k, v, variant, rho, eps, *masks, hops=hops, score_floor=score_floor, dropout_p=dropped)
+    context, _ = attend(
+        q, k, v, variant, rho, eps, *masks, hops=hops, score_floor=score_floor, activation=activation, dropout_p=dropped
+    )
     return context.expand(*q.shape[:-1], v.shape[-1])
 
 
@@ -75,6 +80,7 @@ def attend(
     *,
     hops: int | None = None,
     score_floor: float = 0.0,
+    activation: str = "relu",
     dropout_p: float = 0.0,
     need_scores: bool = False,
     group: str | None = None,
@@ -85,8 +91,8 @@ def attend(
     """
     masks = key_padding_mask, query_padding_mask
     if group is not None:
-        refuse_in_parallel(variant, dropout_p, need_scores)
-        no_floor_in_parallel("infsa_attention", score_floor)
+        refuse_in_parallel(variant, dropout_p, need_scores, activation)
+        check.no_floor_in_parallel("infsa_attention", score_floor)
         if variant == "linear_infsa":
             # Not [:1] of every position: a rank may have none.
             context = distributed.linear.sharded_linear(q, k, v, eps, rho, *masks, group)
@@ -97,29 +103,30 @@ def attend(
 
     def fused(v):
         if variant == "linear_infsa":
-            return linear_infsa(q, k, v, rho, eps, *masks, score_floor=score_floor)[..., :1, :]
+            return linear_infsa(q, k, v, rho, eps, *masks, score_floor=score_floor, activation=activation)[..., :1, :]
         if variant == "pure_infsa":
-            return pure_infsa(q, k, v, rho, eps, *masks)
+            return pure_infsa(q, k, v, rho, eps, *masks, activation=activation)
         return multi_hop_infsa(q, k, v, rho, hops, eps, *masks, tol=1e-12 if q.dtype == torch.float64 else 1e-6)
 
     if not (need_scores or dropout_p > 0):
         return fused(v), None
     if variant == "linear_infsa":
-        scores = linear_infsa_scores(q, k, rho, eps, *masks, score_floor=score_floor).mT
+        scores = linear_infsa_scores(q, k, rho, eps, *masks, score_floor=score_floor, activation=activation).mT
     elif variant == "pure_infsa":
-        scores = pure_infsa_scores(q, k, rho, eps, *masks)
+        scores = pure_infsa_scores(q, k, rho, eps, *masks, activation=activation)
     else:
         scores = fused(torch.eye(q.shape[2], dtype=q.dtype, device=q.device).expand(*q.shape[:2], -1, -1))
     scores = F.dropout(scores, dropout_p)
     return scores @ without(key_padding_mask, v), scores
 
 
-def refuse_in_parallel(variant: str, dropout: float, need_scores: bool) -> None:
+def refuse_in_parallel(variant: str, dropout: float, need_scores: bool, activation: str) -> None:
     """What attention has no form of where tokens lie on several ranks."""
     what = (
         "the variant is 'multi_hop_infsa'" if variant == "multi_hop_infsa"
         else f"dropout is {dropout}" if dropout > 0
         else "the weights are asked for" if need_scores
+        else f"activation is {activation!r}, not 'relu'" if activation != "relu"
         else None
     )  # fmt: skip
     if what:
@@ -151,6 +158,15 @@ def check_score_floor(op: str, variant: str, score_floor: float) -> None:
         raise ValueError(
             f"{op}: score_floor is {score_floor}, expected 0 with variant={variant!r}: only linear_infsa divides by a sum of "
             "scores, which a floor keeps from 0"
+        )
+
+
+def check_activation(op: str, variant: str, activation: str) -> None:
+    check.activation(op, activation)
+    if activation != "relu" and variant not in ("linear_infsa", "pure_infsa"):
+        raise NotImplementedError(
+            f"{op}: activation is {activation!r}, expected 'relu' with variant={variant!r}: only linear_infsa and pure_infsa "
+            "have another"
         )
 
 

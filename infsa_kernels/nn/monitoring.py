@@ -38,7 +38,8 @@ def monitor(model: nn.Module) -> Iterator[dict[str, float]]:
 
     All calls inside the context count together, as those of several small batches. A process counts its own images. Parts that
     torch.compile has compiled run uncompiled meanwhile: what is inside a compiled graph cannot be seen. Not seen, and so without
-    scores among the tags: a layer that drops scores (its dropout is active), and calls inside torch.func's transforms.
+    scores among the tags: a layer that drops scores (its dropout is active) or has another activation than ReLU, and calls inside
+    torch.func's transforms.
 
     Raises:
         ValueError: the model has no InfSA layer.

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from ..distributed import tokens as shards
 from .attention import InfSAAttention
 from .checks import integer, number
-from .functional import check_score_floor
+from .functional import check_activation, check_score_floor
 from .fx import Leaf
 from .neumann import NeumannSum
 from .patches import PatchEmbed, resized_positions, whole_patches
@@ -58,10 +58,11 @@ class InfViT(nn.Module):
         pos_embed: whether positions are learned. They are resized bicubically to the picture's patches.
         neumann: None, or "layer" or "head": the attention's outputs of all layers, discounted (:class:`NeumannSum`), join the
             last layer's tokens.
-        hops, rho_init, rho_trainable, rho_per_head, score_floor: as in :class:`InfSAAttention`.
+        hops, rho_init, rho_trainable, rho_per_head, score_floor, activation: as in :class:`InfSAAttention`.
 
     Raises:
-        ValueError: an argument out of range. TypeError: one of another type.
+        ValueError: an argument out of range. TypeError: one of another type. NotImplementedError: another activation than ReLU
+        with a variant that has none.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class InfViT(nn.Module):
         rho_trainable: bool = True,
         rho_per_head: bool = False,
         score_floor: float = 0.0,
+        activation: str = "relu",
         device=None,
         dtype=None,
     ):
@@ -99,6 +101,7 @@ class InfViT(nn.Module):
         if variant == "softmax" and hops is not None:
             raise ValueError(f"InfViT: hops is {hops!r}, expected None with variant='softmax', which has one")
         check_score_floor("InfViT", variant, score_floor)
+        check_activation("InfViT", variant, activation)
         height, width = (img_size, img_size) if not isinstance(img_size, (tuple, list)) else img_size
         for name, size in (("img_size", height), ("img_size", width), ("patch_size", patch_size), ("in_chans", in_chans),
                            ("embed_dim", embed_dim), ("num_heads", 1 if num_heads is None else num_heads)):  # fmt: skip
@@ -118,7 +121,7 @@ class InfViT(nn.Module):
         factory = {"device": device, "dtype": dtype}
         tied = variant == "linear_infsa" if tied is None else tied
         infsa = dict(tied=tied, hops=hops, rho_init=rho_init, rho_trainable=rho_trainable, rho_per_head=rho_per_head)
-        infsa["score_floor"] = score_floor
+        infsa |= dict(score_floor=score_floor, activation=activation)
         self.patch_embed = PatchEmbed(in_chans, embed_dim, patch_size, patch_size, **factory)
         extra = int(pool == "cls")
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim, **factory)) if extra else None

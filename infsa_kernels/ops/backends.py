@@ -29,12 +29,16 @@ _warned_of_fallback = bool(_extension_error and extension.shadowed_package())
 OPERATORS: dict[str, frozenset[str]] = {}
 
 
-def why_not(op: str, backend: str, device: torch.device, dtype: torch.dtype, shape: Sequence[int]) -> str | None:
+def why_not(
+    op: str, backend: str, device: torch.device, dtype: torch.dtype, shape: Sequence[int], activation: str = "relu"
+) -> str | None:
     """Why a backend cannot run `infsa::<op>` on q of this device, dtype and shape (B, H, N, d); None if it can."""
     if op not in OPERATORS:
         raise ValueError(f"infsa_kernels has no operator {op!r}, expected one of {', '.join(map(repr, OPERATORS))}")
     if backend == "eager":
         return None
+    if activation != "relu" and backend in SUFFIXES:
+        return f"activation is {activation!r}, and kernels have 'relu' only: the others run in torch operations, as 'eager' does"
     if backend == "cpu":
         if device.type != "cpu":
             return f"the tensors are on {device}, not on the CPU"
@@ -165,9 +169,7 @@ def choose_backend(
     ``forced`` names a backend, as ``with infsa_kernels.backend(...)`` does: it is that one or a RuntimeError that says why not.
     """
     if forced:
-        if reason := why_not(op, forced, device, dtype, shape):
-            raise RuntimeError(f"infsa_kernels: backend {forced!r} cannot run this call: {reason}")
-        return forced
+        return force(op, forced, device, dtype, shape)
     refused = None
     for name in PREFERENCE.get(device.type, ("eager",)):
         if name not in OPERATORS.get(op, SUFFIXES) or (name == "triton" and os.environ.get("INFSA_TRITON") == "0"):
@@ -181,11 +183,23 @@ def choose_backend(
     return name
 
 
+def force(
+    op: str, name: str, device: torch.device, dtype: torch.dtype, shape: Sequence[int], activation: str = "relu"
+) -> str:
+    """``name``, or the RuntimeError that says why that backend cannot run the call."""
+    if reason := why_not(op, name, device, dtype, shape, activation):
+        raise RuntimeError(f"infsa_kernels: backend {name!r} cannot run this call: {reason}")
+    return name
+
+
 def explain_backend(
-    op: str, device: torch.device, dtype: torch.dtype, shape: Sequence[int]
-) -> dict[str, str | None]:  # fmt: skip
-    """Every backend and why it cannot run `infsa::<op>` on q of this device, dtype and shape (B, H, N, d); None where it can."""
-    return {name: why_not(op, name, device, dtype, shape) for name in SUFFIXES}
+    op: str, device: torch.device, dtype: torch.dtype, shape: Sequence[int], activation: str = "relu"
+) -> dict[str, str | None]:
+    """Every backend and why it cannot run `infsa::<op>` on q of this device, dtype and shape (B, H, N, d); None where it can.
+
+    ``activation``, for linear and pure, as in :func:`infsa_kernels.linear_infsa`.
+    """
+    return {name: why_not(op, name, device, dtype, shape, activation) for name in SUFFIXES}
 
 
 def _warn_of_fallback(used: str, wanted: str, reason: str) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..eager.common import acc_dtype
+from ..reference import ACTIVATIONS
 from ..torch_private import FakeTensor, is_batched
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -109,6 +110,8 @@ class Signature:
             right, expected = isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool), "an int"
         elif kind.startswith("float"):
             return number(self.op, name, value, "a number" if kind == "float" else "a number or None")
+        elif kind == "str":
+            right, expected = False, "a str"
         else:
             of = " of torch.bool" if self.tensors[name].dtype == "bool" else ""
             right, expected = False, f"a Tensor{of}" + (" or None" if kind == "Tensor?" else "")
@@ -189,6 +192,13 @@ def finite(op, name, x):
     low, expected = NUMBERS[name]
     if not low < x < math.inf:
         raise ValueError(f"{op}: {name} is {x:g}, expected {expected}")
+
+
+def activation(op, name):
+    """The name of one that there is."""
+    if name not in tuple(ACTIVATIONS):
+        *most, last = map(repr, ACTIVATIONS)
+        raise ValueError(f"{op}: activation is {name!r}, expected {', '.join(most)} or {last}")
 
 
 def no_floor_in_parallel(op, score_floor=0.0):

@@ -3,8 +3,8 @@
     e_i = ||u_i||,  qbar = sum_i e_i u_i / (sum_i e_i + eps),  r_j = ReLU(qbar . kappa_j),
     z = rho sum_j r_j v_j / (sum_j r_j + eps)          with u = s q, kappa = s k, s = 1/sqrt(d)
 
-With score_floor above 0 another raw operator runs: linear_floor.py. Derivation of the gradients, what is saved and why:
-docs/linear.md.
+With score_floor above 0 another raw operator runs: linear_floor.py. With another activation than ReLU the reference does, in
+torch operations. Derivation of the gradients, what is saved and why: docs/linear.md.
 """
 
 from torch import Tensor
@@ -27,6 +27,7 @@ def linear_infsa(
     query_padding_mask: Tensor | None = None,
     *,
     score_floor: float = 0.0,
+    activation: str = "relu",
 ) -> Tensor:
     """Linear-InfSA: one pooled context per head, given to every query position. O(N) time, O(d) state (paper eqs 16-21).
 
@@ -42,12 +43,15 @@ def linear_infsa(
         score_floor: at least 0; 0 is the paper's operator. Above 0 every key's score gains that share of the mean absolute
             score: a mixture with the mean of the values, which keeps gradients bounded where few scores are positive
             (docs/linear.md). It has no gradient.
+        activation: what becomes of the scores: "relu", the paper's, or "gelu", "abs" or "softplus". Only "relu" has kernels. The
+            others run in torch operations and keep what autograd needs of q and k (docs/linear.md, Other activations).
 
     Returns:
         (B, H, N, dv) in the dtype of ``q``: an expanded view (stride 0) of the context ``torch.ops.infsa.linear`` returns.
 
     Raises:
-        ValueError: a wrong shape, device, eps, rho or score_floor. TypeError: a wrong dtype or layout.
+        ValueError: a wrong shape, device, eps, rho, score_floor or activation. TypeError: a wrong dtype or layout.
+        RuntimeError: a backend was asked for that cannot run the call.
 
     Example::
 
@@ -55,7 +59,8 @@ def linear_infsa(
         >>> linear_infsa(q, q, torch.randn(1, 64, 4096, 16)).shape
         torch.Size([1, 64, 4096, 16])
     """
-    context = linear(q, k, v, eps, rho, key_padding_mask, query_padding_mask, score_floor=score_floor)
+    masks = key_padding_mask, query_padding_mask
+    context = linear(q, k, v, eps, rho, *masks, score_floor=score_floor, activation=activation)
     return context.unsqueeze(-2).expand(*q.shape[:-1], context.shape[-1])
 
 
@@ -69,15 +74,18 @@ def linear_infsa_scores(
     query_padding_mask: Tensor | None = None,
     *,
     score_floor: float = 0.0,
+    activation: str = "relu",
 ) -> Tensor:
     """rho a_j, the weight that Linear-InfSA gives to each key: (..., M, 1). Arguments as :func:`linear_infsa`.
 
     In torch operations, for analysis and for dropout on the scores; sums in float32 or wider whatever the dtype of ``q``.
     """
     masks = key_padding_mask, query_padding_mask
-    qkv.demand_of_scores(linear, linear_floor.raw, q, k, rho, eps, *masks, score_floor=score_floor)
+    qkv.demand_of_scores(
+        linear, linear_floor.raw, q, k, rho, eps, *masks, activation=activation, score_floor=score_floor
+    )
     acc = acc_dtype(q)
-    scores = reference.linear_scores(q.to(acc), k.to(acc), rho, eps, *masks, score_floor)
+    scores = reference.linear_scores(q.to(acc), k.to(acc), rho, eps, *masks, score_floor, activation)
     return scores.to(q.dtype).unsqueeze(-1)
 
 
@@ -128,16 +136,19 @@ raw = RawOps(
 
 @public(
     "linear(Tensor q, Tensor k, Tensor v, float eps=1e-6, Tensor? rho=None, Tensor? key_padding_mask=None, "
-    "Tensor? query_padding_mask=None, str backend='', float score_floor=0.0) -> Tensor",
+    "Tensor? query_padding_mask=None, str backend='', float score_floor=0.0, str activation='relu') -> Tensor",
     TENSORS,
     raw=[raw],
     cast=qkv.cast,
 )
 def linear(
-    q, k, v, eps=1e-6, rho=None, key_padding_mask=None, query_padding_mask=None, backend="", score_floor=0.0
+    q, k, v, eps=1e-6, rho=None, key_padding_mask=None, query_padding_mask=None, backend="", score_floor=0.0,
+    activation="relu",
 ):  # fmt: skip
     """`torch.ops.infsa.linear`: the context (B, H, dv), or (B*H, dv)."""
     given = q, k, v, eps, rho, key_padding_mask, query_padding_mask, backend
+    if activation != "relu":
+        return qkv.attend_in_torch(linear_floor.raw, reference.linear, *given, activation, score_floor=score_floor)
     if score_floor == 0:
         return qkv.attend(raw, *given)
     return qkv.attend(linear_floor.raw, *given, score_floor)

@@ -2,7 +2,8 @@
 
     P = ReLU((s q)(s k)^T)  (N, M),   O = rho P v / (||P||_F + eps)          with s = 1/sqrt(d)
 
-O(N M) time, O(N + M) memory: P is never held. Derivation of the gradients, what is saved and why: docs/pure.md.
+O(N M) time, O(N + M) memory: P is never held. With another activation than ReLU the reference runs, in torch operations, and
+holds it. Derivation of the gradients, what is saved and why: docs/pure.md.
 """
 
 from torch import Tensor
@@ -23,6 +24,8 @@ def pure_infsa(
     eps: float = 1e-6,
     key_padding_mask: Tensor | None = None,
     query_padding_mask: Tensor | None = None,
+    *,
+    activation: str = "relu",
 ) -> Tensor:
     """Pure InfSA: ReLU attention divided by its Frobenius norm. O(N M) time, O(N + M) memory (paper eqs 11-12).
 
@@ -35,12 +38,16 @@ def pure_infsa(
         key_padding_mask: (B, M) bool, True = ignore that key and its value.
         query_padding_mask: (B, N) bool, True = ignore that query: its output is 0 and it is left out of the norm. For
             self-attention over a padded batch give the same mask twice: the padding would else count in the norm.
+        activation: what becomes of the scores: "relu", the paper's, or "gelu", "abs" or "softplus". Only "relu" has kernels. The
+            others run in torch operations and hold (B, H, N, M) (docs/pure.md, Other activations).
 
     Returns:
-        (B, H, N, dv) in the dtype of ``q`` and in its memory layout: token-major where ``q`` is a view of [B, N, H, d].
+        (B, H, N, dv) in the dtype of ``q`` and, with "relu", in its memory layout: token-major where ``q`` is a view of
+        [B, N, H, d].
 
     Raises:
-        ValueError: a wrong shape, device, eps or rho. TypeError: a wrong dtype or layout.
+        ValueError: a wrong shape, device, eps, rho or activation. TypeError: a wrong dtype or layout.
+        RuntimeError: a backend was asked for that cannot run the call.
 
     Example::
 
@@ -48,7 +55,7 @@ def pure_infsa(
         >>> pure_infsa(q, k, v).shape
         torch.Size([1, 16, 197, 64])
     """
-    return pure(q, k, v, eps, rho, key_padding_mask, query_padding_mask)
+    return pure(q, k, v, eps, rho, key_padding_mask, query_padding_mask, activation=activation)
 
 
 @overridable
@@ -59,14 +66,17 @@ def pure_infsa_scores(
     eps: float = 1e-6,
     key_padding_mask: Tensor | None = None,
     query_padding_mask: Tensor | None = None,
+    *,
+    activation: str = "relu",
 ) -> Tensor:
     """rho P / (||P||_F + eps), the whole matrix: (..., N, M). Arguments as :func:`pure_infsa`.
 
     In torch operations, for analysis and for dropout on the scores; sums in float32 or wider whatever the dtype of ``q``.
     """
-    qkv.demand_of_scores(pure, raw, q, k, rho, eps, key_padding_mask, query_padding_mask)
+    masks = key_padding_mask, query_padding_mask
+    qkv.demand_of_scores(pure, raw, q, k, rho, eps, *masks, activation=activation)
     acc = acc_dtype(q)
-    return reference.pure_scores(q.to(acc), k.to(acc), rho, eps, key_padding_mask, query_padding_mask).to(q.dtype)
+    return reference.pure_scores(q.to(acc), k.to(acc), rho, eps, *masks, activation).to(q.dtype)
 
 
 TENSORS = {
@@ -108,11 +118,16 @@ raw = RawOps(
 
 @public(
     "pure(Tensor q, Tensor k, Tensor v, float eps=1e-6, Tensor? rho=None, Tensor? key_padding_mask=None, "
-    "Tensor? query_padding_mask=None, str backend='') -> Tensor",
+    "Tensor? query_padding_mask=None, str backend='', str activation='relu') -> Tensor",
     TENSORS,
     raw=[raw],
     cast=qkv.cast,
 )
-def pure(q, k, v, eps=1e-6, rho=None, key_padding_mask=None, query_padding_mask=None, backend=""):
+def pure(
+    q, k, v, eps=1e-6, rho=None, key_padding_mask=None, query_padding_mask=None, backend="", activation="relu"
+):  # fmt: skip
     """`torch.ops.infsa.pure`: the output (B, H, N, dv), or (B*H, N, dv)."""
-    return qkv.attend(raw, q, k, v, eps, rho, key_padding_mask, query_padding_mask, backend)
+    given = q, k, v, eps, rho, key_padding_mask, query_padding_mask, backend
+    if activation != "relu":
+        return qkv.attend_in_torch(raw, reference.pure, *given, activation)
+    return qkv.attend(raw, *given)

@@ -7,7 +7,7 @@ from torch import Tensor
 from ..eager.common import acc_dtype
 from . import check, sharding
 from .autograd import skipped_if_unused
-from .backends import backend_of_backward, choose_backend
+from .backends import backend_of_backward, choose_backend, force
 
 
 def attend(raw, q, k, v, eps, rho, key_padding_mask, query_padding_mask, backend, *more) -> Tensor:
@@ -41,15 +41,29 @@ def attend(raw, q, k, v, eps, rho, key_padding_mask, query_padding_mask, backend
     return out.squeeze(1) if unbatched else out
 
 
+def attend_in_torch(
+    raw, reference, q, k, v, eps, rho, key_padding_mask, query_padding_mask, backend, activation, **more
+) -> Tensor:
+    """The same by ``reference``, for activations that no kernel has: torch differentiates it, and holds what it holds."""
+    check.activation(raw.op, activation)
+    masks = key_padding_mask, query_padding_mask
+    demand(raw, q, k, v, eps, rho, *masks, *more.values())
+    force(raw.name, backend or "eager", q.device, q.dtype, q.shape, activation)
+    acc = acc_dtype(q)
+    return reference(q.to(acc), k.to(acc), v.to(acc), rho, eps, *masks, activation=activation, **more).to(q.dtype)
+
+
 def statistics(raw, q, k, v, eps, key_padding_mask=None, query_padding_mask=None) -> tuple[Tensor, ...]:
     """What forward keeps beside its output, of 4-D arguments that were checked. They have no gradient."""
     name = choose_backend(raw.name, q.device, q.dtype, q.shape, backend_of_backward())
     return raw.forwards[name](q, None if k is q else k, v, eps, 1.0, None, key_padding_mask, query_padding_mask)[1:]
 
 
-def demand_of_scores(public, raw, q, k, rho, eps, key_padding_mask, query_padding_mask, **more) -> None:
+def demand_of_scores(public, raw, q, k, rho, eps, key_padding_mask, query_padding_mask, *, activation="relu", **more):
     """What an operator demands, for its scores, which have no v."""
-    public.signature.types((q, k, k, eps, rho, key_padding_mask, query_padding_mask), more)
+    by_name = more | {"activation": activation}
+    public.signature.types((q, k, k, eps, rho, key_padding_mask, query_padding_mask), by_name)
+    check.activation(raw.op, activation)
     demand(raw, q, k, k, eps, rho, key_padding_mask, query_padding_mask, *more.values())
 
 

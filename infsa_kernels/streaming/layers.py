@@ -105,6 +105,12 @@ def check_model(model: nn.Module) -> None:
             f"predict_file: score_floor is {max(floors)}, expected 0: the floor needs two sums more, which no pass makes yet; "
             "call the model on a picture that fits"
         )
+    for block in model.blocks:
+        if block.attn.activation != "relu":
+            raise NotImplementedError(
+                f"predict_file: activation is {block.attn.activation!r}, expected 'relu', the only one that the passes have; "
+                "call the model on a picture that fits"
+            )
     if torch.is_autocast_enabled(model.patch_embed.weight.device.type):
         raise NotImplementedError("predict_file: autocast is on, expected a model in one dtype; give model.bfloat16()")
     for name, module in model.named_modules():

@@ -32,17 +32,21 @@ def run(out, monkeypatch, *arguments):
 def test_everything_at_a_tiny_size(tiny, tmp_path, monkeypatch):
     found = run(tmp_path, monkeypatch)
     assert len(found) == 2 * len(train.MODELS)
-    # All kinds of attention before a second seed, and the sums of layers last.
+    # All kinds of attention before a second seed, then the sums of layers, then other activations.
     assert [(one["seed"], one["model"]) for one in found[: len(train.ATTENTION) + 1]] == [
         *((0, name) for name in train.ATTENTION), (1, "softmax"),
     ]  # fmt: skip
+    rest = [one["model"] for one in found[2 * len(train.ATTENTION) :]]
+    assert rest == [*train.NEUMANN] * 2 + [*train.ACTIVATIONS] * 2
     for one in found:
         assert 0 < one["accuracy"] < 1 and one["loss"] < 2.5 and max(one["norms"]) >= one["median_norm"] > 0
-        assert ("dead_pairs/blocks.0.attn" in one["layers"]) == (one["model"] not in ("softmax", "mean pooling"))
+        assert ("dead_pairs/blocks.0.attn" in one["layers"]) == (
+            one["model"] not in ("softmax", "mean pooling", *train.ACTIVATIONS)
+        )
     fixed = next(one for one in found if one["model"] == "Linear, γ = 0.3")
     assert fixed["gamma"] == pytest.approx([0.3, 0.3])
     text = (tmp_path / "table.txt").read_text()
-    for words in ("digits", "seeds: 0, 1", "Linear untied, floor", "Linear, γ learned", "+-"):
+    for words in ("digits", "seeds: 0, 1", "Linear untied, floor", "Linear, γ learned", "Pure, softplus", "+-"):
         assert words in text
     assert Image.open(tmp_path / "training.png").size[0] > 1000
 

@@ -135,6 +135,8 @@ def refused_models():
         parallelize(vit("multi_hop_infsa", hops=2), None)
     with pytest.raises(NotImplementedError, match="has a score floor"):
         parallelize(vit(score_floor=0.1), None)
+    with pytest.raises(NotImplementedError, match="has another activation than 'relu'"):
+        parallelize(vit(activation="gelu"), None)
     with pytest.raises(NotImplementedError, match="has add_bias_kv"):
         parallelize(InfSAAttention(D, H, add_bias_kv=True), None)
     with pytest.raises(NotImplementedError, match="is softmax attention"):

@@ -278,6 +278,19 @@ def linear_infsa(m, q, k, v, tied=True):
     return np.stack(out)
 
 
+def linear_infsa_floor(m, q, k, v):
+    """A mixture of Linear-InfSA and the mean of the values, by the sums of both."""
+    out = []
+    for qh, kh, vh in zip(q, q, v):
+        u, kappa = (x / math.sqrt(x.shape[-1]) for x in (qh, kh))
+        energy = np.linalg.norm(u, axis=1)
+        t = kappa @ (energy @ u / (energy.sum() + 1e-6))
+        positive, share = np.maximum(t, 0), 0.1 * np.abs(t).sum()
+        row = 0.95 * (positive @ vh + share * vh.mean(0)) / (positive.sum() + share + 1e-6)
+        out.append(np.tile(row, (len(qh), 1)))
+    return np.stack(out)
+
+
 def pure_infsa(m, q, k, v, tied=True):
     P = np.maximum(scores(q, q if tied else k) / math.sqrt(q.shape[-1]), 0)
     return 0.95 * weighted(P / (np.sqrt((P**2).sum((1, 2), keepdims=True)) + 1e-6), v)

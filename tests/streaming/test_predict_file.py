@@ -380,10 +380,15 @@ def test_what_cannot_be_streamed_is_refused(picture, tmp_path, monkeypatch):
     for variant in ("pure_infsa", "multi_hop_infsa", "softmax"):
         refused(model(variant=variant), rf"variant is '{variant}', expected 'linear_infsa': every token")
     made = model()
-    for module, name, value in ((made, "sequence_group", "0"), (made.blocks[1].attn, "score_floor", 0.1)):
+    attn = made.blocks[1].attn
+    for module, name, value in (
+        (made, "sequence_group", "0"),
+        (attn, "score_floor", 0.1),
+        (attn, "activation", "gelu"),
+    ):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, value)
-            refused(made, "model was parallelized|score_floor is 0.1, expected 0")
+            refused(made, "model was parallelized|score_floor is 0.1, expected 0|activation is 'gelu', expected 'relu'")
     with torch.autocast("cpu", torch.bfloat16):
         refused(made, r"autocast is on, .* give model\.bfloat16\(\)")
     for name in ("", "blocks.1", "blocks.1.attn"):
