@@ -277,7 +277,7 @@ def figure(runs: list[dict]):
     accuracy.set_yticks([-row for row in range(len(shown))], shown)
     accuracy.set_title("Accuracy, %, a point a seed")
     norms.set_yscale("log")
-    norms.set_title("Largest gradient norm of each part of the training, not clipped")
+    norms.set_title("Largest gradient norms, not clipped")
     norms.set_xlabel("part of the steps")
     norms.legend()
     swept = {"none": ATTENTION["Linear"]} | {name.split(" = ")[-1].split()[-1]: NEUMANN[name] for name in NEUMANN}
@@ -285,7 +285,7 @@ def figure(runs: list[dict]):
         mine = [100 * run["accuracy"] for run in runs if run["arguments"] == arguments]
         gammas.plot([column] * len(mine), mine, "o", color=MUTED)
     gammas.set_xticks(range(len(swept)), swept)
-    gammas.set_title("Linear: accuracy, %, over γ of the Neumann sum")
+    gammas.set_title("Linear: accuracy, %, over γ")
     return figure
 
 
