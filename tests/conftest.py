@@ -45,6 +45,14 @@ def part_of(item) -> str:
     return next((name for name in PARTS if item.get_closest_marker(name)), "parallel")
 
 
+def pytest_ignore_collect(collection_path, config):
+    """Whether a file has no test of the one part that is to run: to collect all of them takes long."""
+    part = config.getoption("--part")
+    if part in (None, "parallel") or collection_path.suffix != ".py":
+        return None
+    return f"mark.{part}" not in collection_path.read_text() or None
+
+
 def pytest_collection_modifyitems(config, items):
     """Leaves out an operator on a backend that has no kernels of it, and what is for other processes than this one."""
 

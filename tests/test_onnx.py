@@ -231,6 +231,7 @@ class Layers(nn.Module):
         return [out for out, _ in (*padded, linear(context, x), pure(context, x))]
 
 
+@pytest.mark.sweep
 def test_attention_layers_with_padding_and_norm():
     def inputs(B, N, L):
         return torch.randn(B, N, 24), torch.randn(B, L, 24), torch.rand(B, N) > 0.6

@@ -66,6 +66,7 @@ def test_one_export_for_all_sizes(form, example):
         compare(program.module(), made, SIZES, batches=(1, 2, 5))
 
 
+@pytest.mark.sweep
 def test_an_export_is_saved_and_decomposed():
     made, buffer = model("pure"), io.BytesIO()
     with torch.no_grad():

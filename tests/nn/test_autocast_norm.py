@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.pooled_linear_calls import layer, output_gradient, results, to
+from helpers.sweep import swept
 from torch import nn
 from torch.testing import assert_close
 
@@ -156,7 +157,7 @@ def test_attention_with_its_norm(variant, change, dtype):
 
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)
-@pytest.mark.parametrize("size", [1, 50])
+@pytest.mark.parametrize("size", [swept(1), 50])
 def test_whole_model(size, dtype):
     """Forward and every gradient of InfViT beside the same model with hooks on its layers, which are then called."""
     model = InfViT(16, 4, 3, 5, 64, 4, 4)

@@ -8,6 +8,7 @@ import threading
 import pytest
 import torch
 from helpers.backends import backends_of
+from helpers.sweep import swept
 
 import infsa_kernels
 from infsa_kernels.memory import kept_memory, most_kept_memory
@@ -130,7 +131,7 @@ def run(script, **environment):
     return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("most, kept", [("0", 0), ("10", 8), ("30", 28)])
+@pytest.mark.parametrize("most, kept", [("0", 0), ("10", 8), swept(("30", 28))])
 def test_the_environment_bounds_what_is_kept(most, kept):
     """Two pieces of 4 MB, then two of 12: the oldest go first, and what is above the bound by itself is never kept."""
     done = run(
@@ -139,7 +140,7 @@ def test_the_environment_bounds_what_is_kept(most, kept):
     assert done.stdout.split() == [str(float(kept)), str(float(most))], done.stderr
 
 
-@pytest.mark.parametrize("most", ["1GB", "-1"])
+@pytest.mark.parametrize("most", ["1GB", swept("-1")])
 def test_a_bound_that_is_none(most):
     done = run("gradients(4)", INFSA_CPU_POOL_MB=most)
     assert done.returncode

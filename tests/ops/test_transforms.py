@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers.calls import OPS, REFERENCE, raw_op
 from helpers.framework_calls import DV, FORMS, B, D, H, M, N, make_call, mask
+from helpers.sweep import some
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jacfwd, jacrev, jvp, vmap
 from torch.testing import assert_close
@@ -47,7 +48,7 @@ def loss(function):
 
 
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", some(FORMS, "tied", "head_rho", "tied_masked_one_rho", "three_dimensions"))
 def test_gradcheck_and_gradgradcheck(op, form, device, backend):
     call = make_call(op, form, torch.float64, device).leaves()
     names, tensors = zip(*call.tensors().items())

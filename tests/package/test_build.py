@@ -105,6 +105,7 @@ def rewrite(path, old, new):
 EVERYTHING = {"module", "nothing"}
 
 
+@pytest.mark.sweep
 def test_nothing_is_compiled_twice(folder):
     assert compiled(folder) == set()
     (folder / "csrc/cpu/nothing.cpp").touch()

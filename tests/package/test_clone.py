@@ -69,6 +69,7 @@ def test_a_source_folder_that_was_never_installed_says_so(folder, python):
     assert report.stderr == ""
 
 
+@pytest.mark.sweep
 def test_a_pure_python_install_says_so_and_has_types(folder, python, tmp_path):
     clone.install(python, ".", cwd=folder, INFSA_NO_EXT="1")
     report = info(python, tmp_path).stdout

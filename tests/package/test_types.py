@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import infsa_kernels
 
 # An unused "type: ignore" is an error: these lines have to be wrong, so none of the types may be Any.
@@ -37,6 +39,7 @@ total = NeumannSum(num_layers=4)([y] * 4)
 """
 
 
+@pytest.mark.sweep
 def test_a_users_script_is_clean_under_strict_mypy(request):
     """What mypy learns about torch is kept between runs: without it this takes a quarter of a minute."""
     folder = request.config.cache.mkdir("mypy")
