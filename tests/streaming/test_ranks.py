@@ -58,7 +58,7 @@ def on_a_rank(rank, folder):
             run(made, work_dir=f"{folder}/work")
         torch.distributed.barrier()
         if rank == 1:
-            os.unlink(f"{folder}/work/state-1-of-2.pt")
+            os.unlink(os.path.join(folder, "work", "state-1-of-2.pt"))
         predict._Run._go = lambda self, this, number: passes.append(number) or go(self, this, number)
         passes.clear()
         resumed = run(made, work_dir=f"{folder}/work")
