@@ -53,12 +53,14 @@ FEW = 256
 PROGRAMS = {"sm_80": 648, "sm_90": 792, "sm_100": 888, "sm_120": 1020, "gfx942": 1216}
 
 
-def linear(q: Tensor, v: Tensor, tokens: int, floored: bool = False) -> Linear:
+def linear(q: Tensor, v: Tensor, tokens: int, floored: bool = False, samples: int | None = None) -> Linear:
     """16 elements of each tensor per thread: more cost registers, fewer leave too few loads in flight.
 
+    ``tokens``: of the longest sequence. ``samples``: packed sequences, where q is not a batch of as many.
     ``floored``: the forward pass with a floor, whose second sum of values makes float32 spill at 16.
     """
-    B, H, _, d = q.shape
+    H, d = q.shape[1], q.shape[3]
+    B = q.shape[0] if samples is None else samples
     D = triton.next_power_of_2(max(d, v.shape[3]))
     short = tokens <= WHOLE
     heads = 1

@@ -25,6 +25,8 @@ COUNTS = [
     "blocks",
     "square_blocks",
     "part_blocks",
+    "part_rows",
+    "sequences",
 ]
 SIZES = [*COUNTS, "N", "M"]
 

@@ -8,6 +8,7 @@ from ..eager import linear as eager
 from ..eager.common import scale
 from . import configs
 from .launch import SIZES, Launch, countable, padded, planned, relu, strides
+from .packed import Packing, tiles_of_all, tiles_of_sequence
 from .tokens import (
     dot_of_heads,
     effective_rho,
@@ -26,35 +27,35 @@ from .tokens import (
 
 @triton.jit(do_not_specialize=SIZES)
 def linear_bwd_keys_kernel(
-    dout, k, v, key_mask, head_rho,  # (B, H, dv), (B, H, M, d), (B, H, M, dv), (B, M), (B, H)
+    dout, k, v, key_mask, head_rho, cu_seqlens_k,  # (B, H, dv), (B, H, M, d), (B, H, M, dv), (B, M), (B, H), (S + 1)
     context, central_query, score_sum,  # (B, H, dv), (B, H, d), (B, H)
     absolute_sum, value_mean, key_counts,  # of a floor: (B, H), (B, H, dv), and (B,) if masked
     dk, dv_out, dhead_rho, dscores, dcentral_parts,  # like k, like v, (B, H), (B, H, M), (B, H, splits, d)
     dout_strides, k_strides, v_strides, dk_strides, dv_strides, key_mask_strides, head_rho_strides,
-    H, M, splits, split_tokens, scale, eps, rho, score_floor,
+    H, M, splits, split_tokens, sequences, scale, eps, rho, score_floor,
     d: tl.constexpr, dv: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, G: tl.constexpr, BT: tl.constexpr,
     TIED: tl.constexpr, WANT_Q: tl.constexpr, WANT_K: tl.constexpr, WANT_V: tl.constexpr, WANT_RHO: tl.constexpr,
 ):  # fmt: skip
-    b, heads, split, group = where_am_i(splits, H, G)
-    stride_b, stride_h, stride_d = dout_strides
-    dz = load_head(dout, b, heads, H, stride_b, stride_h, stride_d, dv, DV)
-    z = load_head(context, b, heads, H, H * dv, dv, 1, dv, DV)
+    b, heads, split, s, group, own, start, stop = where_am_i(splits, split_tokens, H, G, cu_seqlens_k, sequences, M)
+    if cu_seqlens_k is not None and (own > 0) & (start >= stop):
+        return
+    stride_s, stride_h, stride_d = dout_strides
+    dz = load_head(dout, s, heads, H, stride_s, stride_h, stride_d, dv, DV)
+    z = load_head(context, s, heads, H, H * dv, dv, 1, dv, DV)
     dz_z = dot_of_heads(dz, z)
-    if WANT_RHO and split == 0:
-        store_part(dhead_rho, rho * dz_z, b, heads, H, 0, 1, 1, 1)
+    if WANT_RHO and own == 0:
+        store_part(dhead_rho, rho * dz_z, s, heads, H, 0, 1, 1, 1)
 
-    rho = effective_rho(rho, head_rho, head_rho_strides, b, heads, H)
-    norm = load_head(score_sum, b, heads, H, H, 1, 0, 1, 1) + eps
+    rho = effective_rho(rho, head_rho, head_rho_strides, s, heads, H)
+    norm = load_head(score_sum, s, heads, H, H, 1, 0, 1, 1) + eps
     if score_floor is not None:
-        share = score_floor * load_head(absolute_sum, b, heads, H, H, 1, 0, 1, 1)
+        share = score_floor * load_head(absolute_sum, s, heads, H, H, 1, 0, 1, 1)
         norm = norm + share
-        mean = load_head(value_mean, b, heads, H, H * dv, dv, 1, dv, DV)
+        mean = load_head(value_mean, s, heads, H, H * dv, dv, 1, dv, DV)
         dabsolute = score_floor * dot_of_heads(dz, mean - z) * (rho / norm)
-        share = share / keys_of(key_counts, b, M)
+        share = share / keys_of(key_counts, b, cu_seqlens_k, s, M)
     gain = rho / norm
-    central = load_head(central_query, b, heads, H, H * d, d, 1, d, D)
-    start = split * split_tokens
-    stop = tl.minimum(start + split_tokens, M)
+    central = load_head(central_query, s, heads, H, H * d, d, 1, d, D)
     dcentral = tl.zeros([BT, G, D], tl.float32)
     if WANT_Q or WANT_K or WANT_V:
         tokens = start + tl.arange(0, BT)
@@ -102,18 +103,19 @@ def linear_bwd_keys_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def linear_bwd_queries_kernel(
-    q, query_mask, key_mask, dq,  # (B, H, N, d), (B, N), (B, M), like q
+    q, query_mask, key_mask, cu_seqlens_q, cu_seqlens_k, dq,  # (B, H, N, d), (B, N), (B, M), (S + 1) both, like q
     central_query, energy_sum, dscores, dcentral_parts, key_splits,  # (B, H, d), (B, H), (B, H, M), (B, H, splits, d)
-    q_strides, dq_strides, query_mask_strides, key_mask_strides, H, N, splits, split_tokens, scale, eps,
+    q_strides, dq_strides, query_mask_strides, key_mask_strides, H, N, M, splits, split_tokens, sequences, scale, eps,
     d: tl.constexpr, D: tl.constexpr, G: tl.constexpr, BT: tl.constexpr, TIED: tl.constexpr,
 ):  # fmt: skip
-    b, heads, split, group = where_am_i(splits, H, G)
-    dcentral = sum_of_splits(dcentral_parts, b, heads, H, key_splits, d, D, G, BT)
-    central = load_head(central_query, b, heads, H, H * d, d, 1, d, D)
+    b, heads, split, s, group, own, start, stop = where_am_i(splits, split_tokens, H, G, cu_seqlens_q, sequences, N)
+    if cu_seqlens_q is not None and start >= stop:
+        return
+    first, count = tiles_of_sequence(cu_seqlens_k, s, M, split_tokens, key_splits)
+    dcentral = sum_of_splits(dcentral_parts, b, heads, H, first, count, key_splits, d, D, G, BT)
+    central = load_head(central_query, s, heads, H, H * d, d, 1, d, D)
     central_dcentral = dot_of_heads(central, dcentral)
-    per_energy = scale / (load_head(energy_sum, b, heads, H, H, 1, 0, 1, 1) + eps)
-    start = split * split_tokens
-    stop = tl.minimum(start + split_tokens, N)
+    per_energy = scale / (load_head(energy_sum, s, heads, H, H, 1, 0, 1, 1) + eps)
     steps = tl.cdiv(stop - start, BT)
     # Backwards, as in the forward pass: the tied Q was read last at its end.
     tokens = start + (steps - 1) * BT + tl.arange(0, BT)
@@ -158,10 +160,27 @@ def backward(
     return run_without_floor
 
 
+def split(config, groups: int, N: int, M: int, packing: Packing | None) -> tuple[tuple[int, int], tuple[int, int]]:
+    """How many splits of how many tokens the queries are cut into, and the keys."""
+    if packing is None:
+        return config.splits(N, groups), config.splits(M, groups)
+    # Both sides into splits of one length, by which a program finds those of the other. A short sequence is one.
+    tokens = max(N, M)
+    _, split_tokens = (1, tokens + 1) if packing.longest <= configs.WHOLE else config.splits(tokens, groups)
+    return (tiles_of_all(N, split_tokens, packing), split_tokens), (
+        tiles_of_all(M, split_tokens, packing),
+        split_tokens,
+    )
+
+
 def plan_backward(
-    dout, q, k, v, eps, score_floor, rho, head_rho, key_padding_mask, query_padding_mask, gradients
+    dout, q, k, v, eps, score_floor, rho, head_rho, key_padding_mask, query_padding_mask, gradients,
+    packing: Packing | None = None,
 ):  # fmt: skip
-    """(dout, q, k, v, what forward kept, head_rho, masks, gradients): linear_bwd, or with a floor linear_floor_bwd."""
+    """(dout, q, k, v, what forward kept, head_rho, masks, gradients, offsets): linear_bwd, or with a floor linear_floor_bwd.
+
+    Packed sequences as in the forward pass.
+    """
     B, H, N, d = q.shape
     M, dv_size = v.shape[2:]
     countable("infsa::linear", q, v)
@@ -169,15 +188,17 @@ def plan_backward(
     want_q = dq is not None
     tied = k is None
     k = q if tied else k
-    config = configs.linear(q, v, max(N, M))
+    samples = B if packing is None else packing.sequences
+    config = configs.linear(q, v, max(N, M) if packing is None else packing.longest, samples=samples)
     groups = B * triton.cdiv(H, config.heads)
-    splits, split_tokens = config.splits(N, groups)
-    key_splits, key_split_tokens = config.splits(M, groups)
+    (splits, split_tokens), (key_splits, key_split_tokens) = split(config, groups, N, M, packing)
+    sequences = None if packing is None else samples
     sizes = config.sizes(d) | {"TIED": tied}
     keys = Launch(
         linear_bwd_keys_kernel, groups * key_splits, q.device,
         dout.stride(), k.stride(), v.stride(), strides(dk, 4), strides(dv, 4),
-        strides(key_padding_mask, 2), strides(head_rho, 2), H, M, key_splits, key_split_tokens, scale(q), eps, rho, score_floor,
+        strides(key_padding_mask, 2), strides(head_rho, 2), H, M, key_splits, key_split_tokens, sequences,
+        scale(q), eps, rho, score_floor,
         dv=dv_size, DV=padded(dv_size), WANT_Q=want_q, WANT_K=dk is not None, WANT_V=dv is not None,
         WANT_RHO=dhead_rho is not None, **sizes,
     )  # fmt: skip
@@ -185,12 +206,12 @@ def plan_backward(
         queries = Launch(
             linear_bwd_queries_kernel, groups * splits, q.device,
             q.stride(), dq.stride(), strides(query_padding_mask, 2), strides(key_padding_mask, 2),
-            H, N, splits, split_tokens, scale(q), eps, **sizes,
+            H, N, M, splits, split_tokens, sequences, scale(q), eps, **sizes,
         )  # fmt: skip
 
     def run(
         dout, q, k, v, context, central_query, energy_sum, score_sum, absolute_sum, value_mean, head_rho, key_padding_mask,
-        query_padding_mask, gradients,
+        query_padding_mask, gradients, cu_seqlens_q=None, cu_seqlens_k=None,
     ):  # fmt: skip
         dq, dk, dv, dhead_rho = gradients
         k = q if k is None else k
@@ -201,7 +222,7 @@ def plan_backward(
         dcentral_parts = q.new_empty((B, H, key_splits, d), dtype=torch.float32) if want_q else None
         dscores = q.new_empty((B, H, M), dtype=torch.float32) if want_q and tied else None
         keys(
-            dout, k, v, key_padding_mask, head_rho, context, central_query, score_sum,
+            dout, k, v, key_padding_mask, head_rho, cu_seqlens_k, context, central_query, score_sum,
             absolute_sum, value_mean, key_counts(score_floor, key_padding_mask), dk, dv, dhead_rho, dscores, dcentral_parts,
         )  # fmt: skip
         if want_q:
@@ -209,6 +230,8 @@ def plan_backward(
                 q,
                 query_padding_mask,
                 key_padding_mask,
+                cu_seqlens_q,
+                cu_seqlens_k,
                 dq,
                 central_query,
                 energy_sum,

@@ -15,6 +15,8 @@ from .linear_backward import linear_bwd_keys_kernel, linear_bwd_queries_kernel
 
 # What the kernels take beside, of a floor, which steps have not.
 NO_FLOOR = None
+# Nor are steps packed: this stands for offsets, and for how many sequences there are.
+NOT_PACKED = None
 
 
 def queries_fwd(q, query_padding_mask):
@@ -25,9 +27,9 @@ def queries_fwd(q, query_padding_mask):
     central, energy = (q.new_empty(B, H, splits, size, dtype=torch.float32) for size in (d, 1))
     sum_queries = Launch(
         linear_fwd_queries_kernel, grid.groups * splits, q.device,
-        q.stride(), strides(query_padding_mask, 2), H, N, splits, split_tokens, **grid.sizes,
+        q.stride(), strides(query_padding_mask, 2), H, N, splits, split_tokens, NOT_PACKED, **grid.sizes,
     )  # fmt: skip
-    sum_queries(q, query_padding_mask, central, energy, grid.tickets())
+    sum_queries(q, query_padding_mask, NOT_PACKED, central, energy, grid.tickets())
     s = scale(q)
     return torch.cat([central.sum(2, dtype=torch.float64) * s * s, energy.sum(2, dtype=torch.float64) * s], -1)
 
@@ -47,10 +49,10 @@ def keys_fwd(k, v, central_query, key_padding_mask):
     sum_keys = Launch(
         linear_fwd_keys_kernel, grid.groups * splits, k.device,
         k.stride(), k.stride(), v.stride(), strides(None, 2), strides(key_padding_mask, 2), strides(None, 2),
-        H, 0, M, splits, split_tokens, s, eps, 1.0, NO_FLOOR, dv=dv, DV=padded(dv), WHOLE=False, **grid.sizes,
+        H, 0, M, splits, split_tokens, NOT_PACKED, s, eps, 1.0, NO_FLOOR, dv=dv, DV=padded(dv), WHOLE=False, **grid.sizes,
     )  # fmt: skip
     sum_keys(
-        k, k, v, None, key_padding_mask, None, out, context, central_out, energy_out, score_sum,
+        k, k, v, None, key_padding_mask, None, NOT_PACKED, NOT_PACKED, out, context, central_out, energy_out, score_sum,
         central, energy, 1, context_parts, score_parts, grid.tickets(zero=True), *[NO_FLOOR] * 5,
     )  # fmt: skip
     parts = context_parts.view(B, H, splits, dv), score_parts.view(B, H, splits, 1)
@@ -75,11 +77,11 @@ def keys_bwd(dcontext, k, v, context, central_query, score_sum, eps, key_padding
     pull_back = Launch(
         linear_bwd_keys_kernel, grid.groups * splits, k.device,
         dcontext.stride(), k.stride(), v.stride(), strides(dk, 4), strides(dv, 4), strides(key_padding_mask, 2), strides(None, 2),
-        H, M, splits, split_tokens, scale(k), eps, 1.0, NO_FLOOR, dv=dv_size, DV=padded(dv_size), TIED=want_dscores,
+        H, M, splits, split_tokens, NOT_PACKED, scale(k), eps, 1.0, NO_FLOOR, dv=dv_size, DV=padded(dv_size), TIED=want_dscores,
         WANT_Q=want_q, WANT_K=want_dk, WANT_V=want_dv, WANT_RHO=False, **grid.sizes,
     )  # fmt: skip
     pull_back(
-        dcontext, k, v, key_padding_mask, None, context, central_query, score_sum.float().contiguous(),
+        dcontext, k, v, key_padding_mask, None, NOT_PACKED, context, central_query, score_sum.float().contiguous(),
         *[NO_FLOOR] * 3, dk, dv, None, dscores, parts,
     )  # fmt: skip
     return (
@@ -101,11 +103,12 @@ def queries_bwd(dcentral_query, dscores, dscores_unit, q, central_query, energy_
     dq = torch.empty_like(q)
     pull_back = Launch(
         linear_bwd_queries_kernel, grid.groups * splits, q.device,
-        q.stride(), dq.stride(), strides(query_padding_mask, 2), strides(None, 2), H, N, splits, split_tokens, scale(q), eps,
+        q.stride(), dq.stride(), strides(query_padding_mask, 2), strides(None, 2),
+        H, N, 0, splits, split_tokens, NOT_PACKED, scale(q), eps,
         TIED=dscores is not None, **grid.sizes,
     )  # fmt: skip
     pull_back(
-        q, query_padding_mask, None, dq, central_query.contiguous(), energy_sum.float().contiguous(),
+        q, query_padding_mask, None, NOT_PACKED, NOT_PACKED, dq, central_query.contiguous(), energy_sum.float().contiguous(),
         None if dscores is None else dscores.contiguous(), dcentral_query.float().contiguous(), 1,
     )  # fmt: skip
     return dq

@@ -25,6 +25,7 @@ from ..eager import pure as eager
 from ..eager.common import scale
 from . import configs
 from .launch import SIZES, Launch, countable, padded, planned, relu, strides
+from .packed import Packing, span_of, tiles_of_all, tiles_of_sequence
 from .pure_backward import backward
 from .tiles import (
     addressable,
@@ -73,29 +74,32 @@ def fwd_tiles(
 @triton.jit(do_not_specialize=SIZES)
 def pure_fwd_kernel(
     q, k, v, query_mask, key_mask,  # (B, H, N, d), (B, H, M, d), (B, H, M, dv), (B, N), (B, M)
+    cu_seqlens_q, cu_seqlens_k,  # of packed sequences (S + 1), and a norm is (S, H) there
     out, square_parts, row_scales,  # (B, H, N, dv) unnormalised, (B, H, blocks), (B, H, N)
-    q_strides, k_strides, v_strides, out_strides, query_mask_strides, key_mask_strides, H, N, M, blocks,
+    q_strides, k_strides, v_strides, out_strides, query_mask_strides, key_mask_strides, H, N, M, blocks, sequences,
     d: tl.constexpr, dv: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     TAIL: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    b, h, block, head = where_am_i(blocks, H)
-    row = block * BLOCK_M
-    live = live_rows(row, N, b, query_mask, query_mask_strides, BLOCK_M)
+    b, h, row_head, part, s, head, begin, row, end = where_am_i(blocks, H, cu_seqlens_q, sequences, N, BLOCK_M)
+    if cu_seqlens_q is not None and (row > begin) & (row >= end):
+        return
+    live = live_rows(row, end, b, query_mask, query_mask_strides, BLOCK_M)
     b_q = load_rows(q, q_strides, b, h, row, live, d, D, BLOCK_M, True, DESCRIPTORS)
     # It scales P and not q: products whose q is made in registers would wait for one another on Hopper.
     row_scale = half_scale(b_q, D) if HALF else tl.full([BLOCK_M], 1.0, tl.float32)
     acc = tl.zeros([BLOCK_M, DV], tl.float32)
     squares = tl.zeros([BLOCK_M], tl.float32)
-    full = 0
+    first_key, last_key = span_of(cu_seqlens_k, s, M)
+    full = first_key
     if key_mask is None:
-        full = M // BLOCK_N * BLOCK_N
+        full = first_key + (last_key - first_key) // BLOCK_N * BLOCK_N
         acc, squares = fwd_tiles(
-            acc, squares, b_q, row_scale, k, v, k_strides, v_strides, None, key_mask_strides, b, h, 0, full, M,
+            acc, squares, b_q, row_scale, k, v, k_strides, v_strides, None, key_mask_strides, b, h, first_key, full, last_key,
             d, dv, D, DV, BLOCK_N, False, PRECISION, DESCRIPTORS, HALF,
         )  # fmt: skip
     if TAIL:
         acc, squares = fwd_tiles(
-            acc, squares, b_q, row_scale, k, v, k_strides, v_strides, key_mask, key_mask_strides, b, h, full, M, M,
+            acc, squares, b_q, row_scale, k, v, k_strides, v_strides, key_mask, key_mask_strides, b, h, full, last_key, last_key,
             d, dv, D, DV, BLOCK_N, True, PRECISION, DESCRIPTORS, HALF,
         )  # fmt: skip
     if HALF:
@@ -103,29 +107,31 @@ def pure_fwd_kernel(
         acc = acc * t[:, None]
         squares = squares / (row_scale * row_scale)
         rows = row + tl.arange(0, BLOCK_M)
-        tl.store(row_scales + head * N + rows, 1.0 / (row_scale * t), mask=rows < N)
-    tl.store(square_parts + head * blocks + block, tl.sum(tl.where(live, squares, 0.0)))
-    store_rows(out, out_strides, acc, b, h, row, N, dv, DV, BLOCK_M)
+        tl.store(row_scales + row_head * N + rows, 1.0 / (row_scale * t), mask=rows < end)
+    tl.store(square_parts + part, tl.sum(tl.where(live, squares, 0.0)))
+    store_rows(out, out_strides, acc, b, h, row, end, dv, DV, BLOCK_M)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def pure_rescale_kernel(
-    out, square_parts, row_scales, query_mask, head_rho, norm,  # as above; (B, N), (B, H), (B, H)
-    out_strides, query_mask_strides, head_rho_strides, H, N, blocks, square_blocks, scale, eps, rho,
+    out, square_parts, row_scales, query_mask, head_rho, cu_seqlens_q, norm,  # as above; (B, H)
+    out_strides, query_mask_strides, head_rho_strides, H, N, blocks, sequences, square_blocks, part_rows, scale, eps, rho,
     dv: tl.constexpr, DV: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    b, h, block, head = where_am_i(blocks, H)
-    F = tl.sqrt(fold(square_parts + head * square_blocks, square_blocks, False)) * scale
-    if block == 0:
+    b, h, row_head, part, s, head, begin, row, end = where_am_i(blocks, H, cu_seqlens_q, sequences, N, ROWS)
+    if cu_seqlens_q is not None and (row > begin) & (row >= end):
+        return
+    first, count = tiles_of_sequence(cu_seqlens_q, s, N, part_rows, square_blocks)
+    F = tl.sqrt(fold(square_parts + row_head * square_blocks + first, count, False)) * scale
+    if row == begin:
         tl.store(norm + head, F)
-    gain = head_rho_at(rho, head_rho, head_rho_strides, b, h) * scale / (F + eps)
-    row = block * ROWS
-    live = live_rows(row, N, b, query_mask, query_mask_strides, ROWS)
+    gain = head_rho_at(rho, head_rho, head_rho_strides, s, h) * scale / (F + eps)
+    live = live_rows(row, end, b, query_mask, query_mask_strides, ROWS)
     b_out = load_rows(out, out_strides, b, h, row, live, dv, DV, ROWS, True, False).to(tl.float32) * gain
     if HALF:
         rows = row + tl.arange(0, ROWS)
-        b_out = b_out * tl.load(row_scales + head * N + rows, mask=live, other=0.0)[:, None]
-    store_rows(out, out_strides, tl.where(live[:, None], b_out, 0.0), b, h, row, N, dv, DV, ROWS)
+        b_out = b_out * tl.load(row_scales + row_head * N + rows, mask=live, other=0.0)[:, None]
+    store_rows(out, out_strides, tl.where(live[:, None], b_out, 0.0), b, h, row, end, dv, DV, ROWS)
 
 
 @planned
@@ -133,49 +139,68 @@ def forward(q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask, d
     """dtype: of the output, if not that of q."""
     if 0 in (*q.shape, *v.shape):
         return _forward_of_nothing
-    countable("infsa::pure", q, v)
+    like = eager.output_like(q, v, dtype)
+    multiply = plan_forward("infsa::pure", q, k, v, like, eps, rho, head_rho, key_padding_mask, query_padding_mask)
+
+    def run(q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask, dtype=None):
+        out = eager.output_like(q, v, dtype)
+        return out, multiply(q, k, v, out, head_rho, key_padding_mask, query_padding_mask)
+
+    return run
+
+
+def plan_forward(
+    op, q, k, v, out, eps, rho, head_rho, key_padding_mask=None, query_padding_mask=None, packing: Packing | None = None
+):  # fmt: skip
+    """(q, k, v, out, head_rho, masks, offsets) -> the norm; fills out.
+
+    Where sequences are packed, of all of them: q, k, v and out are a batch of one, and there are both offsets.
+    """
+    countable(op, q, v)
     B, H, N, d = q.shape
     M, dv = v.shape[2:]
-    out = eager.output_like(q, v, dtype)
     rows = configs.stream_rows(q, v)
     if rows * out.stride(2) >= 1 << 31:
         raise ValueError(
-            f"infsa::pure: the output, laid out as q, has {out.stride(2)} elements from token to token, the Triton kernels take "
+            f"{op}: the output, laid out as q, has {out.stride(2)} elements from token to token, the Triton kernels take "
             f"fewer than {(1 << 31) // rows}; pass q.contiguous()"
         )
     masks = strides(query_padding_mask, 2), strides(key_padding_mask, 2)
     k = q if k is None else k
     q, k, v = addressable(q), addressable(k), addressable(v)
-    described = describable((query_padding_mask, key_padding_mask), q, k, v)
+    described = describable((query_padding_mask, key_padding_mask), packing, q, k, v)
     config = configs.pure(q, v, "fwd", described)
-    blocks, rescale_blocks = triton.cdiv(N, config.block_m), triton.cdiv(N, rows)
+    blocks, rescale_blocks = tiles_of_all(N, config.block_m, packing), tiles_of_all(N, rows, packing)
+    samples, sequences = (B, None) if packing is None else (packing.sequences, packing.sequences)
     half = q.dtype == torch.float16
     sizes = {"dv": dv, "DV": padded(dv, 16), "HALF": half}
+    tail = packing is not None or key_padding_mask is not None or M % config.block_n != 0
     multiply = Launch(
-        pure_fwd_kernel, B * H * blocks, q.device, q.stride(), k.stride(), v.stride(), out.stride(), *masks, H, N, M, blocks,
-        d=d, D=padded(d, 16), TAIL=key_padding_mask is not None or M % config.block_n != 0, DESCRIPTORS=described,
-        **sizes, **config.options(q),
+        pure_fwd_kernel, B * H * blocks, q.device, q.stride(), k.stride(), v.stride(), out.stride(), *masks,
+        H, N, M, blocks, sequences, d=d, D=padded(d, 16), TAIL=tail, DESCRIPTORS=described, **sizes, **config.options(q),
     )  # fmt: skip
     rescale = Launch(
         pure_rescale_kernel, B * H * rescale_blocks, q.device, out.stride(), masks[0], strides(head_rho, 2),
-        H, N, rescale_blocks, blocks, scale(q) ** 2, eps, rho, ROWS=rows, num_warps=4, **sizes,
+        H, N, rescale_blocks, sequences, blocks, config.block_m, scale(q) ** 2, eps, rho, ROWS=rows, num_warps=4, **sizes,
     )  # fmt: skip
     q_tiles, k_tiles, v_tiles = (
         tiles_of(t, size, described) for t, size in ((q, config.block_m), (k, config.block_n), (v, config.block_n))
     )
 
-    def run(q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask, dtype=None):
-        out = eager.output_like(q, v, dtype)
+    def run(
+        q, k, v, out, head_rho, key_padding_mask=None, query_padding_mask=None, cu_seqlens_q=None, cu_seqlens_k=None
+    ):
         k = q if k is None else k
         q, k, v = addressable(q), addressable(k), addressable(v)
-        norm = q.new_empty((B, H), dtype=torch.float32)
+        norm = q.new_empty((samples, H), dtype=torch.float32)
         square_parts = q.new_empty((B, H, blocks), dtype=torch.float32)
         row_scales = q.new_empty((B, H, N), dtype=torch.float32) if half else None
         multiply(
-            q_tiles(q), k_tiles(k), v_tiles(v), query_padding_mask, key_padding_mask, out, square_parts, row_scales
-        )
-        rescale(out, square_parts, row_scales, query_padding_mask, head_rho, norm)
-        return out, norm
+            q_tiles(q), k_tiles(k), v_tiles(v), query_padding_mask, key_padding_mask, cu_seqlens_q, cu_seqlens_k,
+            out, square_parts, row_scales,
+        )  # fmt: skip
+        rescale(out, square_parts, row_scales, query_padding_mask, head_rho, cu_seqlens_q, norm)
+        return norm
 
     return run
 

@@ -8,11 +8,13 @@ from ..eager import pure as eager
 from ..eager.common import scale
 from . import configs
 from .launch import COUNTS, Launch, countable, padded, planned, relu, strides
+from .packed import Packing, span_of, tiles_of_all
+from .pure_tied import plan_tied, sum_of_blocks
 from .tiles import (
     addressable,
     describable,
     dot,
-    fold,
+    head_numbers,
     head_rho_at,
     live_rows,
     load_rows,
@@ -21,70 +23,58 @@ from .tiles import (
     where_am_i,
 )
 
-# Keys at a time where the preparation meets them.
+# Keys at a time where the preparation meets them, and scores up to which it does.
 FEW_KEYS = tl.constexpr(16)
+FEW_SCORES = tl.constexpr(eager.FEW_SCORES)
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def pure_bwd_prepare_kernel(
     dout, out, q, k, v, query_mask, key_mask, norm,  # (B, H, N, dv), like dout, (B, H, N, d), ..., (B, N), (B, M), (B, H)
-    head_rho, parts,  # (B, H), (3, B, H, blocks)
+    head_rho, cu_seqlens_q, cu_seqlens_k, parts,  # (B, H), (S + 1) both, (3, B, H, blocks)
     dout_strides, out_strides, q_strides, k_strides, v_strides, query_mask_strides, key_mask_strides, head_rho_strides,
-    H, N, M, blocks, heads, scale, eps, rho,
+    H, N, M, blocks, sequences, heads, scale, eps, rho,
     d: tl.constexpr, dv: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr,
     PRECISION: tl.constexpr, FEW: tl.constexpr,
 ):  # fmt: skip
     """Per block of rows: <dO, O>, and in float16 the longest row of dO and of q, which bound every product.
 
-    FEW: <dO, O> = rho s^2 <ReLU(X), G> / (F + eps), whose O no dtype has rounded.
+    FEW: <dO, O> = rho s^2 <ReLU(X), G> / (F + eps), whose O no dtype has rounded. Of packed sequences, those with few scores.
     """
-    b, h, block, head = where_am_i(blocks, H)
-    row = block * ROWS
-    live = live_rows(row, N, b, query_mask, query_mask_strides, ROWS)
+    b, h, row_head, part, s, head, begin, row, end = where_am_i(blocks, H, cu_seqlens_q, sequences, N, ROWS)
+    if cu_seqlens_q is not None and (row > begin) & (row >= end):
+        return
+    live = live_rows(row, end, b, query_mask, query_mask_strides, ROWS)
     b_do = load_rows(dout, dout_strides, b, h, row, live, dv, DV, ROWS, True, False)
-    at = parts + head * blocks + block
     if FEW or HALF:
         b_q = load_rows(q, q_strides, b, h, row, live, d, D, ROWS, True, False)
     if FEW:
+        first_key, last_key = span_of(cu_seqlens_k, s, M)
+        if cu_seqlens_k is not None:
+            few = (end - begin).to(tl.int64) * (last_key - first_key) <= FEW_SCORES
+            last_key = tl.where(few, last_key, first_key)
         products = tl.zeros([ROWS], tl.float32)
-        for first in range(0, M, FEW_KEYS):
-            keys = live_rows(first, M, b, key_mask, key_mask_strides, FEW_KEYS)
+        for first in range(first_key, last_key, FEW_KEYS):
+            keys = live_rows(first, last_key, b, key_mask, key_mask_strides, FEW_KEYS)
             b_k = load_rows(k, k_strides, b, h, first, keys, d, D, FEW_KEYS, True, False)
             b_v = load_rows(v, v_strides, b, h, first, keys, dv, DV, FEW_KEYS, True, False)
             x = dot(b_q, tl.trans(b_k), None, PRECISION)
             products += tl.sum(tl.where(x <= 0.0, 0.0, x * dot(b_do, tl.trans(b_v), None, PRECISION)), 1)
-        gain = head_rho_at(rho, head_rho, head_rho_strides, b, h) * scale / (tl.load(norm + head) + eps)
-        tl.store(at, tl.sum(products) * gain)
+        gain = head_rho_at(rho, head_rho, head_rho_strides, s, h) * scale / (tl.load(norm + head) + eps)
+        dout_out = tl.sum(products) * gain
     b_do = b_do.to(tl.float32)
     if not FEW:
         b_out = load_rows(out, out_strides, b, h, row, live, dv, DV, ROWS, True, False).to(tl.float32)
-        tl.store(at, tl.sum(b_do * b_out))
+        dout_out = tl.sum(b_do * b_out)
+    elif cu_seqlens_k is not None:
+        b_out = load_rows(out, out_strides, b, h, row, live & ~few, dv, DV, ROWS, True, False).to(tl.float32)
+        dout_out = tl.where(few, dout_out, tl.sum(b_do * b_out))
+    tl.store(parts + part, dout_out)
     if HALF:
         b_q = b_q.to(tl.float32)
         size = tl.cast(heads, tl.int64) * blocks
-        tl.store(at + size, tl.sqrt(tl.max(tl.sum(b_do * b_do, 1))))
-        tl.store(at + 2 * size, tl.sqrt(tl.max(tl.sum(b_q * b_q, 1))))
-
-
-@triton.jit
-def head_numbers(
-    parts, part_blocks, heads, norm, head, rho, scale, eps, d: tl.constexpr, dv: tl.constexpr, HALF: tl.constexpr
-):  # fmt: skip
-    """s^2 g and c of the head, and the factors that bring T and ReLU(X) into float16's range (1 elsewhere)."""
-    F = tl.load(norm + head)
-    dout_out = fold(parts + head * part_blocks, part_blocks, False)
-    c = tl.where((F > 0.0) & (rho != 0.0), dout_out * scale / (F * rho), 0.0)
-    t_scale = 1.0
-    p_scale = 1.0
-    if HALF:
-        # |G_ij| <= ||dO_i|| ||v_j|| <= dO_max sqrt(dv) 65504, |X_ij| <= q_max sqrt(d) 65504, and T may hold two of each.
-        size = tl.cast(heads, tl.int64) * part_blocks
-        dout_max = fold(parts + size + head * part_blocks, part_blocks, True)
-        q_max = fold(parts + 2 * size + head * part_blocks, part_blocks, True)
-        tiny = 1e-30
-        p_scale = 1.0 / (q_max * tl.sqrt(d * 1.0) + tiny)
-        t_scale = 0.5 / (dout_max * tl.sqrt(dv * 1.0) + tl.abs(c) * q_max * tl.sqrt(d * 1.0) + tiny)
-    return rho * scale / (F + eps), c, t_scale, p_scale
+        tl.store(parts + part + size, tl.sqrt(tl.max(tl.sum(b_do * b_do, 1))))
+        tl.store(parts + part + 2 * size, tl.sqrt(tl.max(tl.sum(b_q * b_q, 1))))
 
 
 @triton.jit
@@ -114,41 +104,63 @@ def bwd_query_tiles(
 
 @triton.jit(do_not_specialize=COUNTS)
 def pure_bwd_queries_kernel(
-    dout, q, k, v, query_mask, key_mask, head_rho, norm, parts,  # as in the forward pass; (3, B, H, part_blocks)
+    dout, q, k, v, query_mask, key_mask, head_rho, cu_seqlens_q, cu_seqlens_k,  # as in the forward pass
+    norm, parts,  # (B, H), (3, B, H, part_blocks)
     dq, drho_parts,  # like q, (B, H, blocks)
     dout_strides, q_strides, k_strides, v_strides, dq_strides, query_mask_strides, key_mask_strides,
-    head_rho_strides, H, N, M, blocks, part_blocks, heads, scale, eps, rho,
+    head_rho_strides, H, N, M, blocks, sequences, part_blocks, part_rows, heads, scale, eps, rho,
     d: tl.constexpr, dv: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     TAIL: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
     WANT_Q: tl.constexpr, WANT_RHO: tl.constexpr,
 ):  # fmt: skip
-    b, h, block, head = where_am_i(blocks, H)
-    head_gain = head_rho_at(rho, head_rho, head_rho_strides, b, h)
-    gain, c, t_scale, p_scale = head_numbers(parts, part_blocks, heads, norm, head, head_gain, scale, eps, d, dv, HALF)
-    row = block * BLOCK_M
-    live = live_rows(row, N, b, query_mask, query_mask_strides, BLOCK_M)
+    b, h, row_head, part, s, head, begin, row, end = where_am_i(blocks, H, cu_seqlens_q, sequences, N, BLOCK_M)
+    if cu_seqlens_q is not None and (row > begin) & (row >= end):
+        return
+    head_gain = head_rho_at(rho, head_rho, head_rho_strides, s, h)
+    gain, c, t_scale, p_scale = head_numbers(
+        parts,
+        part_blocks,
+        part_rows,
+        heads,
+        norm,
+        row_head,
+        head,
+        head_gain,
+        cu_seqlens_q,
+        s,
+        N,
+        scale,
+        eps,
+        d,
+        dv,
+        HALF,
+    )
+    live = live_rows(row, end, b, query_mask, query_mask_strides, BLOCK_M)
     b_q = load_rows(q, q_strides, b, h, row, live, d, D, BLOCK_M, True, DESCRIPTORS)
     b_do = load_rows(dout, dout_strides, b, h, row, live, dv, DV, BLOCK_M, True, DESCRIPTORS)
     b_dq = tl.zeros([BLOCK_M, D], tl.float32)
     drho = tl.zeros([BLOCK_M], tl.float32)
-    full = 0
+    first_key, last_key = span_of(cu_seqlens_k, s, M)
+    full = first_key
     if key_mask is None:
-        full = M // BLOCK_N * BLOCK_N
+        full = first_key + (last_key - first_key) // BLOCK_N * BLOCK_N
         b_dq, drho = bwd_query_tiles(
-            b_dq, drho, b_q, b_do, k, v, k_strides, v_strides, None, key_mask_strides, b, h, 0, full, M, c, t_scale,
+            b_dq, drho, b_q, b_do, k, v, k_strides, v_strides, None, key_mask_strides, b, h, first_key, full, last_key,
+            c, t_scale,
             d, dv, D, DV, BLOCK_N, False, HALF, PRECISION, DESCRIPTORS, WANT_Q, WANT_RHO,
         )  # fmt: skip
     if TAIL:
         b_dq, drho = bwd_query_tiles(
-            b_dq, drho, b_q, b_do, k, v, k_strides, v_strides, key_mask, key_mask_strides, b, h, full, M, M, c, t_scale,
+            b_dq, drho, b_q, b_do, k, v, k_strides, v_strides, key_mask, key_mask_strides, b, h, full, last_key, last_key,
+            c, t_scale,
             d, dv, D, DV, BLOCK_N, True, HALF, PRECISION, DESCRIPTORS, WANT_Q, WANT_RHO,
         )  # fmt: skip
     if WANT_RHO:
         drho = tl.sum(tl.where(live, drho, 0.0)) * scale / (tl.load(norm + head) + eps)
-        tl.store(drho_parts + head * blocks + block, rho * drho)
+        tl.store(drho_parts + part, rho * drho)
     if WANT_Q:
         b_dq = tl.where(live[:, None], b_dq * (gain / t_scale), 0.0)
-        store_rows(dq, dq_strides, b_dq, b, h, row, N, d, D, BLOCK_M)
+        store_rows(dq, dq_strides, b_dq, b, h, row, end, d, D, BLOCK_M)
 
 
 @triton.jit
@@ -182,132 +194,61 @@ def bwd_key_tiles(
 
 @triton.jit(do_not_specialize=COUNTS)
 def pure_bwd_keys_kernel(
-    dout, q, k, v, query_mask, key_mask, head_rho, norm, parts,  # as above
+    dout, q, k, v, query_mask, key_mask, head_rho, cu_seqlens_q, cu_seqlens_k, norm, parts,  # as above
     dk, dv_out,  # like k, like v
     dout_strides, q_strides, k_strides, v_strides, dk_strides, dv_strides, query_mask_strides, key_mask_strides,
-    head_rho_strides, H, N, M, blocks, part_blocks, heads, scale, eps, rho,
+    head_rho_strides, H, N, M, blocks, sequences, part_blocks, part_rows, heads, scale, eps, rho,
     d: tl.constexpr, dv: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     TAIL: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
     WANT_K: tl.constexpr, WANT_V: tl.constexpr,
 ):  # fmt: skip
-    b, h, block, head = where_am_i(blocks, H)
-    head_gain = head_rho_at(rho, head_rho, head_rho_strides, b, h)
-    gain, c, t_scale, p_scale = head_numbers(parts, part_blocks, heads, norm, head, head_gain, scale, eps, d, dv, HALF)
-    col = block * BLOCK_N
-    live = live_rows(col, M, b, key_mask, key_mask_strides, BLOCK_N)
+    b, h, row_head, part, s, head, begin, col, end = where_am_i(blocks, H, cu_seqlens_k, sequences, M, BLOCK_N)
+    if cu_seqlens_k is not None and col >= end:
+        return
+    head_gain = head_rho_at(rho, head_rho, head_rho_strides, s, h)
+    gain, c, t_scale, p_scale = head_numbers(
+        parts,
+        part_blocks,
+        part_rows,
+        heads,
+        norm,
+        row_head,
+        head,
+        head_gain,
+        cu_seqlens_q,
+        s,
+        N,
+        scale,
+        eps,
+        d,
+        dv,
+        HALF,
+    )
+    live = live_rows(col, end, b, key_mask, key_mask_strides, BLOCK_N)
     b_k = load_rows(k, k_strides, b, h, col, live, d, D, BLOCK_N, True, DESCRIPTORS)
     b_v = load_rows(v, v_strides, b, h, col, live, dv, DV, BLOCK_N, True, DESCRIPTORS)
     b_dk = tl.zeros([BLOCK_N, D], tl.float32)
     b_dv = tl.zeros([BLOCK_N, DV], tl.float32)
-    full = 0
+    first_row, last_row = span_of(cu_seqlens_q, s, N)
+    full = first_row
     if query_mask is None:
-        full = N // BLOCK_M * BLOCK_M
+        full = first_row + (last_row - first_row) // BLOCK_M * BLOCK_M
         b_dk, b_dv = bwd_key_tiles(
-            b_dk, b_dv, b_k, b_v, q, dout, q_strides, dout_strides, None, query_mask_strides, b, h, 0, full, N,
+            b_dk, b_dv, b_k, b_v, q, dout, q_strides, dout_strides, None, query_mask_strides, b, h, first_row, full, last_row,
             c, t_scale, p_scale, d, dv, D, DV, BLOCK_M, False, HALF, PRECISION, DESCRIPTORS, WANT_K, WANT_V,
         )  # fmt: skip
     if TAIL:
         b_dk, b_dv = bwd_key_tiles(
-            b_dk, b_dv, b_k, b_v, q, dout, q_strides, dout_strides, query_mask, query_mask_strides, b, h, full, N, N,
+            b_dk, b_dv, b_k, b_v, q, dout, q_strides, dout_strides, query_mask, query_mask_strides, b, h,
+            full, last_row, last_row,
             c, t_scale, p_scale, d, dv, D, DV, BLOCK_M, True, HALF, PRECISION, DESCRIPTORS, WANT_K, WANT_V,
         )  # fmt: skip
     if WANT_K:
         b_dk = tl.where(live[:, None], b_dk * (gain / t_scale), 0.0)
-        store_rows(dk, dk_strides, b_dk, b, h, col, M, d, D, BLOCK_N)
+        store_rows(dk, dk_strides, b_dk, b, h, col, end, d, D, BLOCK_N)
     if WANT_V:
         b_dv = tl.where(live[:, None], b_dv * (gain / p_scale), 0.0)
-        store_rows(dv_out, dv_strides, b_dv, b, h, col, M, dv, DV, BLOCK_N)
-
-
-@triton.jit
-def bwd_tied_tiles(
-    dq, dv_acc, drho, b_q, b_do, b_v, row_asks, row_answers, q, dout, v, q_strides, dout_strides, v_strides,
-    query_mask, key_mask, query_mask_strides, key_mask_strides, b, h, start, stop, N, c, t_scale, p_scale,
-    d: tl.constexpr, dv: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
-    HALF: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
-    WANT_Q: tl.constexpr, WANT_V: tl.constexpr, WANT_RHO: tl.constexpr,
-):  # fmt: skip
-    for first in range(start, stop, BLOCK_N):
-        asks = live_rows(first, N, b, query_mask, query_mask_strides, BLOCK_N)
-        answers = live_rows(first, N, b, key_mask, key_mask_strides, BLOCK_N)
-        b_k = load_rows(q, q_strides, b, h, first, asks | answers, d, D, BLOCK_N, MASKED, DESCRIPTORS)
-        b_doj = load_rows(dout, dout_strides, b, h, first, asks, dv, DV, BLOCK_N, MASKED, DESCRIPTORS)
-        x = dot(b_q, tl.trans(b_k), None, PRECISION)
-        if WANT_V:
-            p = relu(x)
-            if MASKED:
-                p = tl.where(asks[None, :], p, 0.0)
-            if HALF:
-                p = p * p_scale
-            dv_acc = dot(p.to(b_doj.dtype), b_doj, dv_acc, PRECISION)
-        if WANT_Q or WANT_RHO:
-            b_vj = load_rows(v, v_strides, b, h, first, answers, dv, DV, BLOCK_N, MASKED, DESCRIPTORS)
-            g = dot(b_do, tl.trans(b_vj), None, PRECISION)
-            g = dot(b_v, tl.trans(b_doj), g, PRECISION)
-            if MASKED:
-                # A pair counts once for each direction in which neither side is ignored.
-                there = row_asks[:, None] & answers[None, :]
-                back = row_answers[:, None] & asks[None, :]
-                x = tl.where(there | back, x, 0.0)
-                t = g - c * (there.to(tl.float32) + back.to(tl.float32)) * x
-            else:
-                t = g - 2.0 * c * x
-            if WANT_RHO:
-                drho += tl.sum(tl.where(x <= 0.0, 0.0, x * g), 1)
-            t = tl.where(x <= 0.0, 0.0, t)
-            if HALF:
-                t = t * t_scale
-            if WANT_Q:
-                dq = dot(t.to(b_k.dtype), b_k, dq, PRECISION)
-    return dq, dv_acc, drho
-
-
-@triton.jit(do_not_specialize=COUNTS)
-def pure_bwd_tied_kernel(
-    dout, q, v, q_tiles, dout_tiles, v_tiles,  # (B, H, N, .), and the same again as the loop reads them
-    query_mask, key_mask, head_rho, norm, parts, dq, dv_out, drho_parts,
-    dout_strides, q_strides, v_strides, dq_strides, dv_strides, query_mask_strides, key_mask_strides, head_rho_strides,
-    H, N, blocks, part_blocks, heads, scale, eps, rho,
-    d: tl.constexpr, dv: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    TAIL: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
-    WANT_Q: tl.constexpr, WANT_V: tl.constexpr, WANT_RHO: tl.constexpr,
-):  # fmt: skip
-    b, h, block, head = where_am_i(blocks, H)
-    head_gain = head_rho_at(rho, head_rho, head_rho_strides, b, h)
-    gain, c, t_scale, p_scale = head_numbers(parts, part_blocks, heads, norm, head, head_gain, scale, eps, d, dv, HALF)
-    row = block * BLOCK_M
-    asks = live_rows(row, N, b, query_mask, query_mask_strides, BLOCK_M)
-    answers = live_rows(row, N, b, key_mask, key_mask_strides, BLOCK_M)
-    b_q = load_rows(q, q_strides, b, h, row, asks | answers, d, D, BLOCK_M, True, False)
-    b_do = load_rows(dout, dout_strides, b, h, row, asks, dv, DV, BLOCK_M, True, False)
-    b_v = load_rows(v, v_strides, b, h, row, answers, dv, DV, BLOCK_M, True, False)
-    b_dq = tl.zeros([BLOCK_M, D], tl.float32)
-    b_dv = tl.zeros([BLOCK_M, DV], tl.float32)
-    drho = tl.zeros([BLOCK_M], tl.float32)
-    full = 0
-    if query_mask is None and key_mask is None:
-        full = N // BLOCK_N * BLOCK_N
-        b_dq, b_dv, drho = bwd_tied_tiles(
-            b_dq, b_dv, drho, b_q, b_do, b_v, asks, answers, q_tiles, dout_tiles, v_tiles, q_strides, dout_strides, v_strides,
-            None, None, query_mask_strides, key_mask_strides, b, h, 0, full, N, c, t_scale, p_scale,
-            d, dv, D, DV, BLOCK_N, False, HALF, PRECISION, DESCRIPTORS, WANT_Q, WANT_V, WANT_RHO,
-        )  # fmt: skip
-    if TAIL:
-        b_dq, b_dv, drho = bwd_tied_tiles(
-            b_dq, b_dv, drho, b_q, b_do, b_v, asks, answers, q_tiles, dout_tiles, v_tiles, q_strides, dout_strides, v_strides,
-            query_mask, key_mask, query_mask_strides, key_mask_strides, b, h, full, N, N, c, t_scale, p_scale,
-            d, dv, D, DV, BLOCK_N, True, HALF, PRECISION, DESCRIPTORS, WANT_Q, WANT_V, WANT_RHO,
-        )  # fmt: skip
-    if WANT_RHO:
-        # Every pair came twice.
-        drho = tl.sum(tl.where(asks | answers, drho, 0.0)) * 0.5 * scale / (tl.load(norm + head) + eps)
-        tl.store(drho_parts + head * blocks + block, rho * drho)
-    if WANT_Q:
-        b_dq = tl.where((asks | answers)[:, None], b_dq * (gain / t_scale), 0.0)
-        store_rows(dq, dq_strides, b_dq, b, h, row, N, d, D, BLOCK_M)
-    if WANT_V:
-        b_dv = tl.where(answers[:, None], b_dv * (gain / p_scale), 0.0)
-        store_rows(dv_out, dv_strides, b_dv, b, h, row, N, dv, DV, BLOCK_M)
+        store_rows(dv_out, dv_strides, b_dv, b, h, col, end, dv, DV, BLOCK_N)
 
 
 @planned
@@ -317,46 +258,69 @@ def backward(
     """dout_out: as in eager/pure.py."""
     if 0 in (*q.shape, *v.shape):
         return eager.backward
-    countable("infsa::pure", q, v)
+    few = dout_out is None and q.shape[2] * v.shape[2] <= eager.FEW_SCORES
+    run = plan_backward(
+        "infsa::pure", dout, q, k, v, out, eps, rho, head_rho, gradients, few, key_padding_mask, query_padding_mask
+    )
+
+    def run_all(
+        dout, q, k, v, out, norm, eps, rho, head_rho, key_padding_mask, query_padding_mask, gradients, dout_out=None
+    ):  # fmt: skip
+        run(dout, q, k, v, out, norm, head_rho, gradients, key_padding_mask, query_padding_mask, dout_out=dout_out)
+
+    return run_all
+
+
+def plan_backward(
+    op, dout, q, k, v, out, eps, rho, head_rho, gradients, few, key_padding_mask=None, query_padding_mask=None,
+    packing: Packing | None = None,
+):  # fmt: skip
+    """(dout, q, k, v, out, norm, head_rho, gradients, masks, offsets, dout_out), which fills the gradients.
+
+    few: whether there may be so few scores that <dO, O> is made from them. Packed sequences as in the forward pass.
+    """
+    countable(op, q, v)
     dout, q, k, v, out = (addressable(t) for t in (dout, q, k, v, out))
     B, H, N, d = q.shape
     M, dv = v.shape[2:]
     rows = configs.stream_rows(q, v)
-    blocks = triton.cdiv(N, rows)
+    blocks = tiles_of_all(N, rows, packing)
     half = q.dtype == torch.float16
     sizes = {"d": d, "dv": dv, "D": padded(d, 16), "DV": padded(dv, 16), "HALF": half}
     masks = query_padding_mask, key_padding_mask
-    per_head = H, blocks, B * H, scale(q) ** 2, eps, rho
-    few = dout_out is None and N * M <= eager.FEW_SCORES
+    sequences = None if packing is None else packing.sequences
+    counts = sequences, blocks, rows, B * H, scale(q) ** 2, eps, rho
     seen = _seen(few, q, k, v, masks, None, head_rho)
     prepare = Launch(
         pure_bwd_prepare_kernel, B * H * blocks, q.device,
         dout.stride(), out.stride(), q.stride(), *(strides(t, 4) for t in seen[:2]), *(strides(t, 2) for t in seen[2:4]),
-        strides(seen[5], 2), H, N, M, blocks, *per_head[2:], ROWS=rows, PRECISION=configs.precision(q), FEW=few,
+        strides(seen[5], 2), H, N, M, blocks, sequences, *counts[3:], ROWS=rows, PRECISION=configs.precision(q), FEW=few,
         num_warps=4, **sizes,
     )  # fmt: skip
     # In float32 the tied kernel's three resident tiles would not fit into registers.
     one_pass = k is None and q.element_size() == 2
-    split = k is None and not one_pass
-    plan = _tied if one_pass else _untied
+    twice = k is None and not one_pass
+    plan = plan_tied if one_pass else _untied
     passes = plan(
-        dout, q, q if split else k, v, masks, head_rho, _both(gradients) if split else gradients, per_head, sizes
+        dout, q, q if twice else k, v, masks, head_rho, _both(gradients) if twice else gradients, counts, sizes, packing
     )
 
     def run(
-        dout, q, k, v, out, norm, eps, rho, head_rho, key_padding_mask, query_padding_mask, gradients, dout_out=None
+        dout, q, k, v, out, norm, head_rho, gradients, key_padding_mask=None, query_padding_mask=None,
+        cu_seqlens_q=None, cu_seqlens_k=None, dout_out=None,
     ):  # fmt: skip
         dout, q, k, v, out = (addressable(t) for t in (dout, q, k, v, out))
         masks = query_padding_mask, key_padding_mask
+        packed = cu_seqlens_q, cu_seqlens_k
         norm = norm.contiguous()
         parts = q.new_empty((3 if half else 1, B, H, blocks), dtype=torch.float32)
-        prepare(dout, out, q, *_seen(few, q, k, v, masks, norm, head_rho), parts)
+        prepare(dout, out, q, *_seen(few, q, k, v, masks, norm, head_rho), *packed, parts)
         if dout_out is not None:
             # It takes the place of the parts that these queries have of it.
             parts[0].zero_()[..., 0] = dout_out
-        wanted = _both(gradients) if split else gradients
-        passes(dout, q, q if split else k, v, masks, head_rho, norm, parts, wanted)
-        if split and gradients[0] is not None:
+        wanted = _both(gradients) if twice else gradients
+        passes(dout, q, q if twice else k, v, masks, head_rho, packed, norm, parts, wanted)
+        if twice and gradients[0] is not None:
             gradients[0].add_(wanted[1])
 
     return run
@@ -373,72 +337,45 @@ def _both(gradients) -> tuple:
     return dq, None if dq is None else torch.empty_like(dq), dv, dhead_rho
 
 
-def _tied(dout, q, k, v, masks, head_rho, gradients, per_head, sizes):
-    dq, _, dv, dhead_rho = gradients
-    B, H, N, _ = q.shape
-    described = describable(masks, q, dout, v)
-    config = configs.pure(q, v, "bwd_tied", described)
-    blocks = triton.cdiv(N, config.block_m)
-    want_rho = dhead_rho is not None
-    H, part_blocks, heads, *numbers = per_head
-    launch = Launch(
-        pure_bwd_tied_kernel, B * H * blocks, q.device,
-        dout.stride(), q.stride(), v.stride(), strides(dq, 4), strides(dv, 4),
-        *(strides(t, 2) for t in (*masks, head_rho)), H, N, blocks, part_blocks, heads, *numbers,
-        TAIL=masks != (None, None) or N % config.block_n != 0, DESCRIPTORS=described,
-        WANT_Q=dq is not None, WANT_V=dv is not None, WANT_RHO=want_rho, **sizes, **config.options(q),
-    )  # fmt: skip
-    q_tiles, dout_tiles, v_tiles = (tiles_of(t, config.block_n, described) for t in (q, dout, v))
-
-    def run(dout, q, k, v, masks, head_rho, norm, parts, gradients):
-        dq, _, dv, dhead_rho = gradients
-        drho_parts = q.new_empty((B, H, blocks), dtype=torch.float32) if want_rho else None
-        launch(dout, q, v, q_tiles(q), dout_tiles(dout), v_tiles(v), *masks, head_rho, norm, parts, dq, dv, drho_parts)
-        if want_rho:
-            torch.sum(drho_parts, -1, out=dhead_rho)
-
-    return run
-
-
-def _untied(dout, q, k, v, masks, head_rho, gradients, per_head, sizes):
+def _untied(dout, q, k, v, masks, head_rho, gradients, counts, sizes, packing):
     dq, dk, dv, dhead_rho = gradients
     B, H, N, _ = q.shape
     M = v.shape[2]
-    H, part_blocks, heads, *numbers = per_head
-    described = describable(masks, q, dout, k, v)
+    described = describable(masks, packing, q, dout, k, v)
     want_rho = dhead_rho is not None
     want_queries, want_keys = dq is not None or want_rho, dk is not None or dv is not None
     by_query, by_key = (configs.pure(q, v, kernel, described) for kernel in ("bwd_queries", "bwd_keys"))
-    blocks, key_blocks = triton.cdiv(N, by_query.block_m), triton.cdiv(M, by_key.block_n)
+    blocks, key_blocks = tiles_of_all(N, by_query.block_m, packing), tiles_of_all(M, by_key.block_n, packing)
     strides_of = dout.stride(), q.stride(), k.stride(), v.stride()
     mask_strides = tuple(strides(t, 2) for t in (*masks, head_rho))
     if want_queries:
         queries = Launch(
             pure_bwd_queries_kernel, B * H * blocks, q.device, *strides_of, strides(dq, 4), *mask_strides,
-            H, N, M, blocks, part_blocks, heads, *numbers,
-            TAIL=masks[1] is not None or M % by_query.block_n != 0, DESCRIPTORS=described,
+            H, N, M, blocks, *counts,
+            TAIL=packing is not None or masks[1] is not None or M % by_query.block_n != 0, DESCRIPTORS=described,
             WANT_Q=dq is not None, WANT_RHO=want_rho, **sizes, **by_query.options(q),
         )  # fmt: skip
     if want_keys:
         keys = Launch(
             pure_bwd_keys_kernel, B * H * key_blocks, q.device, *strides_of, strides(dk, 4), strides(dv, 4), *mask_strides,
-            H, N, M, key_blocks, part_blocks, heads, *numbers,
-            TAIL=masks[0] is not None or N % by_key.block_m != 0, DESCRIPTORS=described,
+            H, N, M, key_blocks, *counts,
+            TAIL=packing is not None or masks[0] is not None or N % by_key.block_m != 0, DESCRIPTORS=described,
             WANT_K=dk is not None, WANT_V=dv is not None, **sizes, **by_key.options(q),
         )  # fmt: skip
+    sum_up = sum_of_blocks(packing, N, H, blocks, by_query.block_m, q.device)
     of_query, of_key = (
         [tiles_of(t, c.block_m, described) for t in (dout, q)] + [tiles_of(t, c.block_n, described) for t in (k, v)]
         for c in (by_query, by_key)
     )
 
-    def run(dout, q, k, v, masks, head_rho, norm, parts, gradients):
+    def run(dout, q, k, v, masks, head_rho, packed, norm, parts, gradients):
         dq, dk, dv, dhead_rho = gradients
-        read, rest = (dout, q, k, v), (*masks, head_rho, norm, parts)
+        read, rest = (dout, q, k, v), (*masks, head_rho, *packed, norm, parts)
         if want_queries:
             drho_parts = q.new_empty((B, H, blocks), dtype=torch.float32) if want_rho else None
             queries(*(tiles(t) for tiles, t in zip(of_query, read)), *rest, dq, drho_parts)
             if want_rho:
-                torch.sum(drho_parts, -1, out=dhead_rho)
+                sum_up(drho_parts, packed[0], dhead_rho)
         if want_keys:
             keys(*(tiles(t) for tiles, t in zip(of_key, read)), *rest, dk, dv)
 

@@ -10,6 +10,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import configs
 from .launch import INTERPRETED, padded
+from .packed import Packing, sequence_of_tile, span_of, tiles_of_sequence
 
 # Rows of the largest tile in configs.py.
 LARGEST_TILE = 256
@@ -77,11 +78,15 @@ def power_of_two_below_inverse(x):
 
 
 @triton.jit
-def where_am_i(blocks, H):
-    """batch, head, block of rows, and the number of the head in (B, H)."""
+def where_am_i(blocks, H, cu_seqlens, sequences, size, ROWS: tl.constexpr):
+    """Of this program: batch, head, the number of the head in (B, H), that of its block among all; the sample or sequence s, the
+    number of its head, and of its rows the first of s, the first of this block, and where s ends."""
     pid = tl.program_id(0)
-    head = pid // blocks
-    return head // H, head % H, pid % blocks, head.to(tl.int64)
+    row_head = pid // blocks
+    b, h = row_head // H, row_head % H
+    s, block = sequence_of_tile(cu_seqlens, sequences, pid % blocks, size, ROWS, b)
+    begin, end = span_of(cu_seqlens, s, size)
+    return b, h, row_head.to(tl.int64), pid.to(tl.int64), s, s.to(tl.int64) * H + h, begin, begin + block * ROWS, end
 
 
 @triton.jit
@@ -110,10 +115,38 @@ def head_rho_at(rho, head_rho, head_rho_strides, b, h):
     return rho
 
 
-def describable(masks: tuple[Tensor | None, ...], *tensors: Tensor) -> bool:
-    """Whether the copy engine of this GPU can fetch their tiles: no row left out, contiguous rows, steps of 16 bytes."""
+@triton.jit
+def head_numbers(
+    parts, part_blocks, part_rows, heads, norm, row_head, head, rho, cu_seqlens_q, s, N, scale, eps,
+    d: tl.constexpr, dv: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """s^2 g and c of the head, and the factors that bring T and ReLU(X) into float16's range (1 elsewhere)."""
+    F = tl.load(norm + head)
+    first, count = tiles_of_sequence(cu_seqlens_q, s, N, part_rows, part_blocks)
+    parts += row_head * part_blocks + first
+    dout_out = fold(parts, count, False)
+    c = tl.where((F > 0.0) & (rho != 0.0), dout_out * scale / (F * rho), 0.0)
+    t_scale = 1.0
+    p_scale = 1.0
+    if HALF:
+        # |G_ij| <= ||dO_i|| ||v_j|| <= dO_max sqrt(dv) 65504, |X_ij| <= q_max sqrt(d) 65504, and T may hold two of each.
+        size = tl.cast(heads, tl.int64) * part_blocks
+        dout_max = fold(parts + size, count, True)
+        q_max = fold(parts + 2 * size, count, True)
+        tiny = 1e-30
+        p_scale = 1.0 / (q_max * tl.sqrt(d * 1.0) + tiny)
+        t_scale = 0.5 / (dout_max * tl.sqrt(dv * 1.0) + tl.abs(c) * q_max * tl.sqrt(d * 1.0) + tiny)
+    return rho * scale / (F + eps), c, t_scale, p_scale
+
+
+def describable(masks: tuple[Tensor | None, ...], packing: Packing | None, *tensors: Tensor) -> bool:
+    """Whether the copy engine of this GPU can fetch their tiles: no row left out, contiguous rows, steps of 16 bytes.
+
+    It would fetch those of a sequence's neighbour too.
+    """
     return (
-        configs.arch_of(tensors[0].device) in configs.DESCRIBED
+        packing is None
+        and configs.arch_of(tensors[0].device) in configs.DESCRIBED
         and all(mask is None for mask in masks)
         and all(
             t.element_size() == 2

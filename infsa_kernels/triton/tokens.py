@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from .packed import sequence_of_tile, span_of
+
 
 @triton.jit
 def offsets(row_strides, b, heads, tokens, D: tl.constexpr):
@@ -45,13 +47,15 @@ def load_tokens(
 
 
 @triton.jit
-def sum_of_splits(parts, b, heads, H, splits, d: tl.constexpr, D: tl.constexpr, G: tl.constexpr, BT: tl.constexpr):
-    """The total of partial sums (B, H, splits, d): [G, D]. Always the same order of additions."""
+def sum_of_splits(
+    parts, b, heads, H, first, count, splits, d: tl.constexpr, D: tl.constexpr, G: tl.constexpr, BT: tl.constexpr
+):  # fmt: skip
+    """The total of `count` partial sums of (B, H, splits, d): [G, D]. Always the same order of additions."""
     total = tl.zeros([BT, G, D], tl.float32)
-    for first in range(0, splits, BT):
-        split = first + tl.arange(0, BT)
-        rows = (split < splits)[:, None, None] & (heads < H)[None, :, None]
-        at = offsets((H * splits * d, splits * d, d, 1), b, heads, split, D)
+    for before in range(0, count, BT):
+        split = before + tl.arange(0, BT)
+        rows = (split < count)[:, None, None] & (heads < H)[None, :, None]
+        at = offsets((H * splits * d, splits * d, d, 1), b, heads, first + split, D)
         total += tl.load(parts + at, mask=inside(rows, d, D), other=0.0, cache_modifier=".cg")
     return tl.sum(total, 0)
 
@@ -88,9 +92,12 @@ def effective_rho(rho, head_rho, head_rho_strides, b, heads, H):
 
 
 @triton.jit
-def keys_of(key_counts, b, M):
+def keys_of(key_counts, b, cu_seqlens, s, M):
     """The keys that no mask ignores, at least 1."""
-    if key_counts is None:
+    if cu_seqlens is not None:
+        begin, end = span_of(cu_seqlens, s, M)
+        count = tl.maximum(1, end - begin).to(tl.float32)
+    elif key_counts is None:
         count = M.to(tl.float32)
     else:
         count = tl.load(key_counts + b)
@@ -98,12 +105,18 @@ def keys_of(key_counts, b, M):
 
 
 @triton.jit
-def where_am_i(splits, H, G: tl.constexpr):
-    """batch, heads (G,), split and head group of this program."""
+def where_am_i(splits, split_tokens, H, G: tl.constexpr, cu_seqlens, sequences, size):
+    """Of this program: the batch b and heads (G,) of its tokens, and the number of its split among theirs; the sample or sequence
+    s, the number of its head group, which of its splits it is, and the tokens from start to stop."""
     pid = tl.program_id(0)
-    group = pid // splits
+    b_group, split = pid // splits, pid % splits
     groups = tl.cdiv(H, G)
-    return group // groups, (group % groups) * G + tl.arange(0, G), pid % splits, group
+    b, group = b_group // groups, b_group % groups
+    s, own = sequence_of_tile(cu_seqlens, sequences, split, size, split_tokens, b)
+    begin, end = span_of(cu_seqlens, s, size)
+    start = begin + own * split_tokens
+    stop = start + tl.minimum(split_tokens, end - start)
+    return b, group * G + tl.arange(0, G), split, s, s * groups + group, own, start, stop
 
 
 def key_counts(score_floor, key_padding_mask):

@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 from infsa_kernels.eager import pure as eager
 from infsa_kernels.ops import linear as linear_op
 from infsa_kernels.ops import pure as pure_op
-from infsa_kernels.triton import configs, launch, linear, linear_backward, pure, pure_backward
+from infsa_kernels.triton import configs, launch, linear, linear_backward, pure, pure_backward, pure_tied
 
 RAW = {"linear": linear_op.raw, "pure": pure_op.raw}
 by_op = pytest.mark.parametrize("op", OPS)
@@ -34,7 +34,7 @@ class Recorder:
 @pytest.fixture
 def kernels(monkeypatch):
     recorder = Recorder()
-    for module in (linear, linear_backward, pure, pure_backward):
+    for module in (linear, linear_backward, pure, pure_backward, pure_tied):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, recorder)
     return recorder
