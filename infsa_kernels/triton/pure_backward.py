@@ -51,8 +51,8 @@ def pure_bwd_prepare_kernel(
     if FEW:
         first_key, last_key = span_of(cu_seqlens_k, s, M)
         if cu_seqlens_k is not None:
-            few = (end - begin).to(tl.int64) * (last_key - first_key) <= FEW_SCORES
-            last_key = tl.where(few, last_key, first_key)
+            many = (end - begin).to(tl.int64) * (last_key - first_key) > FEW_SCORES
+            last_key = tl.where(many, first_key, last_key)
         products = tl.zeros([ROWS], tl.float32)
         for first in range(first_key, last_key, FEW_KEYS):
             keys = live_rows(first, last_key, b, key_mask, key_mask_strides, FEW_KEYS)
@@ -67,8 +67,9 @@ def pure_bwd_prepare_kernel(
         b_out = load_rows(out, out_strides, b, h, row, live, dv, DV, ROWS, True, False).to(tl.float32)
         dout_out = tl.sum(b_do * b_out)
     elif cu_seqlens_k is not None:
-        b_out = load_rows(out, out_strides, b, h, row, live & ~few, dv, DV, ROWS, True, False).to(tl.float32)
-        dout_out = tl.where(few, dout_out, tl.sum(b_do * b_out))
+        live = live_rows(row, tl.where(many, end, row), b, query_mask, query_mask_strides, ROWS)
+        b_out = load_rows(out, out_strides, b, h, row, live, dv, DV, ROWS, True, False).to(tl.float32)
+        dout_out = tl.where(many, tl.sum(b_do * b_out), dout_out)
     tl.store(parts + part, dout_out)
     if HALF:
         b_q = b_q.to(tl.float32)
