@@ -51,7 +51,7 @@ UNITS_16, UNITS_32 = 2, 32
 class Variant:
     """What is compiled to machine code of its own, as far as a call decides it."""
 
-    op: str  # "linear", "linear_floor" or "pure"
+    op: str  # "linear", "linear_floor", "pure", "linear_varlen" or "pure_varlen"
     direction: str  # "forward" or "backward"
     dtype: str
     precision: str  # of products of float32
@@ -61,17 +61,28 @@ class Variant:
     masked: str  # which sides have a mask: "", "keys", "queries" or "keys and queries"
     token_major: bool  # q is a view of [B, N, H, d]
     described: bool  # tiles come by descriptor, which the copy engine reads
+    offsets: str = ""  # the dtype of those of packed sequences
+
+    @property
+    def packed(self) -> bool:
+        return bool(self.offsets)
 
     def __str__(self) -> str:
         words = [f"infsa::{self.op} {self.direction}", self.dtype, f"head dimensions {self.d} and {self.dv}"]
         words += ["tied"] * self.tied + [f"masked {self.masked}"] * bool(self.masked)
         words += ["token-major" if self.token_major else "head-major"]
         words += [self.precision] if self.dtype == "float32" else []
+        words += [f"{self.offsets} offsets"] if self.packed else []
         return ", ".join([*words, *(["descriptors"] if self.described else [])])
 
 
-# In the order of the operators' masks.
+# In the order of the operators' masks, which those of packed sequences do not have.
 SIDES = ("keys", "queries")
+PACKED = ("linear_varlen", "pure_varlen")
+
+# Sequences beside the one whose length is checked: tokens of queries and of keys. An odd number of queries, so that no score is 0;
+# of the pairs of 3 tokens alone Pure makes <dO, O> from the scores.
+AMONG = ((0, 2), (33, 34), (0, 0), (3, 3))
 
 _verdicts: dict[tuple[Variant, torch.device], str | None] = {}
 
@@ -136,12 +147,13 @@ def usual(device: torch.device) -> list[Variant]:
     return [
         Variant(
             op, direction, dtype, "ieee" if dtype == "float32" else "", 64, 64, tied, masked, True,
-            described and op == "pure" and not masked and dtype != "float32",
+            described and op == "pure" and not masked and dtype != "float32", "int32" if op in PACKED else "",
         )
         for op, direction, dtype, tied, masked in itertools.product(
-            ("linear", "linear_floor", "pure"), ("forward", "backward"), ("bfloat16", "float16", "float32"),
+            ("linear", "linear_floor", "pure", *PACKED), ("forward", "backward"), ("bfloat16", "float16", "float32"),
             (True, False), ("", " and ".join(SIDES)),
         )
+        if not (masked and op in PACKED)
     ]  # fmt: skip
 
 
@@ -149,14 +161,20 @@ def of(op: str, direction: str, arguments) -> Variant:
     """The variant of a call."""
     forward = direction == "forward"
     q, k, v = arguments[:3] if forward else arguments[1:4]
-    masks = arguments[-2:]
+    masks = () if op in PACKED else arguments[-2:]
     read = [t for t in (q, k, v, None if forward else arguments[0]) if t is not None]
-    dtype = str(q.dtype).removeprefix("torch.")
+    dtype = _dtype(q)
+    tokens, heads = (0, 1) if op in PACKED else (2, 1)
     return Variant(
-        op, direction, dtype, configs.precision(q) if dtype == "float32" else "", q.shape[3], v.shape[3], k is None,
-        " and ".join(side for side, mask in zip(SIDES, masks) if mask is not None), q.stride(1) < q.stride(2),
-        op == "pure" and describable(masks, *read),
+        op, direction, dtype, configs.precision(q) if dtype == "float32" else "", q.shape[-1], v.shape[-1], k is None,
+        " and ".join(side for side, mask in zip(SIDES, masks) if mask is not None), q.stride(heads) < q.stride(tokens),
+        op == "pure" and describable(masks, None, *read),
+        next((_dtype(t) for t in arguments if isinstance(t, Tensor) and not t.is_floating_point()), "") if op in PACKED else "",
     )  # fmt: skip
+
+
+def _dtype(t: Tensor) -> str:
+    return str(t.dtype).removeprefix("torch.")
 
 
 def verdict(variant: Variant, device: torch.device) -> str | None:
@@ -184,12 +202,13 @@ def check(variant: Variant, device: torch.device) -> str | None:
     Raises:
         Exception: whatever compiling, loading or running it raised.
     """
-    kernels, plain = (importlib.import_module(f"infsa_kernels.{room}.{variant.op}") for room in ("triton", "eager"))
+    raw = _raw(variant)
+    kernels, plain = importlib.import_module(raw.kernels["triton"]), raw.kernels["eager"]
     for number, lengths in enumerate(_lengths(variant, device)):
         arguments = _arguments(variant, device, *lengths, torch.Generator("cpu").manual_seed(number))
         if variant.direction == "backward":
             arguments = _backward(variant, arguments, plain)
-        expected = _run(variant, plain, _one_head(arguments))
+        expected = _run(variant, plain, [_one_head(variant, x) for x in arguments])
         first = None
         for _ in range(RUNS):
             results = _run(variant, kernels, arguments)
@@ -197,6 +216,11 @@ def check(variant: Variant, device: torch.device) -> str | None:
                 return f"{reason}, at {lengths[0]} queries and {lengths[1]} keys"
             first = results
     return None
+
+
+def _raw(variant: Variant):
+    """The raw operators of a variant."""
+    return {raw.name: raw for raw in importlib.import_module("infsa_kernels.ops.register").RAW_OPS}[variant.op]
 
 
 def _run(variant: Variant, module, arguments: list) -> list[Tensor]:
@@ -209,8 +233,7 @@ def _run(variant: Variant, module, arguments: list) -> list[Tensor]:
         ]
         del held  # the next tensors are given this memory
         return module.forward(*arguments)
-    raw = importlib.import_module(f"infsa_kernels.ops.{variant.op}").raw
-    gradients = raw.gradients((*arguments, [True] * 4))
+    gradients = _raw(variant).gradients((*arguments, [True] * 4))
     for gradient in filter(lambda t: t is not None, gradients):
         gradient.fill_(torch.nan)
     module.backward(*arguments, gradients)
@@ -219,7 +242,7 @@ def _run(variant: Variant, module, arguments: list) -> list[Tensor]:
 
 def _wrong(variant: Variant, results, expected, first) -> str | None:
     for number, (result, right) in enumerate(zip(results, expected)):
-        name, head = f"result {number}", result[:1, :1]
+        name, head = f"result {number}", _one_head(variant, result)
         largest = right.double().abs().max().item()
         error = (head.double() - right.double()).abs().max().item()
         if variant.precision == "tf32":
@@ -235,9 +258,17 @@ def _wrong(variant: Variant, results, expected, first) -> str | None:
     return None
 
 
-def _lengths(variant: Variant, device: torch.device) -> list[tuple[int, int]]:
-    """Queries and keys of the calls: three tiles and one row, and a whole number of tiles."""
-    if variant.op != "pure":
+def _lengths(variant: Variant, device: torch.device) -> list[tuple]:
+    """Queries and keys of the calls: three tiles and one row, and a whole number of tiles. Packed, such a sequence amid others."""
+    found = _lengths_of_one(variant, device)
+    if not variant.packed:
+        return found
+    among = [(N, N) for N, _ in AMONG] if variant.tied else list(AMONG)
+    return [tuple(zip(*among[:1], one, *among[1:])) for one in found]
+
+
+def _lengths_of_one(variant: Variant, device: torch.device) -> list[tuple[int, int]]:
+    if not variant.op.startswith("pure"):
         # Short sequences are one program's, long ones are cut into runs. An odd number of queries, so that no score is 0.
         odd = 3 * 32 + 1, 2 * configs.WHOLE + 1
         return [(N, N if variant.tied else N - 1) for N in odd]
@@ -251,15 +282,16 @@ def _lengths(variant: Variant, device: torch.device) -> list[tuple[int, int]]:
     return [(odd, odd), (whole, whole)] if variant.tied else [(odd, whole), (whole, odd)]
 
 
-def _arguments(variant: Variant, device: torch.device, N: int, M: int, random: torch.Generator) -> list:
-    """Of the forward pass, from q to query_padding_mask, with the floor after eps. All heads have the same content."""
+def _arguments(variant: Variant, device: torch.device, N, M, random: torch.Generator) -> list:
+    """Of the forward pass, from q on, with the floor after eps. All heads have the same content. Packed, N and M are the tokens of
+    each sequence."""
+    if variant.packed:
+        return _packed_arguments(variant, device, N, M, random)
     ignored = [
         torch.arange(length, device="cpu") % 4 == 2 if side in variant.masked else None
         for side, length in zip(("queries", "keys"), (N, M))
     ]
-    queries, keys = (_odd_rows(length, variant, random) for length in (N, M))
-    values = torch.randint(-4, 5, (M, variant.dv), generator=random, device="cpu")
-    rows = [x.to(getattr(torch, variant.dtype)) for x in (queries, keys, values)]
+    rows = _rows(variant, N, M, random)
     if variant.tied:
         # A row that a mask leaves out on one side alone takes part on the other.
         both = None if None in ignored else ignored[0] & ignored[1]
@@ -271,12 +303,34 @@ def _arguments(variant: Variant, device: torch.device, N: int, M: int, random: t
     head_rho = torch.full(HEADS, 0.75, dtype=torch.float32, device=device)
     # Rows of a length that the copy engine cannot step over are read through pointers.
     for gap in (0, 1, 2):
-        q, k, v = (_amid_nan(x.to(device), gap, variant.token_major) for x in rows)
+        q, k, v = (_amid_nan(x.to(device), gap, variant.token_major, HEADS) for x in rows)
         numbers = [2.0**-20, 0.125, 1.0] if variant.op == "linear_floor" else [2.0**-20, 1.0]
         arguments = [q, None if variant.tied else k, v, *numbers, head_rho, *masks]
         if of(variant.op, "forward", arguments).described == variant.described:
             break
     return arguments
+
+
+def _packed_arguments(variant: Variant, device: torch.device, queries, keys, random: torch.Generator) -> list:
+    heads = HEADS[1]
+    q, k, v = (
+        _amid_nan(x.to(device), 0, variant.token_major, (1, heads))[0].transpose(0, 1)
+        for x in _rows(variant, sum(queries), sum(keys), random)
+    )
+    cu_seqlens = [
+        torch.tensor([0, *itertools.accumulate(lengths)], dtype=getattr(torch, variant.offsets), device=device)
+        for lengths in (queries, keys)
+    ]
+    head_rho = torch.full((len(queries), heads), 0.75, dtype=torch.float32, device=device)
+    k, cu_seqlens[1] = (None, None) if variant.tied else (k, cu_seqlens[1])
+    return [q, k, v, *cu_seqlens, max(queries), max(keys), 2.0**-20, 1.0, head_rho]
+
+
+def _rows(variant: Variant, N: int, M: int, random: torch.Generator) -> list[Tensor]:
+    """Queries, keys and values of one head."""
+    queries, keys = (_odd_rows(length, variant, random) for length in (N, M))
+    values = torch.randint(-4, 5, (M, variant.dv), generator=random, device="cpu")
+    return [x.to(getattr(torch, variant.dtype)) for x in (queries, keys, values)]
 
 
 def _odd_rows(length: int, variant: Variant, random: torch.Generator) -> Tensor:
@@ -286,9 +340,9 @@ def _odd_rows(length: int, variant: Variant, random: torch.Generator) -> Tensor:
     return rows
 
 
-def _amid_nan(rows: Tensor, gap: int, token_major: bool) -> Tensor:
+def _amid_nan(rows: Tensor, gap: int, token_major: bool, heads: tuple[int, int]) -> Tensor:
     """rows (N, d) as every head of (B, H, N, d), each with NaN before it, after it, and in the gap after each row."""
-    B, H = HEADS
+    B, H = heads
     N, d = rows.shape
     sizes = (B, N + 2 * MARGIN, H, d + gap) if token_major else (B, H, N + 2 * MARGIN, d + gap)
     around = rows.new_full(sizes, torch.nan)
@@ -299,24 +353,23 @@ def _amid_nan(rows: Tensor, gap: int, token_major: bool) -> Tensor:
 def _backward(variant: Variant, arguments: list, plain) -> list:
     """The arguments of the backward pass after that forward pass, which torch operations make, once for all heads."""
     q, k, v, *rest = arguments
-    out, *saved = (t.expand(*HEADS, *t.shape[2:]).contiguous() for t in plain.forward(*_one_head(arguments)))
-    dout = (
-        (torch.arange(out[0, 0].numel(), device=q.device) % 3 - 1)
-        .to(q.dtype)
-        .view(out.shape[2:])
-        .expand_as(out)
-        .contiguous()
-    )
-    return [dout, q, k, v, *([out] if variant.op == "pure" else []), *saved, *rest]
+    one, *saved = plain.forward(*(_one_head(variant, x) for x in arguments))
+    dout = (torch.arange(one.numel(), device=q.device) % 3 - 1).to(q.dtype).view(one.shape)
+
+    def every_head(t):
+        return t.expand(*(t.shape[:1] if variant.packed else HEADS[:1]), HEADS[1], *t.shape[2:]).contiguous()
+
+    out, dout, *saved = map(every_head, (one, dout, *saved))
+    return [dout, q, k, v, *([out] if variant.op.startswith("pure") else []), *saved, *rest]
 
 
-def _one_head(arguments: list) -> list:
-    def first(x):
-        if not isinstance(x, Tensor):
-            return x
-        return x[:1] if x.dtype == torch.bool else x[:1, :1]
-
-    return [first(x) for x in arguments]
+def _one_head(variant: Variant, x):
+    """What of an argument or a result belongs to the first head, of all packed sequences or of the first sample."""
+    if not isinstance(x, Tensor) or x.dim() == 1:
+        return x
+    if variant.packed:
+        return x[:, :1]
+    return x[:1] if x.dtype == torch.bool else x[:1, :1]
 
 
 def _file(variant: Variant, device: torch.device) -> Path:

@@ -19,7 +19,8 @@ from helpers.triton_target import compiled, launching
 from infsa_kernels.ops import linear as linear_op
 from infsa_kernels.ops import linear_floor as linear_floor_op
 from infsa_kernels.ops import pure as pure_op
-from infsa_kernels.triton import linear, linear_floor, pure, pure_backward
+from infsa_kernels.ops import varlen
+from infsa_kernels.triton import linear, linear_floor, linear_varlen, pure, pure_backward, pure_varlen
 
 TABLE = Path(__file__).parents[1] / "gpu" / "triton_resources.txt"
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
@@ -39,10 +40,10 @@ class Case:
     masked: bool = False
 
     def __str__(self) -> str:
-        floor = "/floor" if self.op == "linear_floor" else ""
+        form = {"linear_floor": "/floor", "linear_varlen": "/packed", "pure_varlen": "/packed"}.get(self.op, "")
         return (
             f"{self.dtype}/d{self.d}/N{self.N}"
-            + floor
+            + form
             + ("/tied" if self.tied else "")
             + ("/masked" if self.masked else "")
         )
@@ -54,6 +55,9 @@ class Case:
 
         q, v = token_major(), token_major()
         k = None if self.tied else token_major()
+        if self.op in PACKED:
+            _packed_forward_and_backward(self.op, q, k, v)
+            return
         rho = torch.empty(q.shape[:2], device="meta")
         mask = torch.empty(1, self.N, dtype=torch.bool, device="meta") if self.masked else None
         _forward_and_backward(self.op, q, k, v, rho, mask)
@@ -72,18 +76,43 @@ def _forward_and_backward(op, q, k, v, rho, mask) -> None:
     backward(*arguments, raw.gradients((*arguments, [True] * 4)))
 
 
+# Packed operators: raw, forward and backward.
+PACKED = {
+    "linear_varlen": (varlen.raw_linear, linear_varlen.forward, linear_varlen.backward),
+    "pure_varlen": (varlen.raw_pure, pure_varlen.forward, pure_varlen.backward),
+}
+
+
+def _packed_forward_and_backward(op, q, k, v) -> None:
+    """Three sequences of which one has all the tokens, as far as their bounds tell."""
+    raw, forward, backward = PACKED[op]
+    q, k, v = (None if t is None else t[0].transpose(0, 1) for t in (q, k, v))
+    cu_seqlens = torch.empty(4, dtype=torch.int32, device="meta")
+    N, rho = q.shape[0], torch.empty(3, q.shape[1], device="meta")
+    rest = cu_seqlens, None if k is None else cu_seqlens, N, N, 1e-6, 1.0, rho
+    out, *saved = forward(q, k, v, *rest)
+    saved = [out, *saved] if op == "pure_varlen" else saved
+    arguments = torch.empty_like(out), q, k, v, *saved, *rest
+    backward(*arguments, raw.gradients((*arguments, [True] * 4)))
+
+
 def cases() -> list[Case]:
     """Every configuration, in the variant of it that needs the most registers before the others."""
     found = [Case("linear", "bf16", 16, N, tied) for N in (197, 4096) for tied in (False, True)]
     found += [Case("linear", dtype, 64, 4096, masked=True) for dtype in ("fp16", "fp32")]
     found += [Case("linear_floor", "bf16", 16, N, tied) for N in (197, 4096) for tied in (False, True)]
     found += [Case("linear_floor", dtype, 64, 4096, masked=True) for dtype in ("fp16", "fp32")]
+    found += [Case("linear_varlen", "bf16", 16, N, tied) for N in (197, 4096) for tied in (False, True)]
+    found += [Case("linear_varlen", dtype, 64, 4096) for dtype in ("fp16", "fp32")]
     for d in (64, 128, 256):
         for tied in (False, True):
             found += [Case("pure", "fp16", d, 4000, tied, masked) for masked in (False, True)]
             found += [Case("pure", "bf16", d, 4096, tied)]
         found += [Case("pure", dtype, d, 4000) for dtype in ("fp32", "tf32")]
         found += [Case("pure", dtype, d, 32) for dtype in ("fp16", "fp32")]  # few scores: another preparation
+        found += [Case("pure_varlen", "fp16", d, 4000, tied) for tied in (False, True)]
+        found += [Case("pure_varlen", "bf16", d, 4096, tied) for tied in (False, True)]
+        found += [Case("pure_varlen", dtype, d, 4000) for dtype in ("fp32", "tf32")]
     return found
 
 
@@ -116,7 +145,7 @@ def rows(arch: str, once: bool = False) -> list[dict[str, str]]:
     def record(kernel, programs, args, options):
         row = {"arch": arch, "kernel": kernel.fn.__name__.removesuffix("_kernel"), "case": str(case)}
         row["tile"] = _tile(options)
-        key = row["kernel"], row["tile"], case.d, DTYPES[case.dtype].itemsize == 4 and case.dtype
+        key = row["kernel"], row["tile"], case.d, DTYPES[case.dtype].itemsize == 4 and case.dtype, case.op in PACKED
         if once and (key in seen or case.d > 64):
             return
         seen.add(key)
