@@ -80,8 +80,8 @@ class Variant:
 SIDES = ("keys", "queries")
 PACKED = ("linear_varlen", "pure_varlen")
 
-# Sequences beside the one whose length is checked: tokens of queries and of keys. An odd number of queries, so that no score is 0;
-# of the pairs of 3 tokens alone Pure makes <dO, O> from the scores.
+# Sequences beside the one whose length is checked: tokens of queries and of keys. An odd number of queries, so that no score is
+# 0; of the pairs of 3 tokens alone Pure makes <dO, O> from the scores.
 AMONG = ((0, 2), (33, 34), (0, 0), (3, 3))
 
 _verdicts: dict[tuple[Variant, torch.device], str | None] = {}
@@ -259,7 +259,7 @@ def _wrong(variant: Variant, results, expected, first) -> str | None:
 
 
 def _lengths(variant: Variant, device: torch.device) -> list[tuple]:
-    """Queries and keys of the calls: three tiles and one row, and a whole number of tiles. Packed, such a sequence amid others."""
+    """Queries and keys of the calls: three tiles and one row, and a whole number of tiles. Packed, one such amid others."""
     found = _lengths_of_one(variant, device)
     if not variant.packed:
         return found
@@ -283,8 +283,10 @@ def _lengths_of_one(variant: Variant, device: torch.device) -> list[tuple[int, i
 
 
 def _arguments(variant: Variant, device: torch.device, N, M, random: torch.Generator) -> list:
-    """Of the forward pass, from q on, with the floor after eps. All heads have the same content. Packed, N and M are the tokens of
-    each sequence."""
+    """Of the forward pass, from q on, with the floor after eps. All heads have the same content.
+
+    Packed, N and M are the tokens of each sequence.
+    """
     if variant.packed:
         return _packed_arguments(variant, device, N, M, random)
     ignored = [

@@ -204,7 +204,7 @@ def plan_forward(
     """
     B, H, N, d = q.shape
     M, dv = v.shape[2:]
-    countable("infsa::linear", q, v)
+    countable("infsa::linear" if packing is None else packing.op, q, v)
     k = q if k is None else k
     samples = B if packing is None else packing.sequences
     config = configs.linear(q, v, max(N, M) if packing is None else packing.longest, score_floor is not None, samples)

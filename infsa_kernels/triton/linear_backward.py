@@ -183,7 +183,7 @@ def plan_backward(
     """
     B, H, N, d = q.shape
     M, dv_size = v.shape[2:]
-    countable("infsa::linear", q, v)
+    countable("infsa::linear" if packing is None else packing.op, q, v)
     dq, dk, dv, dhead_rho = gradients
     want_q = dq is not None
     tied = k is None

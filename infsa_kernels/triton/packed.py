@@ -71,6 +71,7 @@ def sequence_of_tile(cu_seqlens, sequences, number, size, tile, b):
 class Packing:
     """What is known of packed sequences on the host."""
 
+    op: str  # "infsa::linear_varlen", for errors
     sequences: int
     longest: int  # at least the tokens of the longest one, on either side
 
@@ -83,7 +84,7 @@ class Packing:
                 f"{op}: S * H is {sequences * heads}, the Triton kernels take up to {LARGEST_COUNT}; split the call or use the "
                 "eager backend"
             )
-        return cls(sequences, max(max_q, max_k))
+        return cls(op, sequences, max(max_q, max_k))
 
 
 def tiles_of_all(tokens: int, tile: int, packing: Packing | None) -> int:

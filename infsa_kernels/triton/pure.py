@@ -31,14 +31,17 @@ from .tiles import (
     addressable,
     describable,
     dot,
+    end_if_any,
     fold,
     head_rho_at,
     live_rows,
     load_rows,
+    loops_over,
     power_of_two_below_inverse,
     store_rows,
     tiles_of,
     where_am_i,
+    without_padding,
 )  # fmt: skip
 
 __all__ = ["backward", "forward"]
@@ -78,7 +81,7 @@ def pure_fwd_kernel(
     out, square_parts, row_scales,  # (B, H, N, dv) unnormalised, (B, H, blocks), (B, H, N)
     q_strides, k_strides, v_strides, out_strides, query_mask_strides, key_mask_strides, H, N, M, blocks, sequences,
     d: tl.constexpr, dv: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    TAIL: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    FULL: tl.constexpr, TAIL: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     b, h, row_head, part, s, head, begin, row, end = where_am_i(blocks, H, cu_seqlens_q, sequences, N, BLOCK_M)
     if cu_seqlens_q is not None and (row > begin) & (row >= end):
@@ -90,8 +93,12 @@ def pure_fwd_kernel(
     acc = tl.zeros([BLOCK_M, DV], tl.float32)
     squares = tl.zeros([BLOCK_M], tl.float32)
     first_key, last_key = span_of(cu_seqlens_k, s, M)
+    if key_mask is not None:
+        first_key, last_key = without_padding(first_key, last_key, b, key_mask, key_mask_strides, None, None, BLOCK_N)
+    if query_mask is not None:
+        last_key = end_if_any(live, first_key, last_key)
     full = first_key
-    if key_mask is None:
+    if FULL:
         full = first_key + (last_key - first_key) // BLOCK_N * BLOCK_N
         acc, squares = fwd_tiles(
             acc, squares, b_q, row_scale, k, v, k_strides, v_strides, None, key_mask_strides, b, h, first_key, full, last_key,
@@ -140,7 +147,7 @@ def forward(q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask, d
     if 0 in (*q.shape, *v.shape):
         return _forward_of_nothing
     like = eager.output_like(q, v, dtype)
-    multiply = plan_forward("infsa::pure", q, k, v, like, eps, rho, head_rho, key_padding_mask, query_padding_mask)
+    multiply = plan_forward(q, k, v, like, eps, rho, head_rho, key_padding_mask, query_padding_mask)
 
     def run(q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask, dtype=None):
         out = eager.output_like(q, v, dtype)
@@ -150,12 +157,13 @@ def forward(q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask, d
 
 
 def plan_forward(
-    op, q, k, v, out, eps, rho, head_rho, key_padding_mask=None, query_padding_mask=None, packing: Packing | None = None
+    q, k, v, out, eps, rho, head_rho, key_padding_mask=None, query_padding_mask=None, packing: Packing | None = None
 ):  # fmt: skip
     """(q, k, v, out, head_rho, masks, offsets) -> the norm; fills out.
 
     Where sequences are packed, of all of them: q, k, v and out are a batch of one, and there are both offsets.
     """
+    op = "infsa::pure" if packing is None else packing.op
     countable(op, q, v)
     B, H, N, d = q.shape
     M, dv = v.shape[2:]
@@ -174,10 +182,10 @@ def plan_forward(
     samples, sequences = (B, None) if packing is None else (packing.sequences, packing.sequences)
     half = q.dtype == torch.float16
     sizes = {"dv": dv, "DV": padded(dv, 16), "HALF": half}
-    tail = packing is not None or key_padding_mask is not None or M % config.block_n != 0
+    loops = loops_over(q, M, config.block_n, key_padding_mask is not None, packing)
     multiply = Launch(
         pure_fwd_kernel, B * H * blocks, q.device, q.stride(), k.stride(), v.stride(), out.stride(), *masks,
-        H, N, M, blocks, sequences, d=d, D=padded(d, 16), TAIL=tail, DESCRIPTORS=described, **sizes, **config.options(q),
+        H, N, M, blocks, sequences, d=d, D=padded(d, 16), **loops, DESCRIPTORS=described, **sizes, **config.options(q),
     )  # fmt: skip
     rescale = Launch(
         pure_rescale_kernel, B * H * rescale_blocks, q.device, out.stride(), masks[0], strides(head_rho, 2),

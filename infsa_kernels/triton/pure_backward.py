@@ -14,13 +14,16 @@ from .tiles import (
     addressable,
     describable,
     dot,
+    end_if_any,
     head_numbers,
     head_rho_at,
     live_rows,
     load_rows,
+    loops_over,
     store_rows,
     tiles_of,
     where_am_i,
+    without_padding,
 )
 
 # Keys at a time where the preparation meets them, and scores up to which it does.
@@ -111,7 +114,7 @@ def pure_bwd_queries_kernel(
     dout_strides, q_strides, k_strides, v_strides, dq_strides, query_mask_strides, key_mask_strides,
     head_rho_strides, H, N, M, blocks, sequences, part_blocks, part_rows, heads, scale, eps, rho,
     d: tl.constexpr, dv: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    TAIL: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    FULL: tl.constexpr, TAIL: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
     WANT_Q: tl.constexpr, WANT_RHO: tl.constexpr,
 ):  # fmt: skip
     b, h, row_head, part, s, head, begin, row, end = where_am_i(blocks, H, cu_seqlens_q, sequences, N, BLOCK_M)
@@ -142,8 +145,12 @@ def pure_bwd_queries_kernel(
     b_dq = tl.zeros([BLOCK_M, D], tl.float32)
     drho = tl.zeros([BLOCK_M], tl.float32)
     first_key, last_key = span_of(cu_seqlens_k, s, M)
+    if key_mask is not None:
+        first_key, last_key = without_padding(first_key, last_key, b, key_mask, key_mask_strides, None, None, BLOCK_N)
+    if query_mask is not None:
+        last_key = end_if_any(live, first_key, last_key)
     full = first_key
-    if key_mask is None:
+    if FULL:
         full = first_key + (last_key - first_key) // BLOCK_N * BLOCK_N
         b_dq, drho = bwd_query_tiles(
             b_dq, drho, b_q, b_do, k, v, k_strides, v_strides, None, key_mask_strides, b, h, first_key, full, last_key,
@@ -200,7 +207,7 @@ def pure_bwd_keys_kernel(
     dout_strides, q_strides, k_strides, v_strides, dk_strides, dv_strides, query_mask_strides, key_mask_strides,
     head_rho_strides, H, N, M, blocks, sequences, part_blocks, part_rows, heads, scale, eps, rho,
     d: tl.constexpr, dv: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    TAIL: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    FULL: tl.constexpr, TAIL: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
     WANT_K: tl.constexpr, WANT_V: tl.constexpr,
 ):  # fmt: skip
     b, h, row_head, part, s, head, begin, col, end = where_am_i(blocks, H, cu_seqlens_k, sequences, M, BLOCK_N)
@@ -231,8 +238,14 @@ def pure_bwd_keys_kernel(
     b_dk = tl.zeros([BLOCK_N, D], tl.float32)
     b_dv = tl.zeros([BLOCK_N, DV], tl.float32)
     first_row, last_row = span_of(cu_seqlens_q, s, N)
+    if query_mask is not None:
+        first_row, last_row = without_padding(
+            first_row, last_row, b, query_mask, query_mask_strides, None, None, BLOCK_M
+        )
+    if key_mask is not None:
+        last_row = end_if_any(live, first_row, last_row)
     full = first_row
-    if query_mask is None:
+    if FULL:
         full = first_row + (last_row - first_row) // BLOCK_M * BLOCK_M
         b_dk, b_dv = bwd_key_tiles(
             b_dk, b_dv, b_k, b_v, q, dout, q_strides, dout_strides, None, query_mask_strides, b, h, first_row, full, last_row,
@@ -260,9 +273,7 @@ def backward(
     if 0 in (*q.shape, *v.shape):
         return eager.backward
     few = dout_out is None and q.shape[2] * v.shape[2] <= eager.FEW_SCORES
-    run = plan_backward(
-        "infsa::pure", dout, q, k, v, out, eps, rho, head_rho, gradients, few, key_padding_mask, query_padding_mask
-    )
+    run = plan_backward(dout, q, k, v, out, eps, rho, head_rho, gradients, few, key_padding_mask, query_padding_mask)
 
     def run_all(
         dout, q, k, v, out, norm, eps, rho, head_rho, key_padding_mask, query_padding_mask, gradients, dout_out=None
@@ -273,14 +284,14 @@ def backward(
 
 
 def plan_backward(
-    op, dout, q, k, v, out, eps, rho, head_rho, gradients, few, key_padding_mask=None, query_padding_mask=None,
+    dout, q, k, v, out, eps, rho, head_rho, gradients, few, key_padding_mask=None, query_padding_mask=None,
     packing: Packing | None = None,
 ):  # fmt: skip
     """(dout, q, k, v, out, norm, head_rho, gradients, masks, offsets, dout_out), which fills the gradients.
 
     few: whether there may be so few scores that <dO, O> is made from them. Packed sequences as in the forward pass.
     """
-    countable(op, q, v)
+    countable("infsa::pure" if packing is None else packing.op, q, v)
     dout, q, k, v, out = (addressable(t) for t in (dout, q, k, v, out))
     B, H, N, d = q.shape
     M, dv = v.shape[2:]
@@ -353,15 +364,15 @@ def _untied(dout, q, k, v, masks, head_rho, gradients, counts, sizes, packing):
         queries = Launch(
             pure_bwd_queries_kernel, B * H * blocks, q.device, *strides_of, strides(dq, 4), *mask_strides,
             H, N, M, blocks, *counts,
-            TAIL=packing is not None or masks[1] is not None or M % by_query.block_n != 0, DESCRIPTORS=described,
-            WANT_Q=dq is not None, WANT_RHO=want_rho, **sizes, **by_query.options(q),
+            DESCRIPTORS=described, WANT_Q=dq is not None, WANT_RHO=want_rho, **sizes, **by_query.options(q),
+            **loops_over(q, M, by_query.block_n, masks[1] is not None, packing),
         )  # fmt: skip
     if want_keys:
         keys = Launch(
             pure_bwd_keys_kernel, B * H * key_blocks, q.device, *strides_of, strides(dk, 4), strides(dv, 4), *mask_strides,
             H, N, M, key_blocks, *counts,
-            TAIL=packing is not None or masks[0] is not None or N % by_key.block_m != 0, DESCRIPTORS=described,
-            WANT_K=dk is not None, WANT_V=dv is not None, **sizes, **by_key.options(q),
+            DESCRIPTORS=described, WANT_K=dk is not None, WANT_V=dv is not None, **sizes, **by_key.options(q),
+            **loops_over(q, N, by_key.block_m, masks[0] is not None, packing),
         )  # fmt: skip
     sum_up = sum_of_blocks(packing, N, H, blocks, by_query.block_m, q.device)
     of_query, of_key = (

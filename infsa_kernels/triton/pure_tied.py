@@ -10,14 +10,17 @@ from .packed import tiles_of_all, tiles_of_sequence
 from .tiles import (
     describable,
     dot,
+    end_if_any,
     fold,
     head_numbers,
     head_rho_at,
     live_rows,
     load_rows,
+    loops_over,
     store_rows,
     tiles_of,
     where_am_i,
+    without_padding,
 )
 
 
@@ -71,7 +74,7 @@ def pure_bwd_tied_kernel(
     dout_strides, q_strides, v_strides, dq_strides, dv_strides, query_mask_strides, key_mask_strides, head_rho_strides,
     H, N, blocks, sequences, part_blocks, part_rows, heads, scale, eps, rho,
     d: tl.constexpr, dv: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    TAIL: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    FULL: tl.constexpr, TAIL: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
     WANT_Q: tl.constexpr, WANT_V: tl.constexpr, WANT_RHO: tl.constexpr,
 ):  # fmt: skip
     b, h, row_head, part, s, head, begin, row, end = where_am_i(blocks, H, cu_seqlens_q, sequences, N, BLOCK_M)
@@ -104,18 +107,24 @@ def pure_bwd_tied_kernel(
     b_dq = tl.zeros([BLOCK_M, D], tl.float32)
     b_dv = tl.zeros([BLOCK_M, DV], tl.float32)
     drho = tl.zeros([BLOCK_M], tl.float32)
-    full = begin
-    if query_mask is None and key_mask is None:
-        full = begin + (end - begin) // BLOCK_N * BLOCK_N
+    first, last = begin, end
+    if query_mask is not None and key_mask is not None:
+        first, last = without_padding(
+            first, last, b, query_mask, query_mask_strides, key_mask, key_mask_strides, BLOCK_N
+        )
+        last = end_if_any(asks | answers, first, last)
+    full = first
+    if FULL:
+        full = first + (last - first) // BLOCK_N * BLOCK_N
         b_dq, b_dv, drho = bwd_tied_tiles(
             b_dq, b_dv, drho, b_q, b_do, b_v, asks, answers, q_tiles, dout_tiles, v_tiles, q_strides, dout_strides, v_strides,
-            None, None, query_mask_strides, key_mask_strides, b, h, begin, full, end, c, t_scale, p_scale,
+            None, None, query_mask_strides, key_mask_strides, b, h, first, full, last, c, t_scale, p_scale,
             d, dv, D, DV, BLOCK_N, False, HALF, PRECISION, DESCRIPTORS, WANT_Q, WANT_V, WANT_RHO,
         )  # fmt: skip
     if TAIL:
         b_dq, b_dv, drho = bwd_tied_tiles(
             b_dq, b_dv, drho, b_q, b_do, b_v, asks, answers, q_tiles, dout_tiles, v_tiles, q_strides, dout_strides, v_strides,
-            query_mask, key_mask, query_mask_strides, key_mask_strides, b, h, full, end, end, c, t_scale, p_scale,
+            query_mask, key_mask, query_mask_strides, key_mask_strides, b, h, full, last, last, c, t_scale, p_scale,
             d, dv, D, DV, BLOCK_N, True, HALF, PRECISION, DESCRIPTORS, WANT_Q, WANT_V, WANT_RHO,
         )  # fmt: skip
     if WANT_RHO:
@@ -158,7 +167,7 @@ def plan_tied(dout, q, k, v, masks, head_rho, gradients, counts, sizes, packing)
         pure_bwd_tied_kernel, B * H * blocks, q.device,
         dout.stride(), q.stride(), v.stride(), strides(dq, 4), strides(dv, 4),
         *(strides(t, 2) for t in (*masks, head_rho)), H, N, blocks, *counts,
-        TAIL=packing is not None or masks != (None, None) or N % config.block_n != 0, DESCRIPTORS=described,
+        DESCRIPTORS=described, **loops_over(q, N, config.block_n, masks != (None, None), packing),
         WANT_Q=dq is not None, WANT_V=dv is not None, WANT_RHO=want_rho, **sizes, **config.options(q),
     )  # fmt: skip
     sum_up = sum_of_blocks(packing, N, H, blocks, config.block_m, q.device)

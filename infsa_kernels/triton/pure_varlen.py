@@ -14,7 +14,7 @@ def forward(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, eps, rho, head_rh
         return eager.pure.forward
     packing = Packing.of(OP, q, cu_seqlens_q, max_q, max_k)
     like = as_batch(_output(q, v))
-    multiply = pure.plan_forward(OP, as_batch(q), as_batch(k), as_batch(v), like, eps, rho, head_rho, packing=packing)
+    multiply = pure.plan_forward(as_batch(q), as_batch(k), as_batch(v), like, eps, rho, head_rho, packing=packing)
 
     def run(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, eps, rho, head_rho):
         out = _output(q, v)
@@ -33,7 +33,7 @@ def backward(
     packing = Packing.of(OP, q, cu_seqlens_q, max_q, max_k)
     # Any of the sequences may have few scores.
     run = pure_backward.plan_backward(
-        OP, *map(as_batch, (dout, q, k, v, out)), eps, rho, head_rho, gradients_as_batch(gradients), True, packing=packing
+        *map(as_batch, (dout, q, k, v, out)), eps, rho, head_rho, gradients_as_batch(gradients), True, packing=packing
     )  # fmt: skip
 
     def run_packed(*arguments):

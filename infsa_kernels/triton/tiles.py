@@ -70,6 +70,31 @@ def live_rows(first, size, b, mask, mask_strides, ROWS: tl.constexpr):
     return live
 
 
+# Rows of a mask that are looked at together.
+SCANNED = tl.constexpr(2048)
+
+
+@triton.jit
+def without_padding(first, last, b, mask, mask_strides, also, also_strides, TILE: tl.constexpr):
+    """first .. last without the tiles before the first and behind the last row that counts: what `mask` ignores, and `also` where
+    there is one. Nothing is left of it where no row counts."""
+    begin, end = last, first
+    for at in range(first, last, SCANNED):
+        rows = at + tl.arange(0, SCANNED)
+        live = live_rows(at, last, b, mask, mask_strides, SCANNED)
+        if also is not None:
+            live = live | live_rows(at, last, b, also, also_strides, SCANNED)
+        begin = tl.minimum(begin, tl.min(tl.where(live, rows, last)))
+        end = tl.maximum(end, tl.max(tl.where(live, rows + 1, first)))
+    return first + (begin - first) // TILE * TILE, end
+
+
+@triton.jit
+def end_if_any(live, first, last):
+    """last, or first where none of these rows is live: a loop over the other side then has nothing to do."""
+    return tl.where(tl.max(live.to(tl.int32)) > 0, last, first)
+
+
 @triton.jit
 def power_of_two_below_inverse(x):
     """The largest power of two c with c x < 1, for normal float32 x >= 0."""
@@ -137,6 +162,16 @@ def head_numbers(
         p_scale = 1.0 / (q_max * tl.sqrt(d * 1.0) + tiny)
         t_scale = 0.5 / (dout_max * tl.sqrt(dv * 1.0) + tl.abs(c) * q_max * tl.sqrt(d * 1.0) + tiny)
     return rho * scale / (F + eps), c, t_scale, p_scale
+
+
+def loops_over(q: Tensor, rows: int, tile: int, masked: bool, packing: Packing | None) -> dict[str, bool]:
+    """Whether a kernel loops over whole tiles, asking for no mask, and over the tail, which is all there is where rows are masked.
+
+    Packed sequences may each have a tail. IEEE float32 has no register to spare for both loops, and does not notice a mask.
+    """
+    ieee = q.element_size() == 4 and configs.precision(q) == "ieee"
+    full = not masked and (packing is None or not ieee)
+    return {"FULL": full, "TAIL": not full or packing is not None or rows % tile != 0}
 
 
 def describable(masks: tuple[Tensor | None, ...], packing: Packing | None, *tensors: Tensor) -> bool:
