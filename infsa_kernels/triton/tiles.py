@@ -165,7 +165,7 @@ def head_numbers(
 
 
 def loops_over(q: Tensor, rows: int, tile: int, masked: bool, packing: Packing | None) -> dict[str, bool]:
-    """Whether a kernel loops over whole tiles, asking for no mask, and over the tail, which is all there is where rows are masked.
+    """Whether a kernel loops over whole tiles, asking for no mask, and over the tail, which is all there is if rows are masked.
 
     Packed sequences may each have a tail. IEEE float32 has no register to spare for both loops, and does not notice a mask.
     """

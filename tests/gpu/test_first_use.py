@@ -3,16 +3,18 @@
 import json
 import subprocess
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
+from helpers import packed_calls
 from helpers.interpreter import needs_interpreter
 from helpers.sweep import swept
 
 pytest.importorskip("triton")
 
 import infsa_kernels
-from infsa_kernels.triton import configs, first_use, linear, pure
+from infsa_kernels.triton import configs, first_use, linear, pure, pure_varlen
 
 CPU = torch.device("cpu")
 MODULES = {"linear": linear, "pure": pure}
@@ -33,6 +35,7 @@ def small(monkeypatch):
 
 
 def variant(op="pure", direction="forward", dtype="float32", d=16, tied=False, masked="", **rest) -> first_use.Variant:
+    rest |= {"offsets": "int64"} if op.endswith("varlen") else {}
     rest = {"dv": d, "precision": "ieee" if dtype == "float32" else "", "token_major": True, "described": False} | rest
     return first_use.Variant(op=op, direction=direction, dtype=dtype, d=d, tied=tied, masked=masked, **rest)
 
@@ -53,6 +56,49 @@ def variant(op="pure", direction="forward", dtype="float32", d=16, tied=False, m
 )
 def test_the_shipped_kernels_pass(op, direction, case, small):
     assert first_use.check(variant(op, direction, **case), CPU) is None
+
+
+@interpreted
+@pytest.mark.parametrize("op", ["linear_varlen", "pure_varlen"])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize(
+    "case", [{"tied": True}, {"dtype": "bfloat16", "d": 20, "token_major": False}], ids=["tied", "odd"]
+)
+def test_the_shipped_kernels_pass_packed(op, direction, case, small):
+    assert first_use.check(variant(op, direction, **case), CPU) is None
+
+
+@interpreted
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_a_sequence_that_is_read_too_far_fails(direction, small, monkeypatch):
+    """By one token of the next one, as where its end is looked up wrongly."""
+    kind = variant("pure_varlen", direction)
+    right = getattr(pure_varlen, direction)
+
+    def wrong(*arguments):
+        arguments = list(arguments)
+        at = next(i for i, a in enumerate(arguments) if isinstance(a, torch.Tensor) and a.dtype == torch.int64) + 1
+        cu_seqlens = arguments[at] = arguments[at].clone()
+        cu_seqlens[2] += 1
+        return right(*arguments)
+
+    monkeypatch.setattr(pure_varlen, direction, wrong)
+    assert "is off by" in first_use.check(kind, CPU)
+
+
+def test_a_packed_call_is_a_variant_of_its_own():
+    kinds = []
+    for index, tied in ((torch.int32, False), (torch.int64, False), (torch.int64, True)):
+        call = packed_calls.make("pure", index=index, tied=tied)
+        raw = call.raw()
+        kinds.append(first_use.of("pure_varlen", "forward", raw))
+        backward = torch.empty_like(raw[2]), *raw[:3], raw[2], torch.empty(9, 3), *raw[3:]
+        assert first_use.of("pure_varlen", "backward", backward) == replace(kinds[-1], direction="backward")
+    assert [(v.offsets, v.tied, v.d, v.dv, v.token_major, v.masked) for v in kinds] == [
+        ("int32", False, 16, 24, True, ""), ("int64", False, 16, 24, True, ""), ("int64", True, 16, 24, True, "")
+    ]  # fmt: skip
+    assert str(kinds[0]).endswith("token-major, ieee, int32 offsets")
+    assert {v.op for v in first_use.usual(CPU)} == {"linear", "linear_floor", "pure", *first_use.PACKED}
 
 
 def last_row_is_forgotten(run, calls):

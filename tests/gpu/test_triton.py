@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers import packed_calls
 from helpers.calls import OPS, Call, check, expected, output_gradient, raw_op
 from helpers.interpreter import needs_interpreter
 from helpers.layouts import LAYOUTS
@@ -99,6 +100,53 @@ def test_masks(op, tied, which, triton):
         }
         call = replace(call, **masks)
         check(call, output_gradient(call), draws=3)
+
+
+@interpreted
+@by_op
+@by_tie
+def test_padding_of_whole_tiles(op, tied, triton):
+    """At either end, on either side, and all of a sample; NaN there."""
+    rows = torch.arange(300)
+    ignored = torch.stack((rows >= 70, (rows < 200) | (rows > 260), rows >= 0))
+    for dtype, query_mask in ((torch.bfloat16, ignored), (torch.float16, ignored.flip(0)), (torch.float32, None)):
+        call = make(op, B=3, H=1, N=300, M=300, tied=tied, dtype=dtype)
+        for t in (call.v,) if tied else (call.k, call.v):
+            t.masked_fill_(ignored[:, None, :, None], float("nan"))
+        call = replace(call, key_padding_mask=ignored, query_padding_mask=query_mask)
+        wanted = replace(call, v=call.v.nan_to_num(), k=None if tied else call.k.nan_to_num())
+        dout = output_gradient(call)
+        check(call, dout, expected(wanted, dout, 3))
+
+
+@interpreted
+@by_tie
+def test_tiles_of_padding_are_skipped(tied, triton, monkeypatch):
+    """Pure's products: as many as of the tokens that count, in a padded batch and in a packed one."""
+    from triton.runtime import interpreter
+
+    counted, dot = [], interpreter.InterpreterBuilder.create_dot
+    monkeypatch.setattr(
+        interpreter.InterpreterBuilder, "create_dot", lambda self, *given: counted.append(1) or dot(self, *given)
+    )
+
+    def products(call) -> int:
+        counted.clear()
+        call.gradients(call.output_gradient() if hasattr(call, "lengths") else output_gradient(call))
+        return len(counted)
+
+    def masked(N, padded):
+        mask = (torch.arange(N) >= N - padded).expand(1, N).contiguous()
+        return make(
+            "pure", B=1, H=1, N=N, M=N, tied=tied, dtype=torch.bfloat16, key_padding_mask=mask, query_padding_mask=mask
+        )
+
+    assert products(masked(384, 256)) == products(masked(128, 0)) > 0
+
+    def packed(*lengths):
+        return packed_calls.make("pure", tied=tied, dtype=torch.bfloat16, heads=1, lengths=lengths, key_lengths=lengths)
+
+    assert products(packed(0, 128, 0, 200, 70)) == sum(products(packed(n)) for n in (128, 200, 70))
 
 
 @interpreted

@@ -71,7 +71,7 @@ def check_budgets(row: dict[str, str]) -> None:
     assert int(row["per_SM"]) >= 1, f"{name} does not fit on a multiprocessor"
     known = KNOWN.get((row["arch"], row["kernel"], row["case"]), row)
     assert row["matrix"] == known["matrix"], f"{name} has lost its matrix instruction: {row['matrix']}"
-    products = row["kernel"].startswith("pure") and not row["kernel"].endswith(("rescale", "prepare"))
+    products = row["kernel"].startswith("pure") and not row["kernel"].endswith(("rescale", "prepare", "rho"))
     # IEEE float32 has matrix instructions on AMD's GPUs only.
     if products and not row["case"].startswith("fp32"):
         assert row["matrix"] != "-", f"{name} multiplies without a matrix instruction"

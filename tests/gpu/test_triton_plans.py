@@ -14,6 +14,7 @@ triton = pytest.importorskip("triton")
 if triton.knobs.runtime.interpret:
     pytest.skip("the interpreter has no plans", allow_module_level=True)
 
+from helpers import packed_calls  # noqa: E402
 from helpers.triton_target import starting  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
@@ -116,6 +117,22 @@ def test_a_plan_starts_what_triton_would(op, kind, gpu, by_triton):
     assert by_triton == []
     assert found == unplanned(gpu, second)
     assert len(found) == len(by_triton) >= 2
+
+
+@by_op
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_packed_sequences_have_plans_too(op, tied, gpu, by_triton):
+    """Wherever these begin: offsets are no part of a kind."""
+
+    def call(lengths):
+        return packed_calls.make(op, tied=tied, lengths=lengths, key_lengths=lengths[::-1], dtype=torch.bfloat16)
+
+    run(call((700, 0, 5)))
+    by_triton.clear()
+    found = seen(gpu, call((700, 2, 3)))
+    assert by_triton == []
+    assert found == unplanned(gpu, call((700, 3, 2)))
+    assert len(found) == len(by_triton) >= 4
 
 
 CHANGES = {

@@ -27,6 +27,10 @@ class PackedCall(Call):
     key_lengths: tuple[int, ...] | None = None
     index: torch.dtype = torch.int32
 
+    @property
+    def raw_name(self) -> str:
+        return f"{self.op}_varlen"
+
     def sequences(self) -> tuple:
         """cu_seqlens_q, cu_seqlens_k, max_q, max_k; the first two are one tensor where k is tied."""
         queries = offsets(self.lengths, self.index, self.q.device)

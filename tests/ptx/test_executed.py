@@ -6,6 +6,7 @@ needed, or why not, in test_mutants.py.
 
 import pytest
 import torch
+from helpers import packed_calls
 from helpers.calls import Call, expected, output_gradient
 from helpers.layouts import LAYOUTS
 from helpers.sweep import some
@@ -61,7 +62,8 @@ def check(call: Call) -> None:
     The last holds where threads read several elements of a row at once. Where each reads one, a product of its own goes into
     the first sum over the row by FMA, and what the others send has been rounded: the lanes' sums differ in their last bits.
     """
-    dout = output_gradient(call)
+    packed = isinstance(call, packed_calls.PackedCall)
+    dout = call.output_gradient() if packed else output_gradient(call)
     before = {name: t.clone() for name, t in call.tensors().items()}
     found = results(call, dout)
     for name, wanted in expected(call, dout).items():
@@ -69,7 +71,8 @@ def check(call: Call) -> None:
         assert_within(found[name], wanted.truth, wanted.eager_error, factor, what)
     for name, t in call.tensors().items():
         assert torch.equal(t.nan_to_num(), before[name].nan_to_num()), f"{name} was written to"
-    row_at_once = call.q.stride(3) == 1 and call.q.data_ptr() % 16 == call.q.stride(2) * call.q.itemsize % 256 == 0
+    step = call.q.stride(0 if packed else 2)
+    row_at_once = call.q.stride(-1) == 1 and call.q.data_ptr() % 16 == step * call.q.itemsize % 256 == 0
     for order in (descending, shuffled(1)) if call.op == "linear" else ():
         for name, t in results(call, dout, order=order, first_wins=row_at_once).items():
             assert torch.equal(t, found[name]), f"{name} differs with the order in which programs run"
@@ -110,6 +113,25 @@ def test_short_sequences(op, dtype, tied):
     """Linear in one program per head group, and so few scores that Pure's backward pass makes them anew."""
     sizes = {"N": 70, "M": 45, "d": 16, "dv": 16} if op == "linear" else {"N": 32, "M": 29}
     check(make(op, dtype, tied=tied, **sizes))
+
+
+# Empty ones first, amid the others and last, with queries or keys alone; from few scores to several tiles; and short ones.
+LENGTHS = {"long": ((0, 3, 150, 0, 33), (0, 4, 131, 2, 0)), "short": ((5, 0, 70), (9, 3, 45))}
+
+
+@pytest.mark.parametrize("lengths", some(LENGTHS, "long"))
+@pytest.mark.parametrize(
+    ("op", "dtype", "tied"), some(SHORT, ("linear", "bf16", False), ("pure", "fp16", True), ("pure", "bf16", False))
+)
+def test_packed_sequences(op, dtype, tied, lengths):
+    """Whose bounds the kernels look up; no program may touch what lies between or behind the parts that others left."""
+    lengths, key_lengths = LENGTHS[lengths]
+    d, heads = (16, 3) if op == "linear" else (32, 1)
+    call = packed_calls.make(
+        op, dtype=DTYPES[dtype], tied=tied, lengths=lengths, key_lengths=key_lengths, heads=heads, d=d, dv=d,
+        rho=torch.rand(heads) + 0.5, eps=1.0,
+    )  # fmt: skip
+    check(call)
 
 
 @by_op
