@@ -4,7 +4,7 @@ Packed tokens are a batch of one, (1, H, N, d), and sequence s is what lies from
 of the dense operators run on it, between other bounds. Where nothing is packed cu_seqlens is None, and these functions are gone.
 
 The tokens of each sequence are cut into tiles of T, and tiles are numbered: cu_seqlens[s] // T + s is the first of sequence s. It
-has as many numbers as tiles, at least one, and at most two to spare; together there are N // T + S. So the size of a grid and of
+has as many numbers as tiles, at least one, and at most one to spare; together there are N // T + S. So the size of a grid and of
 scratch follows from shapes, nobody waits to read an offset, and padding, of which there is none, costs nothing. A program looks
 its sequence up, by halves, in cu_seqlens. Whose number is to spare ends there.
 
