@@ -26,7 +26,7 @@ from .run import describe, run
 
 # Tests with a `backend` fixture, and with no package that a lent machine lacks.
 TESTS = ("gpu_kernels", "operators", "masks", "tables", "gradients", "numerics", "autograd_features", "transforms", "autocast",
-         "bad_input", "library")  # fmt: skip
+         "bad_input", "library", "varlen")  # fmt: skip
 TEST_SECONDS, SPEED_MINUTES = 450, 20
 
 

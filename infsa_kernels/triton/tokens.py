@@ -52,10 +52,11 @@ def sum_of_splits(
 ):  # fmt: skip
     """The total of `count` partial sums of (B, H, splits, d): [G, D]. Always the same order of additions."""
     total = tl.zeros([BT, G, D], tl.float32)
+    of_head = tl.cast(splits, tl.int64) * d
     for before in range(0, count, BT):
         split = before + tl.arange(0, BT)
         rows = (split < count)[:, None, None] & (heads < H)[None, :, None]
-        at = offsets((H * splits * d, splits * d, d, 1), b, heads, first + split, D)
+        at = offsets((H * of_head, of_head, d, 1), b, heads, first + split, D)
         total += tl.load(parts + at, mask=inside(rows, d, D), other=0.0, cache_modifier=".cg")
     return tl.sum(total, 0)
 

@@ -83,6 +83,7 @@ def make(
         return torch.randn(count, heads, width, dtype=dtype, device=device)
 
     key_lengths = None if tied else key_lengths
+    options = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in options.items()}
     N, M = sum(lengths), sum(lengths if tied else key_lengths)
     return PackedCall(
         op, tokens(N, d), None if tied else tokens(M, d), tokens(M, dv), lengths=tuple(lengths), key_lengths=key_lengths,
