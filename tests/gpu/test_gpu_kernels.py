@@ -8,16 +8,18 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import packed_calls
 from helpers.calls import OPS, Call, check, expected, output_gradient
 from helpers.interpreter import needs_interpreter
 
 import infsa_kernels
 from bench import timer
-from infsa_kernels.testing import FORWARD, assert_within
+from infsa_kernels.testing import FORWARD, GRADIENT, assert_within
 
 ROOT = Path(__file__).parents[2]
 GPU = torch.cuda.is_available()
@@ -175,6 +177,38 @@ def _launches(run) -> int:
     status = ctypes.CDLL("libcuda.so.1").cuGraphGetNodes(raw, None, ctypes.byref(count))
     assert status == 0, f"cuGraphGetNodes gives {status}"
     return count.value
+
+
+@by_op
+@pytest.mark.only_backend("triton")
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_packed_sequences_in_a_graph(op, tied, device, backend):
+    """Captured once, and replayed where the sequences begin elsewhere: the CPU has read no offset."""
+    lengths = ((700, 0, 33, 3), (1, 600, 0, 135)) if GPU else ((40, 0, 3), (1, 42, 0))
+    call = packed_calls.make(
+        op, device, tied=tied, lengths=lengths[0], key_lengths=lengths[0], dtype=torch.bfloat16, eps=1.0
+    )
+    cu_seqlens = packed_calls.offsets(lengths[0], device=device)
+    dout, longest = call.output_gradient(), sum(lengths[0])
+
+    def run():
+        leaves = [t.detach().requires_grad_() for t in (call.q, call.k, call.v) if t is not None]
+        q, k, v = (leaves[0], *leaves) if tied else leaves
+        out = call.operator()(q, k, v, cu_seqlens, cu_seqlens, longest, longest, call.eps, call.rho)
+        return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
+
+    graph, found = timer.capture(run) if GPU else (None, run())
+    cu_seqlens.copy_(packed_calls.offsets(lengths[1]))
+    if GPU:
+        graph.replay()
+        torch.cuda.synchronize()
+    else:
+        found = run()
+    call = replace(call, lengths=lengths[1], key_lengths=lengths[1])
+    wanted = expected(call, dout, draws=2)
+    for t, name in zip(found, wanted):
+        factor, what = (FORWARD, "out") if name == "out" else (GRADIENT, f"d{name}")
+        assert_within(t, wanted[name].truth, wanted[name].eager_error, factor, what)
 
 
 @by_op
