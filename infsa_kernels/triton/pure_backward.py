@@ -122,23 +122,8 @@ def pure_bwd_queries_kernel(
         return
     head_gain = head_rho_at(rho, head_rho, head_rho_strides, s, h)
     gain, c, t_scale, p_scale = head_numbers(
-        parts,
-        part_blocks,
-        part_rows,
-        heads,
-        norm,
-        row_head,
-        head,
-        head_gain,
-        cu_seqlens_q,
-        s,
-        N,
-        scale,
-        eps,
-        d,
-        dv,
-        HALF,
-    )
+        parts, part_blocks, part_rows, heads, norm, row_head, head, head_gain, cu_seqlens_q, s, N, scale, eps, d, dv, HALF,
+    )  # fmt: skip
     live = live_rows(row, end, b, query_mask, query_mask_strides, BLOCK_M)
     b_q = load_rows(q, q_strides, b, h, row, live, d, D, BLOCK_M, True, DESCRIPTORS)
     b_do = load_rows(dout, dout_strides, b, h, row, live, dv, DV, BLOCK_M, True, DESCRIPTORS)
@@ -215,23 +200,8 @@ def pure_bwd_keys_kernel(
         return
     head_gain = head_rho_at(rho, head_rho, head_rho_strides, s, h)
     gain, c, t_scale, p_scale = head_numbers(
-        parts,
-        part_blocks,
-        part_rows,
-        heads,
-        norm,
-        row_head,
-        head,
-        head_gain,
-        cu_seqlens_q,
-        s,
-        N,
-        scale,
-        eps,
-        d,
-        dv,
-        HALF,
-    )
+        parts, part_blocks, part_rows, heads, norm, row_head, head, head_gain, cu_seqlens_q, s, N, scale, eps, d, dv, HALF,
+    )  # fmt: skip
     live = live_rows(col, end, b, key_mask, key_mask_strides, BLOCK_N)
     b_k = load_rows(k, k_strides, b, h, col, live, d, D, BLOCK_N, True, DESCRIPTORS)
     b_v = load_rows(v, v_strides, b, h, col, live, dv, DV, BLOCK_N, True, DESCRIPTORS)

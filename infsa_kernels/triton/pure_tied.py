@@ -82,23 +82,8 @@ def pure_bwd_tied_kernel(
         return
     head_gain = head_rho_at(rho, head_rho, head_rho_strides, s, h)
     gain, c, t_scale, p_scale = head_numbers(
-        parts,
-        part_blocks,
-        part_rows,
-        heads,
-        norm,
-        row_head,
-        head,
-        head_gain,
-        cu_seqlens_q,
-        s,
-        N,
-        scale,
-        eps,
-        d,
-        dv,
-        HALF,
-    )
+        parts, part_blocks, part_rows, heads, norm, row_head, head, head_gain, cu_seqlens_q, s, N, scale, eps, d, dv, HALF,
+    )  # fmt: skip
     asks = live_rows(row, end, b, query_mask, query_mask_strides, BLOCK_M)
     answers = live_rows(row, end, b, key_mask, key_mask_strides, BLOCK_M)
     b_q = load_rows(q, q_strides, b, h, row, asks | answers, d, D, BLOCK_M, True, False)
@@ -141,8 +126,9 @@ def pure_bwd_tied_kernel(
 
 @triton.jit(do_not_specialize=COUNTS)
 def pure_bwd_rho_kernel(
-    drho_parts, cu_seqlens_q, dhead_rho, H, N, blocks, part_rows
-):  # (1, H, blocks), (S + 1), (S, H)
+    drho_parts, cu_seqlens_q, dhead_rho,  # (1, H, blocks), (S + 1), (S, H)
+    H, N, blocks, part_rows,
+):  # fmt: skip
     """The total over the blocks of a packed sequence."""
     s, h = tl.program_id(0) // H, tl.program_id(0) % H
     first, count = tiles_of_sequence(cu_seqlens_q, s, N, part_rows, blocks)
