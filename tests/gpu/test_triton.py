@@ -107,10 +107,10 @@ def test_masks(op, tied, which, triton):
 @by_tie
 def test_padding_of_whole_tiles(op, tied, triton):
     """At either end, on either side, and all of a sample; NaN there."""
-    rows = torch.arange(300)
-    ignored = torch.stack((rows >= 70, (rows < 200) | (rows > 260), rows >= 0))
-    for dtype, query_mask in ((torch.bfloat16, ignored), (torch.float16, ignored.flip(0)), (torch.float32, None)):
-        call = make(op, B=3, H=1, N=300, M=300, tied=tied, dtype=dtype)
+    rows = torch.arange(200)
+    ignored = torch.stack((rows >= 70, (rows < 130) | (rows > 170), rows >= 0))
+    for dtype, query_mask in ((torch.float16, ignored.flip(0)), (torch.float32, None)):
+        call = make(op, B=3, H=1, N=200, M=200, tied=tied, dtype=dtype)
         for t in (call.v,) if tied else (call.k, call.v):
             t.masked_fill_(ignored[:, None, :, None], float("nan"))
         call = replace(call, key_padding_mask=ignored, query_padding_mask=query_mask)
