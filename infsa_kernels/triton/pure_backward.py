@@ -51,6 +51,14 @@ def pure_bwd_prepare_kernel(
     b_do = load_rows(dout, dout_strides, b, h, row, live, dv, DV, ROWS, True, False)
     if FEW or HALF:
         b_q = load_rows(q, q_strides, b, h, row, live, d, D, ROWS, True, False)
+    if HALF:
+        size = tl.cast(heads, tl.int64) * blocks
+        do, query = b_do.to(tl.float32), b_q.to(tl.float32)
+        tl.store(parts + part + size, tl.sqrt(tl.max(tl.sum(do * do, 1))))
+        tl.store(parts + part + 2 * size, tl.sqrt(tl.max(tl.sum(query * query, 1))))
+    if not FEW or cu_seqlens_k is not None:
+        b_out = load_rows(out, out_strides, b, h, row, live, dv, DV, ROWS, True, False).to(tl.float32)
+        dout_out = tl.sum(b_do.to(tl.float32) * b_out)
     if FEW:
         first_key, last_key = span_of(cu_seqlens_k, s, M)
         if cu_seqlens_k is not None:
@@ -64,21 +72,9 @@ def pure_bwd_prepare_kernel(
             x = dot(b_q, tl.trans(b_k), None, PRECISION)
             products += tl.sum(tl.where(x <= 0.0, 0.0, x * dot(b_do, tl.trans(b_v), None, PRECISION)), 1)
         gain = head_rho_at(rho, head_rho, head_rho_strides, s, h) * scale / (tl.load(norm + head) + eps)
-        dout_out = tl.sum(products) * gain
-    b_do = b_do.to(tl.float32)
-    if not FEW:
-        b_out = load_rows(out, out_strides, b, h, row, live, dv, DV, ROWS, True, False).to(tl.float32)
-        dout_out = tl.sum(b_do * b_out)
-    elif cu_seqlens_k is not None:
-        live = live_rows(row, tl.where(many, end, row), b, query_mask, query_mask_strides, ROWS)
-        b_out = load_rows(out, out_strides, b, h, row, live, dv, DV, ROWS, True, False).to(tl.float32)
-        dout_out = tl.where(many, tl.sum(b_do * b_out), dout_out)
+        of_scores = tl.sum(products) * gain
+        dout_out = of_scores if cu_seqlens_k is None else tl.where(many, dout_out, of_scores)
     tl.store(parts + part, dout_out)
-    if HALF:
-        b_q = b_q.to(tl.float32)
-        size = tl.cast(heads, tl.int64) * blocks
-        tl.store(parts + part + size, tl.sqrt(tl.max(tl.sum(b_do * b_do, 1))))
-        tl.store(parts + part + 2 * size, tl.sqrt(tl.max(tl.sum(b_q * b_q, 1))))
 
 
 @triton.jit
