@@ -167,10 +167,9 @@ def head_numbers(
 def loops_over(q: Tensor, rows: int, tile: int, masked: bool, packing: Packing | None) -> dict[str, bool]:
     """Whether a kernel loops over whole tiles, asking for no mask, and over the tail, which is all there is if rows are masked.
 
-    Packed sequences may each have a tail. IEEE float32 has no register to spare for both loops, and does not notice a mask.
+    Packed sequences may each have a tail. With these, float32 has no register to spare for both loops, and hardly notices a mask.
     """
-    ieee = q.element_size() == 4 and configs.precision(q) == "ieee"
-    full = not masked and (packing is None or not ieee)
+    full = not masked and (packing is None or q.element_size() == 2)
     return {"FULL": full, "TAIL": not full or packing is not None or rows % tile != 0}
 
 
