@@ -175,7 +175,13 @@ for _precision, _kernel in (
     PURE["gfx942", _precision] = _tiles | {_kernel: _tiles[_kernel] | {256: Pure(16, 16, 4, 1)}}
 
 
-def pure(q: Tensor, v: Tensor, kernel: str, described: bool) -> Pure:
+# Where sequences are packed, in place of these: the bounds of a sequence take registers that a tile as large has not.
+PACKED: dict[tuple[str, str], dict[str, dict[int, Pure]]] = {
+    ("sm_80", "ieee"): {"bwd_queries": {64: Pure(32, 16, 8, 1)}}
+}
+
+
+def pure(q: Tensor, v: Tensor, kernel: str, described: bool, packed: bool = False) -> Pure:
     """The tile of the smallest head dimension that holds d and dv."""
     if v.shape[3] > 256:
         raise ValueError(
@@ -184,5 +190,6 @@ def pure(q: Tensor, v: Tensor, kernel: str, described: bool) -> Pure:
     reads = "descriptors" if described else "pointers"
     if q.element_size() == 4:
         reads = precision(q)
-    tiles = PURE[arch_of(q.device), reads][kernel]
+    key = arch_of(q.device), reads
+    tiles = PURE[key][kernel] | (PACKED.get(key, {}).get(kernel, {}) if packed else {})
     return next(tile for largest, tile in tiles.items() if max(q.shape[3], v.shape[3]) <= largest)

@@ -177,7 +177,7 @@ def plan_forward(
     k = q if k is None else k
     q, k, v = addressable(q), addressable(k), addressable(v)
     described = describable((query_padding_mask, key_padding_mask), packing, q, k, v)
-    config = configs.pure(q, v, "fwd", described)
+    config = configs.pure(q, v, "fwd", described, packing is not None)
     blocks, rescale_blocks = tiles_of_all(N, config.block_m, packing), tiles_of_all(N, rows, packing)
     samples, sequences = (B, None) if packing is None else (packing.sequences, packing.sequences)
     half = q.dtype == torch.float16

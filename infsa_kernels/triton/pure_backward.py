@@ -322,7 +322,9 @@ def _untied(dout, q, k, v, masks, head_rho, gradients, counts, sizes, packing):
     described = describable(masks, packing, q, dout, k, v)
     want_rho = dhead_rho is not None
     want_queries, want_keys = dq is not None or want_rho, dk is not None or dv is not None
-    by_query, by_key = (configs.pure(q, v, kernel, described) for kernel in ("bwd_queries", "bwd_keys"))
+    by_query, by_key = (
+        configs.pure(q, v, kernel, described, packing is not None) for kernel in ("bwd_queries", "bwd_keys")
+    )
     blocks, key_blocks = tiles_of_all(N, by_query.block_m, packing), tiles_of_all(M, by_key.block_n, packing)
     strides_of = dout.stride(), q.stride(), k.stride(), v.stride()
     mask_strides = tuple(strides(t, 2) for t in (*masks, head_rho))

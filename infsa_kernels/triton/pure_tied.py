@@ -146,7 +146,7 @@ def plan_tied(dout, q, k, v, masks, head_rho, gradients, counts, sizes, packing)
     dq, _, dv, dhead_rho = gradients
     B, H, N, _ = q.shape
     described = describable(masks, packing, q, dout, v)
-    config = configs.pure(q, v, "bwd_tied", described)
+    config = configs.pure(q, v, "bwd_tied", described, packing is not None)
     blocks = tiles_of_all(N, config.block_m, packing)
     want_rho = dhead_rho is not None
     launch = Launch(
