@@ -91,11 +91,11 @@ def store_result(
         # Every weight is above 0: where a value is infinite so is the result, though its score be 0.
         infinite = (tl.abs(mean) == float("inf")) & (share > 0.0) & (share < float("inf"))
         z = tl.where(infinite, mean, pooled * scale + share * mean) / (score + share + eps)
-        store_part(absolute_sum, absolute, b, heads, H, 0, 1, 1, 1)
-        store_part(value_mean, mean, b, heads, H, 0, 1, dv, DV)
-    store_part(context, z, b, heads, H, 0, 1, dv, DV)
-    store_part(out, (rho * z).to(out.dtype.element_ty), b, heads, H, 0, 1, dv, DV)
-    store_part(score_sum, score, b, heads, H, 0, 1, 1, 1)
+        store_part(absolute_sum, absolute, s, heads, H, 0, 1, 1, 1)
+        store_part(value_mean, mean, s, heads, H, 0, 1, dv, DV)
+    store_part(context, z, s, heads, H, 0, 1, dv, DV)
+    store_part(out, (rho * z).to(out.dtype.element_ty), s, heads, H, 0, 1, dv, DV)
+    store_part(score_sum, score, s, heads, H, 0, 1, 1, 1)
 
 
 @triton.jit(do_not_specialize=SIZES)
