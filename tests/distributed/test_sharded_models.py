@@ -133,8 +133,6 @@ def refused_models():
         parallelize(nn.Linear(2, 2), None)
     with pytest.raises(NotImplementedError, match="has several hops"):
         parallelize(vit("multi_hop_infsa", hops=2), None)
-    with pytest.raises(NotImplementedError, match="has a score floor"):
-        parallelize(vit(score_floor=0.1), None)
     with pytest.raises(NotImplementedError, match="has another activation than 'relu'"):
         parallelize(vit(activation="gelu"), None)
     with pytest.raises(NotImplementedError, match="has add_bias_kv"):

@@ -14,7 +14,7 @@ import torch
 
 import infsa_kernels  # noqa: F401
 
-PACKED = ("linear_varlen", "pure_varlen")
+PACKED = ("linear_varlen", "linear_varlen_floor", "pure_varlen")
 OPS = ("linear", "linear_floor", "pure", *PACKED, "central_query", "score_pool", "score_pool_floor")
 # Of operators for tokens in parts. All that forward and backward take is an argument.
 PARTS = (
@@ -55,6 +55,7 @@ def good(op: str, rng: random.Random) -> dict:
         return t if rng.random() < 0.5 else None
 
     B, H, N, M, d, v = rng.randint(1, 3), rng.randint(1, 3), *(rng.choice([1, 2, 5, 16, 33]) for _ in range(4))
+    floor = {"score_floor": rng.choice([0.0, 0.1, 2.0])} if op.endswith("_floor") else {}
     if op in PACKED:
         index = rng.choice([torch.int32, torch.int64])
         queries, keys = ([rng.choice([0, 1, 2, 5, 16, 33]) for _ in range(B)] for _ in range(2))
@@ -63,9 +64,8 @@ def good(op: str, rng: random.Random) -> dict:
         cu_q, cu_k = (torch.tensor([0, *itertools.accumulate(lengths)], dtype=index) for lengths in (queries, keys))
         tensors = {"q": numbers(sum(queries), H, d), "k": None if tied else numbers(sum(keys), H, d)}
         tensors |= {"v": numbers(sum(keys), H, v), "cu_seqlens_q": cu_q, "cu_seqlens_k": None if tied else cu_k}
-        rest = {"max_q": max(queries), "max_k": max(keys) + 3, "eps": 1e-3, "rho": 0.9}
+        rest = {"max_q": max(queries), "max_k": max(keys) + 3, "eps": 1e-3} | floor | {"rho": 0.9}
         return tensors | rest | {"head_rho": maybe(numbers(B, H, dtype=acc))}
-    floor = {"score_floor": rng.choice([0.0, 0.1, 2.0])} if op.endswith("_floor") else {}
     if op in ("linear", "linear_floor", "pure"):
         k = maybe(numbers(B, H, M, d))
         M = N if k is None else M
