@@ -54,7 +54,7 @@ void demand_floor(const Arguments& a, const Floor& floor) {
 std::vector<double> key_counts(const Floor& floor, const Walk& keys, const Mask& mask, const Sizes& s) {
   std::vector<double> counts(s.B);
   for (int64_t b = 0; floor && b < s.B; ++b) {
-    const Range of_batch = keys.tokens(b * s.H);
+    const Range of_batch = keys.of_batch(b);
     int64_t count = of_batch.size();
     for (int64_t n = of_batch.begin; mask.data && n < of_batch.end; ++n)
       count -= mask.data[b * mask.batch + n * mask.token];
