@@ -122,9 +122,8 @@ class _ScorePool(torch.autograd.Function):
             weights, saved = scores, [scores]
         else:
             raw, numbers = score_pool_floor.raw, (norm_eps, eps, score_floor)
-            # The floor is made of what all ranks sum, so none is in this rank's mean.
-            found = raw.forwards[name](*given, 0.0, padding_mask)
-            pooled, weights, saved = _floored_mean_over_ranks(x, found, padding_mask, eps, score_floor, group)
+            sums = score_pool_floor.sums_of_part(raw.forwards[name], *given, padding_mask)
+            pooled, weights, saved = _floored_mean_over_ranks(sums, eps, score_floor, keys.dtype, group)
         ctx.save_for_backward(x, keys, key_bias, pooled, *saved, padding_mask)
         ctx.constants = numbers, group, _backward_of(raw, name)
         return pooled, weights / (weights + eps)
@@ -142,16 +141,14 @@ class _ScorePool(torch.autograd.Function):
         return _wanted(gradients, wanted, 6)
 
 
-def _floored_mean_over_ranks(x, found, padding_mask, eps, score_floor, group):
-    """From what score_pool_floor_fwd gives without a floor: the pooled tokens of all ranks with one, the sum of their weights,
-    and the statistics that its backward takes on this rank."""
-    pooled, _, scores, absolute, token_mean = found
-    dtype, count = pooled.dtype, linear_steps.key_count(x[:, None].expand(-1, pooled.shape[1], -1, -1), padding_mask)
-    sums = [pooled * (scores[..., None].double() + eps), scores[..., None], token_mean[:, None] * count, absolute[..., None]]
-    sums = sum_over_ranks(torch.cat([*sums, count], -1), group)
-    pooled, (scores, absolute, token_mean, total) = linear_steps.floored_mean(sums, score_floor, eps, dtype)
+def _floored_mean_over_ranks(sums: Tensor, eps: float, score_floor: float, dtype: torch.dtype, group: str):
+    """From this rank's sums the mean of all tokens, the sum of their weights, and what backward takes of both on this rank."""
+    count = sums[..., -1]
+    pooled, (scores, absolute, token_mean, total) = linear_steps.floored_mean(
+        sum_over_ranks(sums, group), score_floor, eps, dtype
+    )
     # Backward divides score_floor T by this rank's tokens: they get their share of T, and the norm has the rest from R.
-    share = absolute * count.squeeze(-1) / total
+    share = absolute * count / total
     rest = scores + score_floor * (absolute - share)
     weights = (scores + score_floor * absolute).to(dtype)
     return pooled, weights, [rest.to(dtype), share.to(dtype), token_mean[:, 0].contiguous()]

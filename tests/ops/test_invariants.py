@@ -18,8 +18,8 @@ PACKED = ("linear_varlen", "linear_varlen_floor", "pure_varlen")
 OPS = ("linear", "linear_floor", "pure", *PACKED, "central_query", "score_pool", "score_pool_floor")
 # Of operators for tokens in parts. All that forward and backward take is an argument.
 PARTS = (
-    "linear_steps_queries_fwd", "linear_steps_keys_fwd", "linear_steps_keys_bwd", "linear_steps_queries_bwd", "pure_blocks_fwd",
-    "pure_blocks_bwd",
+    "linear_steps_queries_fwd", "linear_steps_keys_fwd", "linear_steps_keys_bwd", "linear_steps_queries_bwd",
+    "linear_steps_keys_floor_fwd", "linear_steps_keys_floor_bwd", "pure_blocks_fwd", "pure_blocks_bwd",
 )  # fmt: skip
 CALLS = 300
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -105,10 +105,11 @@ def good_part(name: str, rng: random.Random) -> dict:
     k, dscores = numbers(B, H, M, d), maybe(numbers(B, H, N, dtype=acc))
     if name.startswith("pure") and maybe(k) is None:
         k, M = None, N
-    sums = {n: torch.rand(B, H, dtype=torch.float64) + 0.5 for n in ("energy_sum", "score_sum", "dscores_unit")}
+    sums = ("energy_sum", "score_sum", "absolute_sum", "key_count", "dscores_unit")
+    sums = {n: torch.rand(B, H, dtype=torch.float64) + 0.5 for n in sums}
     found = {
         "q": numbers(B, H, N, d), "k": k, "v": numbers(B, H, M, v), "dout": numbers(B, H, N, v), "dscores": dscores,
-        "dcontext": numbers(B, H, v, dtype=acc), "context": numbers(B, H, v, dtype=acc),
+        "dcontext": numbers(B, H, v, dtype=acc), "context": numbers(B, H, v, dtype=acc), "value_mean": numbers(B, H, v, dtype=acc), "score_floor": 0.3,
         "central_query": numbers(B, H, d, dtype=acc), "dcentral_query": numbers(B, H, d, dtype=torch.float64),
         "dout_out": numbers(B, H, dtype=torch.float64), "norm": torch.rand(B, H).to(acc) + 0.5, "rho": 0.9, "eps": 1e-3,
         "head_rho": maybe(numbers(B, H, dtype=acc)), "key_padding_mask": maybe(torch.rand(B, M) < 0.3),
