@@ -260,9 +260,7 @@ def packed_form(draw, call, dout, backend):
     query_mask, key_mask = (
         absent[:, :1].expand(-1, t.shape[-2]) if mask is None else mask for mask, t in zip(masks, (call.q, call.v))
     )
-    offsets = [
-        torch.nn.functional.pad((~mask).sum(1).cumsum(0), (1, 0)).int() for mask in (query_mask, key_mask)
-    ]
+    offsets = [torch.nn.functional.pad((~mask).sum(1).cumsum(0), (1, 0)).int() for mask in (query_mask, key_mask)]
 
     def run(leaf):
         k = leaf.q if leaf.k is None else leaf.k

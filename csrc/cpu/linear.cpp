@@ -354,10 +354,9 @@ TORCH_LIBRARY_IMPL(infsa, CPU, m) {
            return packed_backward(dout, q, k, v, saved, cu_seqlens_q, cu_seqlens_k, max_q, max_k, eps, {}, rho,
                                   head_rho, output_mask);
          });
-  m.impl("linear_varlen_floor_fwd", [](const Tensor& q, const OptTensor& k, const Tensor& v,
-                                       const Tensor& cu_seqlens_q, const OptTensor& cu_seqlens_k, int64_t max_q,
-                                       int64_t max_k, double eps, double score_floor, double rho,
-                                       const OptTensor& head_rho) {
+  m.impl("linear_varlen_floor_fwd", [](const Tensor& q, const OptTensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
+                                       const OptTensor& cu_seqlens_k, int64_t max_q, int64_t max_k, double eps,
+                                       double score_floor, double rho, const OptTensor& head_rho) {
     const auto [out, s] =
         packed_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, eps, score_floor, rho, head_rho);
     return std::make_tuple(out, s.context, s.central_query, s.energy_sum, s.score_sum, s.absolute_sum, s.value_mean);

@@ -333,14 +333,14 @@ TORCH_LIBRARY_IMPL(infsa, CPU, m) {
                                      const OptTensor& key_mask, std::array<bool, 4> output_mask) {
     return keys_bwd(dcontext, k, v, context, central_query, score_sum, {}, eps, key_mask, output_mask);
   });
-  m.impl("linear_steps_keys_floor_bwd",
-         [](const Tensor& dcontext, const Tensor& k, const Tensor& v, const Tensor& context,
-            const Tensor& central_query, const Tensor& score_sum, const Tensor& absolute_sum, const Tensor& value_mean,
-            const Tensor& key_count, double eps, double score_floor, const OptTensor& key_mask,
-            std::array<bool, 4> output_mask) {
-           const Floor floor{absolute_sum, value_mean, key_count, score_floor};
-           return keys_bwd(dcontext, k, v, context, central_query, score_sum, floor, eps, key_mask, output_mask);
-         });
+  m.impl(
+      "linear_steps_keys_floor_bwd",
+      [](const Tensor& dcontext, const Tensor& k, const Tensor& v, const Tensor& context, const Tensor& central_query,
+         const Tensor& score_sum, const Tensor& absolute_sum, const Tensor& value_mean, const Tensor& key_count,
+         double eps, double score_floor, const OptTensor& key_mask, std::array<bool, 4> output_mask) {
+        const Floor floor{absolute_sum, value_mean, key_count, score_floor};
+        return keys_bwd(dcontext, k, v, context, central_query, score_sum, floor, eps, key_mask, output_mask);
+      });
   m.impl("linear_steps_queries_bwd", linear_queries_bwd);
 }
 

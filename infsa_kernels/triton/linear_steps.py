@@ -14,6 +14,7 @@ from .linear import linear_fwd_keys_kernel, linear_fwd_queries_kernel
 from .linear_backward import linear_bwd_keys_kernel, linear_bwd_queries_kernel
 from .tokens import key_counts
 
+
 def queries_fwd(q, query_padding_mask):
     if not _trusted("forward", q, q, query_padding_mask):
         return eager.queries_fwd(q, query_padding_mask)

@@ -246,7 +246,8 @@ def wrong_calls_are_refused_on_all_ranks():
         swept((2, [compiles_whole, functools.partial(compiles_whole, ("floor",))])),
         *(
             swept((world, [functools.partial(check, 1) for check in (
-                linear_is_one_process, linear_with_a_floor_is_one_process, pooled_layer_is_one_process, ring_is_one_process, all_to_all_is_one_process, eager_is_one_process
+                linear_is_one_process, linear_with_a_floor_is_one_process, pooled_layer_is_one_process, ring_is_one_process,
+                all_to_all_is_one_process, eager_is_one_process,
             )]))
             for world in (2, 4)
         ),

@@ -62,7 +62,9 @@ class PackedCall(Call):
         found = []
         for queries, keys in call.spans():
             q, v = _heads(call.q[queries]), _heads(call.v[keys])
-            out = REFERENCE[call.op](q, q if call.k is None else _heads(call.k[keys]), v, call.rho, call.eps, **self.by_name())
+            out = REFERENCE[call.op](
+                q, q if call.k is None else _heads(call.k[keys]), v, call.rho, call.eps, **self.by_name()
+            )
             found.append(out[0].transpose(0, 1) if call.op == "pure" else out)
         # Of no sequence, nothing that depends on anything.
         return (
@@ -85,7 +87,9 @@ class PackedCall(Call):
             sizes = len(self.lengths), self.q.shape[1]
             head_rho, rho = rho.detach().to(accumulation(self.q.dtype)).expand(sizes), 1.0
         queries, keys, *longest = self.sequences()
-        return self.q, self.k, self.v, queries, None if self.k is None else keys, *longest, self.eps, *self.by_name().values(), rho, head_rho
+        keys = None if self.k is None else keys
+        numbers = self.eps, *self.by_name().values(), rho
+        return self.q, self.k, self.v, queries, keys, *longest, *numbers, head_rho
 
 
 def make(

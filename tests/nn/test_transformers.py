@@ -220,7 +220,7 @@ def test_packed_batches_lie_one_behind_another(name, floor):
 @pytest.mark.parametrize("packed", [{}, {"cu_seq_lens_q": torch.tensor([0, 5, 12])}], ids=["batch", "packed"])
 def test_a_floor_is_of_linear(packed):
     q = torch.randn(1, 4, 12, 8)
-    with pytest.raises(ValueError, match="Module: score_floor is 0.3, expected 0 with variant='pure_infsa'"):
+    with pytest.raises(ValueError, match=r"Module: score_floor is 0\.3, expected 0 with variant='pure_infsa'"):
         attend("infsa_pure", Module(score_floor=0.3), q, q, q, **packed)
 
 

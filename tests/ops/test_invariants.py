@@ -109,7 +109,8 @@ def good_part(name: str, rng: random.Random) -> dict:
     sums = {n: torch.rand(B, H, dtype=torch.float64) + 0.5 for n in sums}
     found = {
         "q": numbers(B, H, N, d), "k": k, "v": numbers(B, H, M, v), "dout": numbers(B, H, N, v), "dscores": dscores,
-        "dcontext": numbers(B, H, v, dtype=acc), "context": numbers(B, H, v, dtype=acc), "value_mean": numbers(B, H, v, dtype=acc), "score_floor": 0.3,
+        "dcontext": numbers(B, H, v, dtype=acc), "context": numbers(B, H, v, dtype=acc),
+        "value_mean": numbers(B, H, v, dtype=acc), "score_floor": 0.3,
         "central_query": numbers(B, H, d, dtype=acc), "dcentral_query": numbers(B, H, d, dtype=torch.float64),
         "dout_out": numbers(B, H, dtype=torch.float64), "norm": torch.rand(B, H).to(acc) + 0.5, "rho": 0.9, "eps": 1e-3,
         "head_rho": maybe(numbers(B, H, dtype=acc)), "key_padding_mask": maybe(torch.rand(B, M) < 0.3),
