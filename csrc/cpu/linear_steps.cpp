@@ -121,9 +121,9 @@ template <bool kFloor> Tensor linear_keys_fwd(const Tensor& k, const Tensor& v, 
       strange[head] = false;
       double* of_head = to + head * kKinds * (s.d_v + 1);
       for (int64_t kind = 0; kind < kKinds; ++kind) {
-        const double *sum = sums_of(kind), weights = weights_of(kind), of_scores = kind ? 1 : u.q * u.k;
+        const double *sum = sums_of(kind), weights = weights_of(kind);
         strange[head] |= !plan.is_factor(weights) || !plan.is_sum(sum, 0, s.d_v);
-        for (int64_t c = 0; c < s.d_v; ++c) *of_head++ = sum[c] / of_scores / u.v;
+        for (int64_t c = 0; c < s.d_v; ++c) *of_head++ = (kind ? sum[c] : sum[c] / u.q / u.k) / u.v;
         *of_head++ = weights / u.q / u.k;
       }
     };
