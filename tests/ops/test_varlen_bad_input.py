@@ -84,9 +84,9 @@ def test_bad_input(op, wrong, error, words):
         for backend in (name for name, why in usable.items() if why is None):
             raw = raw_op(f"{call.raw_name}_fwd", backend)
             calls.append(lambda raw=raw: raw(*arguments, eps, *call.by_name().values(), 1.0, None))
-    for call in calls:
+    for run in calls:
         with pytest.raises(error) as caught:
-            call()
+            run()
         assert str(caught.value).startswith(f"infsa::{public}: {words}")
 
 
