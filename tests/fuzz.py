@@ -254,6 +254,28 @@ def raw_form(draw, call, dout, backend):
     return {name: t for name, t in found.items() if name == "out" or name in call.tensors()}
 
 
+def packed_form(draw, call, dout, backend):
+    """The tokens that no mask ignores, one sequence behind another."""
+    masks = call.query_padding_mask, call.key_padding_mask
+    # Tied are those of which both masks leave the same.
+    tied = call.k is None and (masks[0] is masks[1] or (None not in masks and torch.equal(*masks)))
+    absent = torch.zeros(call.q.shape[0], call.q.shape[-2], dtype=torch.bool)
+    query_mask, key_mask = (
+        absent[:, :1].expand(-1, t.shape[-2]) if mask is None else mask for mask, t in zip(masks, (call.q, call.v))
+    )
+    offsets = [torch.nn.functional.pad((~mask).sum(1).cumsum(0), (1, 0)).int() for mask in (query_mask, key_mask)]
+
+    def run(leaf):
+        k = leaf.q if leaf.k is None else leaf.k
+        q, k, v = (t.transpose(1, 2)[~mask] for t, mask in ((leaf.q, query_mask), (k, key_mask), (leaf.v, key_mask)))
+        k, cu_k = (q, offsets[0]) if tied else (k, offsets[1])
+        longest = query_mask.shape[1], key_mask.shape[1]
+        floor = leaf.by_name()
+        return torch.ops.infsa.linear_varlen(q, k, v, offsets[0], cu_k, *longest, leaf.eps, leaf.rho, **floor)
+
+    return results(call, run, dout)
+
+
 FORMS = {
     f.__name__.removesuffix("_form"): f for f in (plain_form, compiled_form, checkpointed_form, vmapped_form, raw_form)
 }
@@ -328,15 +350,18 @@ def operator_case(draw: Random, op: str) -> tuple[str, Callable]:
     forms = [*FORMS, "plain", "plain", "raw", "vmapped", "checkpointed"] + ["autocast"] * (
         call.q.dtype == torch.float32 and change in (None, special_value)
     )
+    if op == "linear" and call.q.dim() == 4:
+        forms += ["packed"] * 2
     form = draw.choice(forms)
-    backend = draw.choice(backends_of("cpu", op))
+    backend = draw.choice(backends_of("cpu", f"{op}_varlen" if form == "packed" else op))
 
     def run():
         base, low_dout = (by_hand(call), dout.bfloat16()) if form == "autocast" else (call, dout)
         if change is not special_value and near_the_kink(base):
             return
         with infsa_kernels.backend(backend):
-            found = (autocast_form if form == "autocast" else FORMS[form])(draw, call, dout, backend)
+            make = FORMS | {"autocast": autocast_form, "packed": packed_form}
+            found = make[form](draw, call, dout, backend)
         if change is special_value:
             return hold_special(found, base, low_dout)
 

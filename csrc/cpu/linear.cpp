@@ -51,11 +51,13 @@ void demand_floor(const Arguments& a, const Floor& floor) {
 }
 
 // The keys of every batch that no mask ignores, at least 1.
-std::vector<double> key_counts(const Floor& floor, const Mask& mask, int64_t B, int64_t M) {
-  std::vector<double> counts(B);
-  for (int64_t b = 0; floor && b < B; ++b) {
-    int64_t count = M;
-    for (int64_t n = 0; mask.data && n < M; ++n) count -= mask.data[b * mask.batch + n * mask.token];
+std::vector<double> key_counts(const Floor& floor, const Walk& keys, const Mask& mask, const Sizes& s) {
+  std::vector<double> counts(s.B);
+  for (int64_t b = 0; floor && b < s.B; ++b) {
+    const Range of_batch = keys.of_batch(b);
+    int64_t count = of_batch.size();
+    for (int64_t n = of_batch.begin; mask.data && n < of_batch.end; ++n)
+      count -= mask.data[b * mask.batch + n * mask.token];
     counts[b] = std::max<int64_t>(count, 1);
   }
   return counts;
@@ -85,7 +87,7 @@ std::tuple<Tensor, Statistics> forward(const Sizes& s, const Packed& packed, con
   args.H = s.H, args.d = s.d, args.d_v = s.d_v;
   args.score_query = score_query.data();
 
-  const std::vector<double> counts = key_counts(floor, args.key_mask, s.B, s.M);
+  const std::vector<double> counts = key_counts(floor, keys, args.key_mask, s);
   Units units(plan, queries, keys, args);
   std::vector<char> strange(s.B * s.H);
   const Numbers qbar(central_query), E(energy_sum), R(score_sum), T(absolute_sum), z(context), mean(value_mean),
@@ -175,7 +177,7 @@ void backward(const Sizes& s, const Packed& packed, const Gradients& gradients, 
   args.dcontext_dot = dcontext_dot.data(), args.score_scale = score_scale.data(), args.query_dot = query_dot.data();
   args.floor_weight = floor_weight.data(), args.floor_gradient = floor_gradient.data();
 
-  const std::vector<double> counts = key_counts(floor, args.key_mask, s.B, s.M);
+  const std::vector<double> counts = key_counts(floor, keys, args.key_mask, s);
   Units units(plan, queries, keys, args);
   std::vector<char> strange(s.B * s.H);
   const Numbers dz(dout.to(acc)), z(saved.context.contiguous()), qbar(saved.central_query.contiguous()),
@@ -272,44 +274,45 @@ Gradients dense_backward(const Tensor& dout, const Tensor& q, const OptTensor& k
   return gradients;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_varlen_fwd(const Tensor& q, const OptTensor& k,
-                                                                     const Tensor& v, const Tensor& cu_seqlens_q,
-                                                                     const OptTensor& cu_seqlens_k, int64_t max_q,
-                                                                     int64_t max_k, double eps, double rho,
-                                                                     const OptTensor& head_rho) {
+std::tuple<Tensor, Statistics> packed_forward(const Tensor& q, const OptTensor& k, const Tensor& v,
+                                              const Tensor& cu_seqlens_q, const OptTensor& cu_seqlens_k, int64_t max_q,
+                                              int64_t max_k, double eps, const Floor& floor, double rho,
+                                              const OptTensor& head_rho) {
   const PackedArguments p(kPackedOp, q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, eps, rho, head_rho);
+  demand_floor(p.a, floor);
   const Tensor queries = as_batch(q, p.queries), keys = k ? as_batch(*k, p.keys) : queries;
-  const auto [out, s] =
-      forward(p.sizes(), {&p.queries, &p.keys}, queries, keys, as_batch(v, p.keys), eps, {}, rho, head_rho, {}, {});
-  return {out, s.context, s.central_query, s.energy_sum, s.score_sum};
+  return forward(p.sizes(), {&p.queries, &p.keys}, queries, keys, as_batch(v, p.keys), eps, floor, rho, head_rho, {},
+                 {});
 }
 
-Gradients linear_varlen_bwd(const Tensor& dout, const Tensor& q, const OptTensor& k, const Tensor& v,
-                            const Tensor& context, const Tensor& central_query, const Tensor& energy_sum,
-                            const Tensor& score_sum, const Tensor& cu_seqlens_q, const OptTensor& cu_seqlens_k,
-                            int64_t max_q, int64_t max_k, double eps, double rho, const OptTensor& head_rho,
-                            std::array<bool, 4> output_mask) {
+Gradients packed_backward(const Tensor& dout, const Tensor& q, const OptTensor& k, const Tensor& v,
+                          const Statistics& saved, const Tensor& cu_seqlens_q, const OptTensor& cu_seqlens_k,
+                          int64_t max_q, int64_t max_k, double eps, const Floor& floor, double rho,
+                          const OptTensor& head_rho, const std::array<bool, 4>& output_mask) {
   PackedArguments p(kPackedOp, q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, eps, rho, head_rho);
+  demand_floor(p.a, floor);
   const auto acc = acc_dtype(q);
   p.a.tensor("dout", dout, q.scalar_type(), "SHv");
-  p.a.tensor("context", context, acc, "SHv");
-  p.a.tensor("central_query", central_query, acc, "SHd");
-  p.a.tensor("energy_sum", energy_sum, acc, "SH");
-  p.a.tensor("score_sum", score_sum, acc, "SH");
+  p.a.tensor("context", saved.context, acc, "SHv");
+  p.a.tensor("central_query", saved.central_query, acc, "SHd");
+  p.a.tensor("energy_sum", saved.energy_sum, acc, "SH");
+  p.a.tensor("score_sum", saved.score_sum, acc, "SH");
+  if (floor) {
+    p.a.tensor("absolute_sum", saved.absolute_sum, acc, "SH");
+    p.a.tensor("value_mean", saved.value_mean, acc, "SHv");
+  }
   const Gradients gradients = new_gradients(output_mask, q, k, v, head_rho);
   const auto& [dq, dk, dv, dhead_rho] = gradients;
   const Tensor queries = as_batch(q, p.queries), keys = k ? as_batch(*k, p.keys) : queries;
   const Gradients written{as_batch(dq, p.queries), as_batch(dk, p.keys), as_batch(dv, p.keys), dhead_rho};
-  backward(p.sizes(), {&p.queries, &p.keys}, written, dout, queries, keys, !k, as_batch(v, p.keys),
-           {context, central_query, energy_sum, score_sum, {}, {}}, eps, {}, rho, head_rho, {}, {});
+  backward(p.sizes(), {&p.queries, &p.keys}, written, dout, queries, keys, !k, as_batch(v, p.keys), saved, eps, floor,
+           rho, head_rho, {}, {});
   return gradients;
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(infsa, CPU, m) {
-  m.impl("linear_varlen_fwd", linear_varlen_fwd);
-  m.impl("linear_varlen_bwd", linear_varlen_bwd);
   m.impl("linear_fwd", [](const Tensor& q, const OptTensor& k, const Tensor& v, double eps, double rho,
                           const OptTensor& head_rho, const OptTensor& key_mask, const OptTensor& query_mask) {
     const auto [out, s] = dense_forward(q, k, v, eps, {}, rho, head_rho, key_mask, query_mask);
@@ -336,6 +339,38 @@ TORCH_LIBRARY_IMPL(infsa, CPU, m) {
            const Statistics saved{context, central_query, energy_sum, score_sum, absolute_sum, value_mean};
            return dense_backward(dout, q, k, v, saved, eps, score_floor, rho, head_rho, key_mask, query_mask,
                                  output_mask);
+         });
+  m.impl("linear_varlen_fwd", [](const Tensor& q, const OptTensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
+                                 const OptTensor& cu_seqlens_k, int64_t max_q, int64_t max_k, double eps, double rho,
+                                 const OptTensor& head_rho) {
+    const auto [out, s] = packed_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, eps, {}, rho, head_rho);
+    return std::make_tuple(out, s.context, s.central_query, s.energy_sum, s.score_sum);
+  });
+  m.impl("linear_varlen_bwd",
+         [](const Tensor& dout, const Tensor& q, const OptTensor& k, const Tensor& v, const Tensor& context,
+            const Tensor& central_query, const Tensor& energy_sum, const Tensor& score_sum, const Tensor& cu_seqlens_q,
+            const OptTensor& cu_seqlens_k, int64_t max_q, int64_t max_k, double eps, double rho,
+            const OptTensor& head_rho, std::array<bool, 4> output_mask) {
+           const Statistics saved{context, central_query, energy_sum, score_sum, {}, {}};
+           return packed_backward(dout, q, k, v, saved, cu_seqlens_q, cu_seqlens_k, max_q, max_k, eps, {}, rho,
+                                  head_rho, output_mask);
+         });
+  m.impl("linear_varlen_floor_fwd", [](const Tensor& q, const OptTensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
+                                       const OptTensor& cu_seqlens_k, int64_t max_q, int64_t max_k, double eps,
+                                       double score_floor, double rho, const OptTensor& head_rho) {
+    const auto [out, s] =
+        packed_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, eps, score_floor, rho, head_rho);
+    return std::make_tuple(out, s.context, s.central_query, s.energy_sum, s.score_sum, s.absolute_sum, s.value_mean);
+  });
+  m.impl("linear_varlen_floor_bwd",
+         [](const Tensor& dout, const Tensor& q, const OptTensor& k, const Tensor& v, const Tensor& context,
+            const Tensor& central_query, const Tensor& energy_sum, const Tensor& score_sum, const Tensor& absolute_sum,
+            const Tensor& value_mean, const Tensor& cu_seqlens_q, const OptTensor& cu_seqlens_k, int64_t max_q,
+            int64_t max_k, double eps, double score_floor, double rho, const OptTensor& head_rho,
+            std::array<bool, 4> output_mask) {
+           const Statistics saved{context, central_query, energy_sum, score_sum, absolute_sum, value_mean};
+           return packed_backward(dout, q, k, v, saved, cu_seqlens_q, cu_seqlens_k, max_q, max_k, eps, score_floor, rho,
+                                  head_rho, output_mask);
          });
 }
 

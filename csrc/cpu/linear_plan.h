@@ -105,12 +105,9 @@ class Walk {
     }
   }
 
-  // Those of a head.
-  Range tokens(int64_t head) const {
-    if (!packed_) return {0, all_};
-    const int64_t b = head / plan_.s.H;
-    return {packed_->at[b], packed_->at[b + 1]};
-  }
+  // Those of a head, and of a batch.
+  Range tokens(int64_t head) const { return of_batch(packed_ ? head / plan_.s.H : 0); }
+  Range of_batch(int64_t b) const { return packed_ ? Range{packed_->at[b], packed_->at[b + 1]} : Range{0, all_}; }
 
   // Bytes of the sums of a wave.
   int64_t sums_bytes(int64_t width, int64_t kinds = 1) const {

@@ -7,6 +7,8 @@
 //                                                                   dt_j = [r_j > 0] (dz . v_j - dz . context) / R
 //   queries backward  dq_i = s (w_i dqbar + (u_i - qbar) . dqbar / E u_i / e_i)            and + s dt_i qbar, if tied
 //
+// With a floor the keys' steps give sum_j v_j and sum_j |t_j| too, and take what these are over all parts (linear.cpp).
+//
 // The passes are those of linear.cpp. Sums are float64: of float32 rows they stay in range, whoever has which part.
 #include <torch/library.h>
 
@@ -90,15 +92,17 @@ void set_score_query(const Plan& plan, const Numbers& qbar, const Units& units, 
   }
 }
 
-Tensor linear_keys_fwd(const Tensor& k, const Tensor& v, const Tensor& central_query,
-                       const OptTensor& key_padding_mask) {
+// kFloor: sum_j v_j and sum_j |t_j| behind the other two.
+template <bool kFloor> Tensor linear_keys_fwd(const Tensor& k, const Tensor& v, const Tensor& central_query,
+                                              const OptTensor& key_padding_mask) {
+  constexpr int64_t kKinds = kFloor ? 2 : 1;
   const Sizes s = sizes_of_keys(keys_arguments(k, v, central_query, key_padding_mask));
-  const Tensor result = new_cpu({s.B, s.H, s.d_v + 1}, at::kDouble);
+  const Tensor result = new_cpu({s.B, s.H, kKinds * (s.d_v + 1)}, at::kDouble);
   double* to = result.data_ptr<double>();
 
   const Plan plan(s, 0, k, k, v);
   const Walk queries(plan, 0, nullptr), keys(plan, s.M, nullptr);
-  const Buffer score_query(plan.head_bytes(plan.d)), sums_buffer(keys.sums_bytes(plan.d_v));
+  const Buffer score_query(plan.head_bytes(plan.d)), sums_buffer(keys.sums_bytes(plan.d_v, kKinds));
   double* sums = sums_buffer.as<double>();
   LinearArgs args{};
   args.k = rows_of(k), args.v = rows_of(v), args.key_mask = mask_of(key_padding_mask);
@@ -110,16 +114,20 @@ Tensor linear_keys_fwd(const Tensor& k, const Tensor& v, const Tensor& central_q
   const Numbers qbar(central_query.contiguous()), query = plan.numbers(score_query);
   const auto run = [&](int64_t begin, int64_t end) {
     set_score_query(plan, qbar, units, query, begin * plan.heads, end * plan.heads);
-    keys.run(LinearPass::forward_keys, args, begin, end, sums, plan.d_v, nullptr);
-    keys.for_heads(begin, end, sums, plan.d_v, [&](int64_t head, const auto& sums_of, const auto& weights_of) {
-      const double* sum = sums_of(0);
-      const double scores = weights_of(0);
+    keys.run(kFloor ? LinearPass::forward_keys_floor : LinearPass::forward_keys, args, begin, end, sums, plan.d_v,
+             nullptr, kKinds);
+    const auto finish = [&](int64_t head, const auto& sums_of, const auto& weights_of) {
       const HeadUnits u = units[head];
-      strange[head] = !plan.is_factor(scores) || !plan.is_sum(sum, 0, s.d_v);
-      double* of_head = to + head * (s.d_v + 1);
-      for (int64_t c = 0; c < s.d_v; ++c) of_head[c] = sum[c] / u.q / u.k / u.v;
-      of_head[s.d_v] = scores / u.q / u.k;
-    });
+      strange[head] = false;
+      double* of_head = to + head * kKinds * (s.d_v + 1);
+      for (int64_t kind = 0; kind < kKinds; ++kind) {
+        const double *sum = sums_of(kind), weights = weights_of(kind);
+        strange[head] |= !plan.is_factor(weights) || !plan.is_sum(sum, 0, s.d_v);
+        for (int64_t c = 0; c < s.d_v; ++c) *of_head++ = (kind ? sum[c] : sum[c] / u.q / u.k) / u.v;
+        *of_head++ = weights / u.q / u.k;
+      }
+    };
+    keys.for_heads(begin, end, sums, plan.d_v, finish, kKinds);
   };
   const auto set = [&](int64_t head) {
     HeadUnits u = units.measure(head);
@@ -131,17 +139,29 @@ Tensor linear_keys_fwd(const Tensor& k, const Tensor& v, const Tensor& central_q
   return result;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_keys_bwd(const Tensor& dcontext_, const Tensor& k,
-                                                                   const Tensor& v, const Tensor& context,
-                                                                   const Tensor& central_query, const Tensor& score_sum,
-                                                                   double eps, const OptTensor& key_padding_mask,
-                                                                   std::array<bool, 4> output_mask) {
+// Of all parts, with a floor.
+struct Floor {
+  Tensor absolute_sum, value_mean, key_count;
+  double score_floor;
+};
+
+using KeyGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+KeyGradients keys_bwd(const Tensor& dcontext_, const Tensor& k, const Tensor& v, const Tensor& context,
+                      const Tensor& central_query, const Tensor& score_sum, const std::optional<Floor>& floor,
+                      double eps, const OptTensor& key_padding_mask, const std::array<bool, 4>& output_mask) {
   Arguments a = keys_arguments(k, v, central_query, key_padding_mask);
   const at::ScalarType acc = acc_dtype(k);
   a.tensor("dcontext", dcontext_, acc, "BHv");
   a.tensor("context", context, acc, "BHv");
   a.tensor("score_sum", score_sum, at::kDouble, "BH");
   a.demand(std::isfinite(eps) && eps > 0, "eps");
+  if (floor) {
+    a.tensor("absolute_sum", floor->absolute_sum, at::kDouble, "BH");
+    a.tensor("value_mean", floor->value_mean, acc, "BHv");
+    a.tensor("key_count", floor->key_count, at::kDouble, "BH");
+    a.demand(std::isfinite(floor->score_floor) && floor->score_floor >= 0, "score_floor");
+  }
   const Sizes s = sizes_of_keys(a);
   const auto [want_dk, want_dv, want_dcentral, want_dscores] = output_mask;
   const Tensor dk = new_gradient(want_dk, k), dv = new_gradient(want_dv, v);
@@ -152,6 +172,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_keys_bwd(const Tensor&
   const double scale = scale_of(s.d);
   const Buffer score_query(plan.head_bytes(plan.d)), dcontext(plan.head_bytes(plan.d_v)),
       dcontext_dot(plan.head_bytes(1)), score_scale(plan.head_bytes(1));
+  const Buffer floor_weight(floor ? plan.head_bytes(1) : 0), floor_gradient(floor ? plan.head_bytes(1) : 0);
   // The pass that sums them makes the scores' gradients.
   const bool want_sums = want_dcentral || want_dscores;
   const Buffer sums_buffer(want_sums ? keys.sums_bytes(plan.d) : 0);
@@ -169,28 +190,43 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_keys_bwd(const Tensor&
   args.H = s.H, args.d = s.d, args.d_v = s.d_v;
   args.score_query = score_query.data(), args.dcontext = dcontext.data();
   args.dcontext_dot = dcontext_dot.data(), args.score_scale = score_scale.data();
+  args.floor_weight = floor_weight.data(), args.floor_gradient = floor_gradient.data();
 
   Units units(plan, queries, keys, args);
   std::vector<char> strange(s.B * s.H);
   const Numbers dz(dcontext_.contiguous()), z(context.contiguous()), qbar(central_query.contiguous()),
       R(score_sum.contiguous());
+  const Tensor none = new_cpu({0}, at::kDouble);
+  const Numbers T(floor ? floor->absolute_sum.contiguous() : none), mean(floor ? floor->value_mean.contiguous() : none),
+      count(floor ? floor->key_count.contiguous() : none);
+  // score_floor T, and R + score_floor T + eps
+  const auto share = [&](int64_t head) { return floor ? floor->score_floor * T[head] : 0; };
+  const auto norm = [&](int64_t head) { return R[head] + share(head) + eps; };
   const Numbers query = plan.numbers(score_query), of_v = plan.numbers(dcontext);
   const auto run = [&](int64_t begin, int64_t end) {
     set_score_query(plan, qbar, units, query, begin * plan.heads, end * plan.heads);
     for (int64_t head = begin * plan.heads; head < end * plan.heads; ++head) {
       const HeadUnits u = units[head];
-      double dot = 0;
+      double dot = 0, towards_mean = 0;
       for (int64_t c = 0; c < plan.d_v; ++c) {
         const int64_t at = head * s.d_v + c;
         if (c < s.d_v) dot += dz[at] * z[at];
+        if (c < s.d_v && floor) towards_mean += dz[at] * (mean[at] - z[at]);
         of_v.set(head * plan.d_v + c, c < s.d_v ? dz[at] * u.dout : 0);
       }
       plan.numbers(dcontext_dot).set(head, dot * u.dout * u.v);
-      plan.numbers(score_scale).set(head, 1 / (R[head] + eps) / u.q / u.k * u.score);
+      const double per_score = 1 / norm(head) / u.q / u.k * u.score;
+      plan.numbers(score_scale).set(head, per_score);
       strange[head] = !plan.is_factor(R[head]);
+      if (floor) {
+        strange[head] |= !plan.is_factor(T[head]);
+        plan.numbers(floor_weight).set(head, share(head) / norm(head) / count[head] * u.score);
+        plan.numbers(floor_gradient).set(head, floor->score_floor * towards_mean * u.dout * u.v * per_score);
+      }
     }
     const int64_t unit_bytes = s.M * plan.heads * plan.acc_bytes;
-    keys.run(LinearPass::backward_keys, args, begin, end, sums, plan.d, scores ? scores + begin * unit_bytes : nullptr);
+    keys.run(floor ? LinearPass::backward_keys_floor : LinearPass::backward_keys, args, begin, end, sums, plan.d,
+             scores ? scores + begin * unit_bytes : nullptr);
     if (!want_dcentral) return;
     keys.for_heads(begin, end, sums, plan.d, [&](int64_t head, const auto& sums_of, const auto&) {
       const double* sum = sums_of(0);
@@ -204,7 +240,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_keys_bwd(const Tensor&
     HeadUnits u = units.measure(head);
     u.q = unit_of_numbers(qbar, head * s.d, s.d, plan.wide);
     u.dout = unit_of_numbers(dz, head * s.d_v, s.d_v, plan.wide);
-    u.score = std::ldexp(1, std::ilogb((R[head] + eps) * u.q * u.k));
+    u.score = std::ldexp(1, std::ilogb(norm(head) * u.q * u.k));
     return units.install(head, u);
   };
   plan.for_waves(run);
@@ -290,8 +326,21 @@ Tensor linear_queries_bwd(const Tensor& dcentral_query, const OptTensor& dscores
 
 TORCH_LIBRARY_IMPL(infsa, CPU, m) {
   m.impl("linear_steps_queries_fwd", linear_queries_fwd);
-  m.impl("linear_steps_keys_fwd", linear_keys_fwd);
-  m.impl("linear_steps_keys_bwd", linear_keys_bwd);
+  m.impl("linear_steps_keys_fwd", linear_keys_fwd<false>);
+  m.impl("linear_steps_keys_floor_fwd", linear_keys_fwd<true>);
+  m.impl("linear_steps_keys_bwd", [](const Tensor& dcontext, const Tensor& k, const Tensor& v, const Tensor& context,
+                                     const Tensor& central_query, const Tensor& score_sum, double eps,
+                                     const OptTensor& key_mask, std::array<bool, 4> output_mask) {
+    return keys_bwd(dcontext, k, v, context, central_query, score_sum, {}, eps, key_mask, output_mask);
+  });
+  m.impl(
+      "linear_steps_keys_floor_bwd",
+      [](const Tensor& dcontext, const Tensor& k, const Tensor& v, const Tensor& context, const Tensor& central_query,
+         const Tensor& score_sum, const Tensor& absolute_sum, const Tensor& value_mean, const Tensor& key_count,
+         double eps, double score_floor, const OptTensor& key_mask, std::array<bool, 4> output_mask) {
+        const Floor floor{absolute_sum, value_mean, key_count, score_floor};
+        return keys_bwd(dcontext, k, v, context, central_query, score_sum, floor, eps, key_mask, output_mask);
+      });
   m.impl("linear_steps_queries_bwd", linear_queries_bwd);
 }
 

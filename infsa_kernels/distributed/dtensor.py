@@ -89,8 +89,8 @@ class Layout:
         return DTensor.from_local(local, self.mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
 
 
-def attend(op: str, q, k, v, eps, rho, key_padding_mask, query_padding_mask, backend: str) -> DTensor:
-    """`infsa::linear` or `infsa::pure` of DTensors."""
+def attend(op: str, q, k, v, eps, rho, key_padding_mask, query_padding_mask, backend: str, *floor: float) -> DTensor:
+    """`infsa::linear`, with a floor or without, or `infsa::pure` of DTensors."""
     tied, unbatched = k is q, q.dim() == 3
     sequence, heads = q.dim() - 2, None if unbatched else 1
     layout = Layout(f"infsa::{op}", q, [k, v], sequence, heads)
@@ -101,7 +101,7 @@ def attend(op: str, q, k, v, eps, rho, key_padding_mask, query_padding_mask, bac
     k_local = q_local if tied else layout.local(k, tokens)
     masks = [layout.local(m, layout.placements(Shard(1))) for m in (key_padding_mask, query_padding_mask)]
     if op == "linear":
-        context = context_over_ranks(q_local, k_local, v_local, eps, *masks, layout.group, backend)
+        context = context_over_ranks(q_local, k_local, v_local, eps, *masks, layout.group, backend, *floor)
         context = layout.dtensor(
             context, layout.placements(Replicate(), 0, heads), (*q.shape[:-2], v.shape[-1])
         )  # fmt: skip
@@ -128,7 +128,7 @@ class _GradientOnce(torch.autograd.Function):
         return gradient if ctx.is_first else torch.zeros_like(gradient), None
 
 
-def pooled(x: DTensor, arguments: dict, backend: str) -> DTensor:
+def pooled(x: DTensor, arguments: dict) -> DTensor:
     """`infsa::pooled_linear` of DTensors: tokens in shards, parameters on every rank."""
     layout = Layout("infsa::pooled_linear", x, [], 1, None)
     everywhere = [Replicate()] * layout.mesh.ndim
@@ -140,6 +140,6 @@ def pooled(x: DTensor, arguments: dict, backend: str) -> DTensor:
         for n, t in arguments.items()
         if isinstance(t, Tensor) and n not in ("x", "padding_mask")
     }
-    y = sharded_pooled_linear.composite(**given, group=layout.group, backend=backend)
+    y = sharded_pooled_linear.composite(**given, group=layout.group)
     y = _GradientOnce.apply(y, layout.mesh.get_local_rank(layout.at) == 0)
     return layout.dtensor(y, layout.placements(Replicate()), (x.shape[0], y.shape[1]))

@@ -31,7 +31,7 @@ def parallelize(model: nn.Module, mesh: Group) -> nn.Module:
 
     Raises:
         ValueError: there is no InfSA attention, or it is parallelized already. NotImplementedError: softmax attention among it,
-        or what has no such form: several hops, add_bias_kv, a score floor; and dropout of scores, when the model runs.
+        or what has no such form: several hops, add_bias_kv; and dropout of scores, when the model runs.
 
     Example::
 
@@ -74,7 +74,6 @@ def _refuse(name: str, module: nn.Module) -> None:
         "has several hops": getattr(module, "variant", None) in hops
         or getattr(config, "_attn_implementation", None) in hops,
         "has add_bias_kv, a key that every rank would add": getattr(module, "bias_k", None) is not None,
-        "has a score floor": getattr(module, "score_floor", 0.0) > 0,
         "has another activation than 'relu'": getattr(module, "activation", "relu") != "relu",
     }
     for what, true in reasons.items():

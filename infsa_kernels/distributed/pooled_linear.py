@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..ops import backends, central_query, check, linear_steps, score_pool
+from ..ops import backends, central_query, linear_steps, score_pool, score_pool_floor
 from ..ops import pooled_linear as dense
 from ..ops.register import public
 from .collectives import Group, name_of, sum_over_ranks
@@ -33,15 +33,15 @@ def pooled_linear_infsa(
         ValueError, TypeError: as the dense operator; no process group. RuntimeError: a rank was lost.
     """
     required = x, q_weight, v_weight, out_weight, num_heads
-    names = sharded_pooled_linear.signature.arguments[len(required) : -1]
+    names = sharded_pooled_linear.signature.arguments[len(required) : -2]  # up to group
     given = {"rho": 0.95, "eps": 1e-6} | options
-    check.no_floor_in_parallel(dense.OP, given.pop("score_floor", 0.0))
+    score_floor = given.pop("score_floor", 0.0)
     if unknown := given.keys() - {*names}:
         raise TypeError(
             f"{dense.OP}: {min(unknown)} is given, expected arguments of infsa_kernels.pooled_linear_infsa only"
         )
     given["group"] = name_of(dense.OP, group)
-    return sharded_pooled_linear(*required, *map(given.get, names))
+    return sharded_pooled_linear(*required, *map(given.get, names), score_floor=score_floor)
 
 
 def _cast(dtype_of, args, kwargs):
@@ -52,7 +52,7 @@ def _cast(dtype_of, args, kwargs):
     "sharded_pooled_linear(Tensor x, Tensor q_weight, Tensor v_weight, Tensor out_weight, int num_heads, Tensor? q_bias=None, "
     "Tensor? k_weight=None, Tensor? k_bias=None, Tensor? v_bias=None, Tensor? out_bias=None, Tensor? rho=None, "
     "float eps=1e-6, Tensor? norm_weight=None, Tensor? norm_bias=None, float? norm_eps=None, Tensor? padding_mask=None, "
-    "str group='', str backend='') -> Tensor",
+    "str group='', str backend='', float score_floor=0.0) -> Tensor",
     dense.TENSORS,
     raw=[central_query.raw, score_pool.raw],
     cast=_cast,
@@ -60,18 +60,19 @@ def _cast(dtype_of, args, kwargs):
 def sharded_pooled_linear(
     x, q_weight, v_weight, out_weight, num_heads, q_bias=None, k_weight=None, k_bias=None, v_bias=None, out_bias=None,
     rho=None, eps=1e-6, norm_weight=None, norm_bias=None, norm_eps=None, padding_mask=None, group="", backend="",
+    score_floor=0.0,
 ):  # fmt: skip
     """`torch.ops.infsa.sharded_pooled_linear`: the row (B, D_out)."""
 
-    def over_ranks(name, _):
-        return (
-            lambda *arguments: (_CentralQuery.apply(*arguments, group, name),),
-            lambda *arguments: (*_ScorePool.apply(*arguments, group, name), None),
-        )
+    def over_ranks(name):
+        def pool(x, keys, key_bias, norm_eps, eps, *more):
+            return *_ScorePool.apply(x, keys, key_bias, norm_eps, eps, more[-1], score_floor, group, name), None
+
+        return lambda *arguments: (_CentralQuery.apply(*arguments, group, name),), pool
 
     return dense.pooled_linear.composite(
         x, q_weight, v_weight, out_weight, num_heads, q_bias, k_weight, k_bias, v_bias, out_bias, rho, eps, norm_weight,
-        norm_bias, norm_eps, padding_mask, backend, over_ranks=over_ranks,
+        norm_bias, norm_eps, padding_mask, backend, score_floor, over_ranks=over_ranks,
     )  # fmt: skip
 
 
@@ -86,8 +87,9 @@ def _backward_of(raw, name):
     return getattr(torch.ops.infsa, f"{raw.name}_bwd{backends.SUFFIXES[name]}").default
 
 
-def _wanted(gradients, wanted):
-    return *(t if want else None for t, want in zip(gradients, wanted)), *[None] * 5
+def _wanted(gradients, wanted, others):
+    """Those of a raw operator's inputs, and of so many arguments that get none."""
+    return *(t if want else None for t, want in zip(gradients, wanted)), *[None] * others
 
 
 class _CentralQuery(torch.autograd.Function):
@@ -106,26 +108,47 @@ class _CentralQuery(torch.autograd.Function):
         norm_eps, eps, group, backward = ctx.constants
         wanted = list(ctx.needs_input_grad[:3])
         gradients = backward(sum_over_ranks(dmean, group), *saved, norm_eps, eps, padding_mask, wanted)
-        return _wanted(gradients, wanted)
+        return _wanted(gradients, wanted, 5)
 
 
 class _ScorePool(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, keys, key_bias, norm_eps, eps, padding_mask, group, name):
-        pooled, _, scores = score_pool.raw.forwards[name](x, keys, key_bias, norm_eps, eps, padding_mask)
-        pooled, scores = _mean_over_ranks(pooled, scores, eps, group)
-        ctx.save_for_backward(x, keys, key_bias, pooled, scores, padding_mask)
-        ctx.constants = norm_eps, eps, group, _backward_of(score_pool.raw, name)
-        return pooled, scores / (scores + eps)
+    def forward(ctx, x, keys, key_bias, norm_eps, eps, padding_mask, score_floor, group, name):
+        given = x, keys, key_bias, norm_eps, eps
+        if score_floor == 0:
+            raw, numbers = score_pool.raw, (norm_eps, eps)
+            pooled, _, scores = raw.forwards[name](*given, padding_mask)
+            pooled, scores = _mean_over_ranks(pooled, scores, eps, group)
+            weights, saved = scores, [scores]
+        else:
+            raw, numbers = score_pool_floor.raw, (norm_eps, eps, score_floor)
+            sums = score_pool_floor.sums_of_part(raw.forwards[name], *given, padding_mask)
+            pooled, weights, saved = _floored_mean_over_ranks(sums, eps, score_floor, keys.dtype, group)
+        ctx.save_for_backward(x, keys, key_bias, pooled, *saved, padding_mask)
+        ctx.constants = numbers, group, _backward_of(raw, name)
+        return pooled, weights / (weights + eps)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dpooled, dmass):
         *saved, padding_mask = ctx.saved_tensors
-        norm_eps, eps, group, backward = ctx.constants
+        numbers, group, backward = ctx.constants
         wanted = list(ctx.needs_input_grad[:3])
         both = sum_over_ranks(torch.cat([dpooled, dmass[..., None]], -1), group)
         gradients = backward(
-            both[..., :-1].contiguous(), both[..., -1].contiguous(), *saved, norm_eps, eps, padding_mask, wanted
+            both[..., :-1].contiguous(), both[..., -1].contiguous(), *saved, *numbers, padding_mask, wanted
         )  # fmt: skip
-        return _wanted(gradients, wanted)
+        return _wanted(gradients, wanted, 6)
+
+
+def _floored_mean_over_ranks(sums: Tensor, eps: float, score_floor: float, dtype: torch.dtype, group: str):
+    """From this rank's sums the mean of all tokens, the sum of their weights, and what backward takes of both on this rank."""
+    count = sums[..., -1]
+    pooled, (scores, absolute, token_mean, total) = linear_steps.floored_mean(
+        sum_over_ranks(sums, group), score_floor, eps, dtype
+    )
+    # Backward divides score_floor T by this rank's tokens: they get their share of T, and the norm has the rest from R.
+    share = absolute * count / total
+    rest = scores + score_floor * (absolute - share)
+    weights = (scores + score_floor * absolute).to(dtype)
+    return pooled, weights, [rest.to(dtype), share.to(dtype), token_mean[:, 0].contiguous()]

@@ -13,35 +13,61 @@ def queries_fwd(q, query_padding_mask):
 
 
 def keys_fwd(k, v, central_query, key_padding_mask):
-    kappa, k_unit = _in_units(k, key_padding_mask)
-    query, query_unit = _query_in_unit(central_query)
-    scores = _scores(kappa, query, key_padding_mask)
-    return _sums(scores, remove(v, key_padding_mask).to(kappa.dtype)) / (query_unit * k_unit)
+    products, v, units = _products_and_values(k, v, central_query, key_padding_mask)
+    return _sums(torch.relu(products), v) / units
+
+
+def keys_floor_fwd(k, v, central_query, key_padding_mask):
+    products, v, units = _products_and_values(k, v, central_query, key_padding_mask)
+    values, absolute = v.sum(-2).double(), products.abs().sum(-1, keepdim=True).double() / units
+    return torch.cat([_sums(torch.relu(products), v) / units, values, absolute], -1)
 
 
 def keys_bwd(dcontext, k, v, context, central_query, score_sum, eps, key_padding_mask, output_mask):
+    return _keys_bwd(dcontext, k, v, context, central_query, score_sum + eps, None, key_padding_mask, output_mask)
+
+
+def keys_floor_bwd(
+    dcontext, k, v, context, central_query, score_sum, absolute_sum, value_mean, key_count, eps, score_floor,
+    key_padding_mask, output_mask,
+):  # fmt: skip
+    share = score_floor * absolute_sum
+    norm = score_sum + share + eps
+    # What every key's weight has of the floor, and R times the gradient of the sum of absolute scores, (B, H).
+    weight = (share / norm / key_count).to(dcontext.dtype)
+    dabsolute = score_floor * (dcontext * (value_mean - context)).sum(-1)
+    floor = weight, dabsolute
+    return _keys_bwd(dcontext, k, v, context, central_query, norm, floor, key_padding_mask, output_mask)
+
+
+def _keys_bwd(dcontext, k, v, context, central_query, norm, floor, key_padding_mask, output_mask):
+    """norm: the sum of the weights before they are divided by it, with eps, (B, H) float64."""
     want_dk, want_dv, want_dcentral, want_dscores = output_mask
     kappa, k_unit = _in_units(k, key_padding_mask)
     query, query_unit = _query_in_unit(central_query)
     v_acc = remove(v, key_padding_mask).to(kappa.dtype)
-    R, per_score = split((score_sum[..., None] + eps) * query_unit * k_unit)
+    R, per_score = split(norm[..., None] * query_unit * k_unit)
     R = R.to(kappa.dtype)
 
-    scores = _scores(kappa, query, key_padding_mask)  # (B, H, M)
-    dk, dv, dcentral = k.new_empty(0), v.new_empty(0), score_sum.new_empty(0)
+    products = _products(kappa, query, key_padding_mask)  # (B, H, M)
+    dk, dv, dcentral = k.new_empty(0), v.new_empty(0), norm.new_empty(0)
     if want_dv:
-        weights = scores / R * _finite(per_score, kappa.dtype)
+        weights = torch.relu(products) / R * _finite(per_score, kappa.dtype)
+        if floor is not None:
+            weights = weights + floor[0][..., None]
         dv = torch.empty_like(v).copy_(remove(weights[..., None] * dcontext[..., None, :], key_padding_mask))
     # dt in the units of u, kappa and R.
     dscores = ((v_acc @ dcontext[..., None]).squeeze(-1) - (dcontext * context).sum(-1, keepdim=True)) / R
-    dscores = dscores.masked_fill(scores <= 0, 0)
+    dscores = dscores.masked_fill(products <= 0, 0)
+    if floor is not None:
+        dscores = dscores + torch.sign(products) * (floor[1][..., None] / R)
     if want_dcentral:
         dcentral = (dscores[..., None, :] @ kappa).squeeze(-2).double() * (per_score * query_unit)
     if want_dk:
         s_k = _finite(scale(k) * per_score * k_unit, kappa.dtype)
         dk = torch.empty_like(k).copy_(remove((s_k * dscores)[..., None] * query[..., None, :], key_padding_mask))
     if not want_dscores:
-        return dk, dv, dcentral, dcontext.new_empty(0), score_sum.new_empty(0)
+        return dk, dv, dcentral, dcontext.new_empty(0), norm.new_empty(0)
     return dk, dv, dcentral, dscores, (per_score * query_unit * k_unit).squeeze(-1)
 
 
@@ -80,9 +106,21 @@ def _finite(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.clamp(max=torch.finfo(dtype).max).to(dtype)
 
 
-def _scores(kappa: Tensor, query: Tensor, key_padding_mask: Tensor | None) -> Tensor:
-    scores = torch.relu(kappa @ query[..., None]).squeeze(-1)
-    return scores if key_padding_mask is None else scores.masked_fill(rows(key_padding_mask), 0)
+def _products_and_values(k, v, central_query, key_padding_mask) -> tuple[Tensor, Tensor, Tensor]:
+    """t_j in the units of qbar and k, v, ignored rows 0, and these units, (B, H, 1)."""
+    kappa, k_unit = _in_units(k, key_padding_mask)
+    query, query_unit = _query_in_unit(central_query)
+    products = _products(kappa, query, key_padding_mask)
+    return products, remove(v, key_padding_mask).to(kappa.dtype), query_unit * k_unit
+
+
+def _products(kappa: Tensor, query: Tensor, key_padding_mask: Tensor | None) -> Tensor:
+    return _kept((kappa @ query[..., None]).squeeze(-1), key_padding_mask)
+
+
+def _kept(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Of numbers (B, H, M) those of ignored rows become 0."""
+    return x if mask is None else x.masked_fill(rows(mask), 0)
 
 
 def _sums(weights: Tensor, x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import linear as dense_linear
+from . import linear_floor as dense_linear_floor
 from . import pure as dense_pure
 
 
@@ -19,21 +20,23 @@ class EachSequence:
     Args:
         dense: an eager module, with ``forward`` and ``backward``.
         per_token: whether its output has a row per token, or one per head.
+        saved: how many outputs of forward backward takes.
     """
 
-    def __init__(self, dense: ModuleType, per_token: bool):
-        self.dense, self.per_token = dense, per_token
+    def __init__(self, dense: ModuleType, per_token: bool, saved: int):
+        self.dense, self.per_token, self.saved = dense, per_token, saved
 
-    def forward(self, q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, eps, rho, head_rho):
+    def forward(self, q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, *numbers):
+        *numbers, head_rho = numbers  # eps, those that the dense operator takes beside, rho
         S, (N, H, _), dv = cu_seqlens_q.shape[0] - 1, q.shape, v.shape[2]
         out = q.new_empty(N if self.per_token else S, H, dv)
         # What a call of no tokens returns has the shapes and dtypes of all.
-        like = self.dense.forward(*(_heads(t[:0]) for t in (q, q, v)), eps, rho, None, None, None)[1:]
+        like = self.dense.forward(*(_heads(t[:0]) for t in (q, q, v)), *numbers, None, None, None)[1:]
         statistics = [t.new_empty(S, *t.shape[1:]) for t in like]
         for s, queries, keys in _sequences(cu_seqlens_q, cu_seqlens_k):
             k_s = None if k is None else _heads(k[keys])
             found, *rest = self.dense.forward(
-                _heads(q[queries]), k_s, _heads(v[keys]), eps, rho, _of(head_rho, s), None, None
+                _heads(q[queries]), k_s, _heads(v[keys]), *numbers, _of(head_rho, s), None, None
             )
             self._output(out, s, queries).copy_(found)
             for t, row in zip(statistics, rest):
@@ -41,7 +44,8 @@ class EachSequence:
         return out, *statistics
 
     def backward(self, dout, q, k, v, *rest):
-        *saved, cu_seqlens_q, cu_seqlens_k, _, _, eps, rho, head_rho, gradients = rest
+        saved = rest[: self.saved]
+        cu_seqlens_q, cu_seqlens_k, _, _, *numbers, head_rho, gradients = rest[self.saved :]
         if self.per_token:
             out, *saved = saved
         for s, queries, keys in _sequences(cu_seqlens_q, cu_seqlens_k):
@@ -50,7 +54,7 @@ class EachSequence:
             of_sequence += [_of(t, s) for t in saved]
             dq, dk, dv, dhead_rho = gradients
             self.dense.backward(
-                self._output(dout, s, queries), _heads(q[queries]), k_s, _heads(v[keys]), *of_sequence, eps, rho,
+                self._output(dout, s, queries), _heads(q[queries]), k_s, _heads(v[keys]), *of_sequence, *numbers,
                 _of(head_rho, s), None, None,
                 [_rows(dq, queries), _rows(dk, keys), _rows(dv, keys), _of(dhead_rho, s)],
             )  # fmt: skip
@@ -94,5 +98,6 @@ def padded(x: Tensor, cu_seqlens: Tensor, longest: int) -> tuple[Tensor, Tensor]
     return rows.transpose(1, 2), padding
 
 
-linear = EachSequence(dense_linear, per_token=False)
-pure = EachSequence(dense_pure, per_token=True)
+linear = EachSequence(dense_linear, per_token=False, saved=4)
+linear_floor = EachSequence(dense_linear_floor, per_token=False, saved=6)
+pure = EachSequence(dense_pure, per_token=True, saved=2)

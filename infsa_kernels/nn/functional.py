@@ -92,10 +92,9 @@ def attend(
     masks = key_padding_mask, query_padding_mask
     if group is not None:
         refuse_in_parallel(variant, dropout_p, need_scores, activation)
-        check.no_floor_in_parallel("infsa_attention", score_floor)
         if variant == "linear_infsa":
             # Not [:1] of every position: a rank may have none.
-            context = distributed.linear.sharded_linear(q, k, v, eps, rho, *masks, group)
+            context = distributed.linear.sharded_linear(q, k, v, eps, rho, *masks, group, score_floor=score_floor)
             return context.unsqueeze(-2), None
         return distributed.pure_infsa(q, k, v, rho, eps, *masks, group=group), None
     if variant == "multi_hop_infsa":

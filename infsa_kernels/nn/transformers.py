@@ -13,7 +13,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, masking_uti
 
 from ..ops.varlen import linear_infsa_varlen, pure_infsa_varlen
 from .checks import LEAVE_OUT, NO_CAUSAL, class_path, require
-from .functional import attend
+from .functional import attend, check_score_floor
 from .masks import padding_of_kept, padding_of_scores_mask, without
 from .rho import rho_of
 
@@ -72,14 +72,15 @@ def register() -> None:
     """Registers "infsa_linear", "infsa_pure" and "infsa_multi_hop" as attention implementations and makers of their masks.
 
     rho is ``sigmoid(module.rho_logit)`` where the attention module has such a tensor of shape (1,) or (H,), as after
-    :func:`infsa_kernels.nn.convert`, and 0.95 elsewhere. ``module.score_floor`` is the floor, by default 0.
+    :func:`infsa_kernels.nn.convert`, and 0.95 elsewhere. ``module.score_floor`` is the floor of Linear, by
+    default 0.
 
     Honoured: padding (``attention_mask``, 1 = keep: those tokens are removed as keys and as queries and get an output of 0),
     packed sequences (``cu_seq_lens_q`` and its like, or ``position_ids`` (1, N) that start anew at 0) by Linear and Pure,
     grouped-query attention, rotary embeddings, dropout, ``output_attentions``. The scale of the scores has no effect: all
     variants divide it out. Refused with NotImplementedError when the model is run: causal attention, a cache of keys, sliding
     windows, masks that differ between queries, position biases, soft-capping, attention sinks, head masks, dropout by
-    multi-hop, dropout, weights and a floor of packed sequences, and every argument that is not known.
+    multi-hop, dropout and weights of packed sequences, and every argument that is not known.
 
     Cross-attention is computed where it removes no token, and where the module says what it is by ``is_cross_attention = True``
     if there are more keys than queries: as many could come from a cache.
@@ -152,12 +153,13 @@ def _attend(
             module,
         )
     rho = rho_of(module) if hasattr(module, "rho_logit") else RHO
+    floor = getattr(module, "score_floor", 0.0)
+    check_score_floor(f"infsa attention in {class_path(module)}", variant, floor)
     sequences = _packing(attention_mask, query, module, **{n: kwargs.get(n) for n in ("position_ids", *_PACKING)})
     if sequences is not None:
         varlen = _VARLEN.get(variant)
         for what, given in (
             ("multi-hop", varlen is None),
-            ("a score_floor", getattr(module, "score_floor", 0.0) != 0),
             ("dropout", dropout > 0),
             ("its weights", output_attentions),
             ("tokens on several ranks", getattr(module, "sequence_group", None) is not None),
@@ -169,7 +171,8 @@ def _attend(
                     module,
                 )
         tokens = (t.transpose(1, 2).flatten(0, 1) for t in (query, key, value))
-        return varlen(*tokens, *sequences, rho).unflatten(0, (B, N)), None
+        more = {"score_floor": floor} if floor else {}
+        return varlen(*tokens, *sequences, rho, **more).unflatten(0, (B, N)), None
     ignore = None
     if attention_mask is not None:
         ignore = _ignored_tokens(attention_mask, (B, H, N, M), module)
@@ -180,7 +183,7 @@ def _attend(
 
     out, weights = attend(
         query, key, value, variant, rho, 1e-6, ignore, ignore, hops=getattr(module, "hops", None),
-        score_floor=getattr(module, "score_floor", 0.0), dropout_p=dropout, need_scores=output_attentions,
+        score_floor=floor, dropout_p=dropout, need_scores=output_attentions,
         group=getattr(module, "sequence_group", None),
     )  # fmt: skip
     out, weights = (

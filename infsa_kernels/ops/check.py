@@ -201,15 +201,6 @@ def activation(op, name):
         raise ValueError(f"{op}: activation is {name!r}, expected {', '.join(most)} or {last}")
 
 
-def no_floor_in_parallel(op, score_floor=0.0):
-    """Of tokens on several ranks."""
-    if score_floor != 0:
-        raise NotImplementedError(
-            f"{op}: score_floor is {score_floor}, expected 0 where the tokens are sharded: of a floor there is no "
-            "sequence-parallel form; gather the tokens, or leave the floor out"
-        )
-
-
 def number(op, name, value, expected="a number"):
     """What becomes a float: whatever has one, but no tensor whose gradient, or whose other elements, would be lost."""
     if not isinstance(value, Tensor):

@@ -5,6 +5,8 @@
     keys_bwd      dk, dv, dt, sum_j dt_j kappa_j  of a part's keys;     the last, added up, is dqbar
     queries_bwd   dq                              of a part's queries
 
+With a floor keys_floor_fwd gives sum_j v_j and sum_j |t_j| too, of which, once they are added up, `floored_mean` makes z / rho.
+
 What is added up has O(d) numbers per head, in float64, so that the order of the parts does not show and float32 tokens of any
 size stay in range. Between the steps stands nothing but the sum: whoever has the parts adds. Equations: docs/linear.md.
 
@@ -29,10 +31,13 @@ class Steps(NamedTuple):
 
     queries_fwd: OpOverload  # (q, query_padding_mask) -> sums (B, H, d + 1)
     keys_fwd: OpOverload  # (k, v, central_query, key_padding_mask) -> sums (B, H, dv + 1)
+    keys_floor_fwd: OpOverload  # the same -> sums (B, H, 2 dv + 2), the second half of v and |t|
     # (dcontext, k, v, context, central_query, score_sum, eps, key_padding_mask, output_mask) -> (dk, dv, dqbar of the part, dt,
     # the unit of dt in each head), (0,) for what is not wanted: output_mask has dk, dv, dqbar and dt. Where k is q, dt (B, H, M)
     # goes to queries_bwd, which writes the gradient of both.
     keys_bwd: OpOverload
+    # The same with absolute_sum, value_mean and key_count behind score_sum, and score_floor behind eps.
+    keys_floor_bwd: OpOverload
     # (dcentral_query, dscores, dscores_unit, q, central_query, energy_sum, eps, query_padding_mask) -> dq
     queries_bwd: OpOverload
 
@@ -47,6 +52,28 @@ def mean(sums: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Sums over all parts, (B, H, d + 1), as the weighted mean (B, H, d) in ``dtype`` and the sum of the weights (B, H)."""
     weights = sums[..., -1]
     return (sums[..., :-1] / (weights + eps)[..., None]).to(dtype), weights
+
+
+def key_count(v: Tensor, key_padding_mask: Tensor | None) -> Tensor:
+    """The keys of a part that no mask ignores, (B, H, 1) float64: what keys_floor_fwd gives has these behind it."""
+    if key_padding_mask is None:
+        return v.new_full((*v.shape[:2], 1), v.shape[2], dtype=torch.float64)
+    return (~key_padding_mask).sum(-1, dtype=torch.float64)[:, None, None].expand(*v.shape[:2], 1)
+
+
+def floored_mean(
+    sums: Tensor, score_floor: float, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Sums over all parts of keys_floor_fwd's and of key counts, (B, H, 2 dv + 3), as z / rho (B, H, dv) in ``dtype`` and what
+    keys_floor_bwd takes: score_sum and absolute_sum (B, H), value_mean (B, H, dv) and key_count (B, H), at least 1."""
+    weighted, values, count = sums.tensor_split((sums.shape[-1] // 2, sums.shape[-1] - 1), -1)
+    count = count.clamp(min=1)
+    absolute_sum, value_mean = values[..., -1], values[..., :-1] / count
+    ones = torch.ones_like(absolute_sum)[..., None]
+    # sum_j (r_j + c) v_j and sum_j (r_j + c), of which it is the mean.
+    floor = (score_floor * absolute_sum)[..., None] * torch.cat([value_mean, ones], -1)
+    context, _ = mean(weighted + floor, eps, dtype)
+    return context, (weighted[..., -1], absolute_sum, value_mean.to(dtype), count.squeeze(-1))
 
 
 _QUERIES = {
@@ -66,6 +93,9 @@ _KEYS = {
     "context": "(B, H, dv) acc",
     "central_query": "(B, H, d) acc",
     "score_sum": "(B, H) float64",
+    "absolute_sum": "(B, H) float64",
+    "value_mean": "(B, H, dv) acc",
+    "key_count": "(B, H) float64",
 }
 
 
@@ -77,8 +107,12 @@ def _fake_keys_fwd(suffix, k, v, central_query, key_padding_mask):
     return v.new_empty(*v.shape[:2], v.shape[3] + 1, dtype=torch.float64)
 
 
-def _fake_keys_bwd(suffix, dcontext, k, v, context, central_query, score_sum, eps, key_padding_mask, output_mask):
-    want_dk, want_dv, want_dcentral, want_dscores = output_mask
+def _fake_keys_floor_fwd(suffix, k, v, central_query, key_padding_mask):
+    return v.new_empty(*v.shape[:2], 2 * v.shape[3] + 2, dtype=torch.float64)
+
+
+def _fake_keys_bwd(suffix, dcontext, k, v, *more):
+    want_dk, want_dv, want_dcentral, want_dscores = more[-1]
     B, H, M, d = k.shape
     dscores = dcontext.new_empty(0)
     if want_dscores and not suffix and H > 1 and all(t.stride(1) < t.stride(2) for t in (k, v)):
@@ -134,7 +168,22 @@ _ON = define(
             _flops(lambda d, dv: 2 * d + 2 * dv, 0, 1),
         ),
         Step(
+            "(Tensor k, Tensor v, Tensor central_query, Tensor? key_padding_mask) -> Tensor sums",
+            _KEYS,
+            _fake_keys_floor_fwd,
+            _flops(lambda d, dv: 2 * d + 3 * dv, 0, 1),
+        ),
+        Step(
             "(Tensor dcontext, Tensor k, Tensor v, Tensor context, Tensor central_query, Tensor score_sum, float eps, "
+            "Tensor? key_padding_mask, bool[4] output_mask) -> "
+            "(Tensor dk, Tensor dv, Tensor dcentral_query, Tensor dscores, Tensor dscores_unit)",
+            _KEYS,
+            _fake_keys_bwd,
+            _flops(lambda d, dv: 5 * d + 3 * dv, 1, 2),
+        ),
+        Step(
+            "(Tensor dcontext, Tensor k, Tensor v, Tensor context, Tensor central_query, Tensor score_sum, "
+            "Tensor absolute_sum, Tensor value_mean, Tensor key_count, float eps, float score_floor, "
             "Tensor? key_padding_mask, bool[4] output_mask) -> "
             "(Tensor dk, Tensor dv, Tensor dcentral_query, Tensor dscores, Tensor dscores_unit)",
             _KEYS,

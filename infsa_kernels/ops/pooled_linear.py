@@ -143,8 +143,7 @@ def pooled_linear(
 ):  # fmt: skip
     """`torch.ops.infsa.pooled_linear`: the row (B, D_out).
 
-    over_ranks: what, of the name of a backend and score_floor, gives the two raw operators for tokens of which other ranks have
-    the rest.
+    over_ranks: what, of the name of a backend, gives the two raw operators for tokens of which other ranks have the rest.
     """
     _check_heads(num_heads, q_weight=q_weight, k_weight=k_weight, v_weight=v_weight, out_weight=out_weight)
     pooled_linear.signature.check(
@@ -160,19 +159,18 @@ def pooled_linear(
     if norm_eps is None and not (norm_weight is None and norm_bias is None):
         raise ValueError(f"{OP}: norm_weight or norm_bias is given without norm_eps; give LayerNorm's eps, as 1e-5")
 
-    # With a floor DTensor does what it does for any operator: it gathers the tokens.
-    if score_floor == 0 and sharding.over_sequence(1, x):
+    if sharding.over_sequence(1, x):
         from ..distributed import dtensor
 
         given = dict(zip(pooled_linear.signature.arguments, (
             x, q_weight, v_weight, out_weight, num_heads, q_bias, k_weight, k_bias, v_bias, out_bias, rho, eps, norm_weight,
-            norm_bias, norm_eps, padding_mask)))  # fmt: skip
-        return dtensor.pooled(x, given, backend)
+            norm_bias, norm_eps, padding_mask, backend, score_floor)))  # fmt: skip
+        return dtensor.pooled(x, given)
 
     d = q_weight.shape[0] // num_heads
     shape = x.shape[0], num_heads, x.shape[1], d
     name = choose_backend("pooled_linear", x.device, x.dtype, shape, backend or backend_of_backward())
-    query_op, pool_op = (over_ranks or _raw)(name, score_floor)
+    query_op, pool_op = over_ranks(name) if over_ranks else _raw(name, score_floor)
     floor = () if score_floor == 0 else (score_floor,)
     tensors = x, q_weight, k_weight, v_weight, out_weight, q_bias, k_bias, v_bias, out_bias, norm_weight, norm_bias
     rho_tensor = rho if isinstance(rho, Tensor) else None

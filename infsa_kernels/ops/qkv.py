@@ -19,12 +19,11 @@ def attend(raw, q, k, v, eps, rho, key_padding_mask, query_padding_mask, backend
     given = raw, q, k, v, eps, rho, key_padding_mask, query_padding_mask, *more
     if q is None or k is None or v is None:
         demand(*given)
-    # With a floor, DTensor does what it does for any operator: it gathers the tokens.
-    if not more and sharding.over_sequence(q.dim() - 2, q, k, v):
+    if sharding.over_sequence(q.dim() - 2, q, k, v):
         demand(*given)
         from ..distributed import dtensor
 
-        return dtensor.attend(raw.name, q, k, v, eps, rho, key_padding_mask, query_padding_mask, backend)
+        return dtensor.attend(raw.op.removeprefix("infsa::"), *given[1:8], backend, *more)
     try:
         tied, unbatched = k is q, q.dim() == k.dim() == v.dim() == 3
         if unbatched:

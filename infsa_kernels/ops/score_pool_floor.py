@@ -7,9 +7,15 @@ is above 0.
 over the N tokens that the mask leaves. Beside score_pool's statistics it returns T and the mean token, one for all heads.
 """
 
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
 from .. import reference
 from ..eager import score_pool_floor as eager
 from ..eager.common import acc_dtype
+from . import linear_steps
 from .register import RawOps
 
 
@@ -40,3 +46,17 @@ raw = RawOps(
     flops_forward=lambda B, N, D, H: 4 * B * N * D * H + B * N * D,
     flops_backward=lambda B, N, D, H: 10 * B * N * D * H,
 )
+
+
+def sums_of_part(
+    forward: Callable, x: Tensor, keys: Tensor, key_bias: Tensor | None, norm_eps: float | None, eps: float,
+    padding_mask: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Where x has a part of the tokens: what it gives to the sums that linear_steps.floored_mean takes, (B, H, 2 D + 3) float64.
+
+    ``forward`` is that of a backend. The floor is made of what all parts sum, so it gets none.
+    """
+    pooled, _, scores, absolute, token_mean = forward(x, keys, key_bias, norm_eps, eps, 0.0, padding_mask)
+    count = linear_steps.key_count(x[:, None].expand(-1, keys.shape[1], -1, -1), padding_mask)
+    weighted = pooled * (scores[..., None].double() + eps)
+    return torch.cat([weighted, scores[..., None], token_mean[:, None] * count, absolute[..., None], count], -1)

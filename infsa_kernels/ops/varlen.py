@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import reference
 from ..eager import varlen as eager
 from ..eager.common import acc_dtype
-from . import check, qkv
+from . import backends, check, qkv
 from .autograd import skipped_if_unused
 from .backends import backend_of_backward, choose_backend
 from .register import RawOps, overridable, public
@@ -29,6 +29,8 @@ def linear_infsa_varlen(
     max_k: int,
     rho: float | Tensor = 0.95,
     eps: float = 1e-6,
+    *,
+    score_floor: float = 0.0,
 ) -> Tensor:
     """Linear-InfSA of packed sequences: every query gets the pooled context of its own sequence. O(N) time.
 
@@ -44,13 +46,14 @@ def linear_infsa_varlen(
         max_q, max_k: at least the length of the longest sequence of queries, and of keys.
         rho: output scale, a number or a tensor of shape (), (1,) or (H,), which gets its gradient.
         eps: added to both sums before they divide; above 0.
+        score_floor: as in :func:`linear_infsa`, of the mean absolute score of each sequence.
 
     Returns:
         (N, H, dv) in the dtype of ``q``. ``torch.ops.infsa.linear_varlen`` returns the S contexts (S, H, dv) that its rows are.
 
     Raises:
-        ValueError: a wrong shape, device, eps or rho; offsets that are wrong, where they are on the CPU. TypeError: a wrong
-            dtype or layout.
+        ValueError: a wrong shape, device, eps, rho or score_floor; offsets that are wrong, where they are on the CPU. TypeError:
+            a wrong dtype or layout.
 
     Example::
 
@@ -58,7 +61,7 @@ def linear_infsa_varlen(
         >>> linear_infsa_varlen(q, q, q, cu_seqlens, cu_seqlens, 4, 4).shape
         torch.Size([7, 16, 64])
     """
-    context = linear_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, eps, rho)
+    context = linear_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, eps, rho, score_floor=score_floor)
     # Its gradient is a sum over the tokens of a sequence: in the dtype of sums.
     rows = context.to(acc_dtype(q)).index_select(0, eager.sequence_of_token(cu_seqlens_q, q.shape[0]))
     return rows.to(q.dtype)
@@ -107,6 +110,8 @@ LINEAR = PACKED | {
     "central_query": "(S, H, d) acc",
     "energy_sum": "(S, H) acc",
     "score_sum": "(S, H) acc",
+    "absolute_sum": "(S, H) acc",
+    "value_mean": "(S, H, dv) acc",
 }
 PURE = PACKED | {"out": "(N, H, dv)", "norm": "(S, H) acc"}
 
@@ -137,14 +142,15 @@ def _counts(given: dict) -> dict[str, int]:
 def _formula(dense, per_token: bool):
     """A raw operator's output by the dense reference, on a padded batch: no value is read, so that it can be traced."""
 
-    def evaluate(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, eps, rho, head_rho):
+    def evaluate(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, eps, *more):
+        *floor, rho, head_rho = more
         acc = acc_dtype(q)
         cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
         rho = rho if head_rho is None else rho * head_rho
         queries, query_padding = eager.padded(q.to(acc), cu_seqlens_q, max_q)
         keys, key_padding = (queries, query_padding) if k is None else eager.padded(k.to(acc), cu_seqlens_k, max_k)
         values, _ = eager.padded(v.to(acc), cu_seqlens_k, max_q if k is None else max_k)
-        out = dense(queries, keys, values, rho, eps, key_padding, query_padding).to(q.dtype)
+        out = dense(queries, keys, values, rho, eps, key_padding, query_padding, *floor).to(q.dtype)
         if not per_token:
             return (out,)
         sequence = eager.sequence_of_token(cu_seqlens_q, q.shape[0])
@@ -173,6 +179,24 @@ raw_linear = RawOps(
     flops_backward=lambda N, M, H, d, dv, **_: H * (8 * N * d + 5 * M * d + 3 * M * dv),
 )
 
+# Where score_floor is above 0, as linear_floor.py beside linear.py.
+raw_linear_floor = RawOps(
+    forward=f"linear_varlen_floor_fwd(Tensor q, Tensor? k, Tensor v, {SEQUENCES}, float eps, float score_floor, float rho, "
+    "Tensor? head_rho) -> (Tensor out, Tensor context, Tensor central_query, Tensor energy_sum, Tensor score_sum, "
+    "Tensor absolute_sum, Tensor value_mean)",
+    backward="linear_varlen_floor_bwd(Tensor dout, Tensor q, Tensor? k, Tensor v, Tensor context, Tensor central_query, "
+    f"Tensor energy_sum, Tensor score_sum, Tensor absolute_sum, Tensor value_mean, {SEQUENCES}, float eps, float score_floor, "
+    "float rho, Tensor? head_rho, bool[4] output_mask) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dhead_rho)",
+    tensors=LINEAR,
+    stand_ins=STAND_INS,
+    more=_more,
+    kernels={"cpu": "csrc/cpu/linear.cpp", "eager": eager.linear_floor},
+    formula=_formula(reference.linear, per_token=False),
+    flops_forward=lambda N, M, H, d, dv, **_: H * (4 * N * d + 2 * M * d + 3 * M * dv),
+    flops_backward=lambda N, M, H, d, dv, **_: H * (8 * N * d + 5 * M * d + 3 * M * dv),
+)
+backends.OPERATORS[raw_linear_floor.name] = frozenset(raw_linear_floor.kernels)
+
 raw_pure = RawOps(
     forward=f"pure_varlen_fwd(Tensor q, Tensor? k, Tensor v, {SEQUENCES}, float eps, float rho, Tensor? head_rho) -> "
     "(Tensor out, Tensor norm)",
@@ -197,12 +221,15 @@ ARGUMENTS = "Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlen
 
 
 @public(
-    f"linear_varlen({ARGUMENTS}, float eps=1e-6, Tensor? rho=None, str backend='') -> Tensor",
+    f"linear_varlen({ARGUMENTS}, float eps=1e-6, Tensor? rho=None, str backend='', float score_floor=0.0) -> Tensor",
     LINEAR, raw=[raw_linear], cast=qkv.cast,
 )  # fmt: skip
-def linear_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, eps=1e-6, rho=None, backend=""):
+def linear_varlen(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, eps=1e-6, rho=None, backend="", score_floor=0.0
+):  # fmt: skip
     """`torch.ops.infsa.linear_varlen`: the contexts (S, H, dv)."""
-    return _attend(raw_linear, q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, eps, rho, backend)
+    raw, *floor = (raw_linear,) if score_floor == 0 else (raw_linear_floor, score_floor)
+    return _attend(raw, q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, eps, rho, backend, *floor)
 
 
 @public(
@@ -214,8 +241,9 @@ def pure_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, eps=1e-6, rho
     return _attend(raw_pure, q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, eps, rho, backend)
 
 
-def _attend(raw, q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, eps, rho, backend) -> Tensor:
-    given = raw, q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, eps, rho
+def _attend(raw, q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, eps, rho, backend, *more) -> Tensor:
+    """more: numbers that the raw operator takes after eps."""
+    given = raw, q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, eps, rho, *more
     if any(t is None for t in given[1:6]):
         _demand(*given)
     try:
@@ -224,17 +252,17 @@ def _attend(raw, q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, eps, rho, ba
         name = choose_backend(raw.name, q.device, q.dtype, q.shape, backend or backend_of_backward())
         forward, k, cu_seqlens_k = raw.forwards[name], *((None, None) if tied else (k, cu_seqlens_k))
         with skipped_if_unused(q, k, v, head_rho):
-            return forward(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, eps, rho, head_rho)[0]
+            return forward(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, eps, *more, rho, head_rho)[0]
     except Exception:
         check.in_words(_demand, *given)
         raise
 
 
-def _demand(raw, q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, eps, rho) -> None:
+def _demand(raw, q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, eps, rho, *more) -> None:
     for name, t in (("q", q), ("k", k), ("v", v), ("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         check.dense(raw.op, name, t)
     number = 1.0 if rho is None or isinstance(rho, Tensor) else rho
-    raw.forward.check((q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, eps, number, None))
+    raw.forward.check((q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, eps, *more, number, None))
     _split(raw.op, rho, q, cu_seqlens_q)
 
 

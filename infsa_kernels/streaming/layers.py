@@ -3,6 +3,8 @@
     E = sum_i e_i,  sum_i e_i u_i          ->  the central query, and one key of width D per head
     R = sum_j r_j,  sum_j r_j x^_j         ->  the row that the attention adds to every token
 
+and with a floor sum_j |t_j|, sum_j x^_j and the number of tokens beside the second (docs/linear.md).
+
 Each chunk of tokens gives its part, by the two raw operators of the pooled layer (docs/pooled_linear.md); the parts are summed in
 float64, in the order of the chunks.
 """
@@ -17,7 +19,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from ..nn.attention import InfSAAttention
 from ..nn.plain import has_forward, is_plain
 from ..nn.vit import Block, InfViT
-from ..ops import central_query, score_pool
+from ..ops import central_query, linear_steps, score_pool, score_pool_floor
 from ..ops.backends import choose_backend, takes_backend
 from ..ops.pooled_linear import keys_of, of_normalised, output_of
 
@@ -33,6 +35,8 @@ class Attention:
         self.weight, self.bias = of_normalised(queries.weight, queries.bias, *self.norm)
         self.key_weight, self.key_bias = of_normalised(keys.weight, keys.bias, *self.norm)
         self.low_weight = self.weight.to(queries.weight.dtype)
+        self.score_floor, H, D = attn.score_floor, attn.num_heads, attn.embed_dim
+        self.score_shapes = [(1, H, 2 * D + 3)] if self.score_floor else [(H, D), (H,)]
 
     def query_sums(self, x: Tensor) -> list[Tensor]:
         """sum e u, (H, d), and sum e, (H,)."""
@@ -48,7 +52,10 @@ class Attention:
         self.keys, self.shift = keys_of(central[None], self.key_weight, self.key_bias)
 
     def score_sums(self, x: Tensor) -> list[Tensor]:
-        """sum r x^, (H, D), and sum r, (H,)."""
+        """sum r x^, (H, D), and sum r, (H,); with a floor these and more as linear_steps.floored_mean takes them."""
+        if self.score_floor:
+            forward, given = self._op(score_pool_floor, x), (self.keys, self.shift, self.norm_eps, self.eps)
+            return [score_pool_floor.sums_of_part(forward, x[None], *given)]
         mean, _, total = self._op(score_pool, x)(x[None], self.keys, self.shift, self.norm_eps, self.eps, None)
         total = total[0].double()
         return [mean[0].double() * (total + self.eps)[:, None], total]
@@ -56,8 +63,16 @@ class Attention:
     def set_scores(self, sums: list[Tensor]) -> Tensor:
         """The sums over all tokens: the row (1, D) that the layer adds to each, in the dtype of the model."""
         acc, attn = self.weight.dtype, self.attn
-        self.total = (sums[1] + self.eps).to(acc)
-        pooled, mass = (sums[0] / (sums[1] + self.eps)[:, None]).to(acc), (sums[1] / (sums[1] + self.eps)).to(acc)
+        if self.score_floor:
+            pooled, (scores, absolute, _, count) = linear_steps.floored_mean(
+                sums[0], self.score_floor, self.eps, acc
+            )  # fmt: skip
+            floor = self.score_floor * absolute[0]
+            pooled, total, self.floor = pooled[0], scores[0] + floor, (floor / count[0]).to(acc)
+        else:
+            total, self.floor = sums[1], 0
+            pooled = (sums[0] / (total + self.eps)[:, None]).to(acc)
+        self.total, mass = (total + self.eps).to(acc), (total / (total + self.eps)).to(acc)
         weight, bias = of_normalised(attn.v_proj.weight, attn.v_proj.bias, *self.norm)
         row = output_of(pooled[None], mass[None], weight, bias, attn.rho, attn.out_proj.weight, attn.out_proj.bias)
         return row.to(attn.q_proj.weight.dtype)
@@ -67,7 +82,7 @@ class Attention:
         x = F.layer_norm(x.to(self.keys.dtype), x.shape[-1:], eps=self.norm_eps)
         scores = x @ self.keys[0].mT
         scores = torch.relu(scores if self.shift is None else scores + self.shift)
-        return (scores / self.total).mean(-1)
+        return ((scores + self.floor) / self.total).mean(-1)
 
     def _op(self, half, x: Tensor):
         shape = 1, self.attn.num_heads, len(x), self.attn.head_dim
@@ -98,12 +113,6 @@ def check_model(model: nn.Module) -> None:
         raise NotImplementedError(
             "predict_file: model was parallelized, expected one that was not; give predict_file(group=...), whose processes each "
             "read rows of their own"
-        )
-    floors = {block.attn.score_floor for block in model.blocks}
-    if floors - {0.0}:
-        raise NotImplementedError(
-            f"predict_file: score_floor is {max(floors)}, expected 0: the floor needs two sums more, which no pass makes yet; "
-            "call the model on a picture that fits"
         )
     for block in model.blocks:
         if block.attn.activation != "relu":

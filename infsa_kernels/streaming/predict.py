@@ -174,7 +174,7 @@ class _Run:
         sums = self._pass(_Pass(sums, _embedding(self, part, keep=depth > 0), reads=False, writes=depth > 0))
         for number, (block, layer) in enumerate(zip(model.blocks, layers)):
             layer.set_queries(_with(first, sums, layer.query_sums))
-            sums = self._pass(_Pass(self._zeros((H, D), (H,)), _summing(layer.score_sums), down=False))
+            sums = self._pass(_Pass(self._zeros(*layer.score_shapes), _summing(layer.score_sums), down=False))
             added.append(layer.set_scores(_with(first, sums, layer.score_sums)))
             if number == self.map_layer:
                 attention = self._map(layer)

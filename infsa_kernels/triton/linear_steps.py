@@ -12,10 +12,9 @@ from . import configs, first_use
 from .launch import Launch, countable, padded, strides
 from .linear import linear_fwd_keys_kernel, linear_fwd_queries_kernel
 from .linear_backward import linear_bwd_keys_kernel, linear_bwd_queries_kernel
+from .tokens import key_counts
 
-# What the kernels take beside, of a floor, which steps have not.
-NO_FLOOR = None
-# Nor are steps packed: this stands for offsets, and for how many sequences there are.
+# Steps are not packed: this stands for offsets, and for how many sequences there are.
 NOT_PACKED = None
 
 
@@ -37,7 +36,17 @@ def queries_fwd(q, query_padding_mask):
 def keys_fwd(k, v, central_query, key_padding_mask):
     if not _trusted("forward", k, v, key_padding_mask):
         return eager.keys_fwd(k, v, central_query, key_padding_mask)
-    (B, H, M, d), dv, grid = k.shape, v.shape[3], _Grid(k, v)
+    return _keys_fwd(k, v, central_query, key_padding_mask, False)
+
+
+def keys_floor_fwd(k, v, central_query, key_padding_mask):
+    if not _trusted("forward", k, v, key_padding_mask, floored=True):
+        return eager.keys_floor_fwd(k, v, central_query, key_padding_mask)
+    return _keys_fwd(k, v, central_query, key_padding_mask, True)
+
+
+def _keys_fwd(k, v, central_query, key_padding_mask, floored):
+    (B, H, M, d), dv, grid = k.shape, v.shape[3], _Grid(k, v, floored)
     splits, split_tokens = grid.splits
     eps, s = 1e-6, scale(k)
     # The kernel makes qbar s^2 / (s sum e + eps) of sums: these give qbar.
@@ -46,17 +55,25 @@ def keys_fwd(k, v, central_query, key_padding_mask):
     out, context, central_out, energy_out, score_sum, context_parts, score_parts = (
         k.new_empty(B, H, size, dtype=torch.float32) for size in (dv, dv, d, 1, 1, splits * dv, splits)
     )
+    # What is made of the sums, with these numbers too, goes unread: nobody knows all keys here.
+    floor, counts = (0.0, key_counts(0.0, key_padding_mask)) if floored else (None, None)
+    of_floor = [
+        k.new_empty(B, H, size, dtype=torch.float32) if floored else None for size in (1, dv, splits, splits * dv)
+    ]
     sum_keys = Launch(
         linear_fwd_keys_kernel, grid.groups * splits, k.device,
         k.stride(), k.stride(), v.stride(), strides(None, 2), strides(key_padding_mask, 2), strides(None, 2),
-        H, 0, M, splits, split_tokens, NOT_PACKED, s, eps, 1.0, NO_FLOOR, dv=dv, DV=padded(dv), WHOLE=False, **grid.sizes,
+        H, 0, M, splits, split_tokens, NOT_PACKED, s, eps, 1.0, floor, dv=dv, DV=padded(dv), WHOLE=False, **grid.sizes,
     )  # fmt: skip
     sum_keys(
         k, k, v, None, key_padding_mask, None, NOT_PACKED, NOT_PACKED, out, context, central_out, energy_out, score_sum,
-        central, energy, 1, context_parts, score_parts, grid.tickets(zero=True), *[NO_FLOOR] * 5,
+        central, energy, 1, context_parts, score_parts, grid.tickets(zero=True), *of_floor, counts,
     )  # fmt: skip
-    parts = context_parts.view(B, H, splits, dv), score_parts.view(B, H, splits, 1)
-    return torch.cat([t.sum(2, dtype=torch.float64) for t in parts], -1) * s
+    context, scores, absolute, values = (
+        None if t is None else t.view(B, H, splits, -1).sum(2, dtype=torch.float64)
+        for t in (context_parts, score_parts, *of_floor[2:])
+    )
+    return torch.cat([context * s, scores * s, *([values, absolute * s] if floored else [])], -1)
 
 
 def keys_bwd(dcontext, k, v, context, central_query, score_sum, eps, key_padding_mask, output_mask):
@@ -64,6 +81,27 @@ def keys_bwd(dcontext, k, v, context, central_query, score_sum, eps, key_padding
         return eager.keys_bwd(
             dcontext, k, v, context, central_query, score_sum, eps, key_padding_mask, output_mask
         )  # fmt: skip
+    floor = None, None, None, None
+    return _keys_bwd(dcontext, k, v, context, central_query, score_sum, *floor, eps, key_padding_mask, output_mask)
+
+
+def keys_floor_bwd(
+    dcontext, k, v, context, central_query, score_sum, absolute_sum, value_mean, key_count, eps, score_floor,
+    key_padding_mask, output_mask,
+):  # fmt: skip
+    if not _trusted("backward", k, v, key_padding_mask, output_mask[3], floored=True):
+        return eager.keys_floor_bwd(
+            dcontext, k, v, context, central_query, score_sum, absolute_sum, value_mean, key_count, eps, score_floor,
+            key_padding_mask, output_mask,
+        )  # fmt: skip
+    floor = score_floor, absolute_sum.float().contiguous(), value_mean.contiguous(), key_count[:, 0].float()
+    return _keys_bwd(dcontext, k, v, context, central_query, score_sum, *floor, eps, key_padding_mask, output_mask)
+
+
+def _keys_bwd(
+    dcontext, k, v, context, central_query, score_sum, score_floor, absolute_sum, value_mean, key_count, eps, key_padding_mask,
+    output_mask,
+):  # fmt: skip
     (B, H, M, d), dv_size, grid = k.shape, v.shape[3], _Grid(k, v)
     splits, split_tokens = grid.splits
     want_dk, want_dv, want_dcentral, want_dscores = output_mask
@@ -77,12 +115,12 @@ def keys_bwd(dcontext, k, v, context, central_query, score_sum, eps, key_padding
     pull_back = Launch(
         linear_bwd_keys_kernel, grid.groups * splits, k.device,
         dcontext.stride(), k.stride(), v.stride(), strides(dk, 4), strides(dv, 4), strides(key_padding_mask, 2), strides(None, 2),
-        H, M, splits, split_tokens, NOT_PACKED, scale(k), eps, 1.0, NO_FLOOR, dv=dv_size, DV=padded(dv_size), TIED=want_dscores,
+        H, M, splits, split_tokens, NOT_PACKED, scale(k), eps, 1.0, score_floor, dv=dv_size, DV=padded(dv_size), TIED=want_dscores,
         WANT_Q=want_q, WANT_K=want_dk, WANT_V=want_dv, WANT_RHO=False, **grid.sizes,
     )  # fmt: skip
     pull_back(
         dcontext, k, v, key_padding_mask, None, NOT_PACKED, context, central_query, score_sum.float().contiguous(),
-        *[NO_FLOOR] * 3, dk, dv, None, dscores, parts,
+        absolute_sum, value_mean, key_count, dk, dv, None, dscores, parts,
     )  # fmt: skip
     return (
         k.new_empty(0) if dk is None else dk,
@@ -117,9 +155,9 @@ def queries_bwd(dcentral_query, dscores, dscores_unit, q, central_query, energy_
 class _Grid:
     """How a step's tokens, (B, H, N, d), are divided over programs."""
 
-    def __init__(self, x, v):
+    def __init__(self, x, v, floored=False):
         B, H, N, d = x.shape
-        config = configs.linear(x, v, N)
+        config = configs.linear(x, v, N, floored)
         self.groups, self._like = B * triton.cdiv(H, config.heads), x
         self.splits = config.splits(N, self.groups)
         self.sizes = config.sizes(d)
@@ -129,15 +167,17 @@ class _Grid:
         return new(self.groups, dtype=torch.int32)
 
 
-def _trusted(direction, x, v, mask, tied=False) -> bool:
+def _trusted(direction, x, v, mask, tied=False, floored=False) -> bool:
     """Whether the kernels run a step over these tokens: there are some, and on this machine they passed their check."""
     if 0 in (*x.shape, *v.shape):
         return False
     countable("infsa::linear", x, v)
     acc, heads = torch.float32, x.shape[:2]
-    forward = x, None if tied else x, v, 1e-6, 1.0, None, mask, mask
+    op, floor = ("linear_floor", [0.1]) if floored else ("linear", [])
+    forward = x, None if tied else x, v, 1e-6, *floor, 1.0, None, mask, mask
     if direction == "forward":
-        return not first_use.failure("linear", "forward", forward)
-    statistics = [x.new_empty(*heads, *more, dtype=acc) for more in ([v.shape[3]], [x.shape[3]], [], [])]
+        return not first_use.failure(op, "forward", forward)
+    of_floor = ([], [v.shape[3]]) if floored else ()
+    statistics = [x.new_empty(*heads, *more, dtype=acc) for more in ([v.shape[3]], [x.shape[3]], [], [], *of_floor)]
     dout = x.new_empty(*heads, v.shape[3])
-    return not first_use.failure("linear", "backward", (dout, *forward[:3], *statistics, *forward[3:]))
+    return not first_use.failure(op, "backward", (dout, *forward[:3], *statistics, *forward[3:]))

@@ -2,11 +2,12 @@
 
 import functools
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import ranks
+from helpers import pooled_linear_calls, ranks
 from helpers.calls import DTYPES, Call, expected
 from helpers.framework_calls import tensor
 from helpers.sweep import swept
@@ -23,7 +24,7 @@ SHARDS = {2: ([21, 16], [0, 37]), 4: ([13, 1, 7, 16], [20, 0, 17, 0])}
 KEYS = {2: [16, 17], 4: [3, 0, 29, 1]}
 
 
-def call_of(op, dtype, tied, masked, rho, layout="contiguous"):
+def call_of(op, dtype, tied, masked, rho, layout="contiguous", floor=0.0):
     """A call of all tokens, the same on every rank."""
     torch.manual_seed(1)
     N, M = 37, 37 if tied else 33
@@ -41,7 +42,7 @@ def call_of(op, dtype, tied, masked, rho, layout="contiguous"):
         v[:, :, 3].masked_fill_(key_mask[:, 3, None, None], torch.nan)
     masks = (key_mask, query_mask) if masked else (None, None)
     rho = {"number": 0.9, "one": torch.tensor([0.8]), "heads": torch.rand(H)}[rho]
-    return Call(op, q, k, v, rho, 1e-6, *masks)
+    return Call(op, q, k, v, rho, 1e-6, *masks, floor)
 
 
 def run_sharded(call, dout, lengths, keys, **options):
@@ -49,7 +50,7 @@ def run_sharded(call, dout, lengths, keys, **options):
     part = ranks.of_rank(call, lengths, keys).leaves()
     function = {"linear": distributed.linear_infsa, "pure": distributed.pure_infsa}[call.op]
     q, k, v, eps, rho, *masks = part._arguments()
-    out = function(q, k, v, rho, eps, *masks, **options)
+    out = function(q, k, v, rho, eps, *masks, **part.by_name(), **options)
     tensors = part.tensors()
     grads = torch.autograd.grad(out, tensors.values(), ranks.shard(dout, lengths, -2))
     results = {"out": ranks.whole(out, -2)}
@@ -87,6 +88,33 @@ def linear_is_one_process(every):
         check_case(*case)
 
 
+def linear_with_a_floor_is_one_process(every):
+    for call, lengths, keys in cases("linear", every):
+        check_case(replace(call, score_floor=0.3), lengths, keys)
+
+
+def pooled_layer_is_one_process(every):
+    """Tied or not, masked or not, with a floor and without; shards may be empty."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    kinds = list(itertools.product((0.0, 0.3), DTYPES, (False, True), (False, True)))
+    shards = itertools.cycle(SHARDS[world])
+    for (floor, dtype, tied, masked), lengths in list(zip(kinds, shards))[::every]:
+        torch.manual_seed(1)
+        call = pooled_linear_calls.layer(dtype, tied=tied, masked=masked) | {"score_floor": floor, "eps": 1e-2}
+        dout = pooled_linear_calls.output_gradient(call)
+        wanted = pooled_linear_calls.expected(call, dout, draws=2)
+        part = call | {"x": ranks.shard(call["x"].detach(), lengths, 1).requires_grad_()}
+        if masked:
+            part["padding_mask"] = ranks.shard(call["padding_mask"], lengths, 1)
+        # The row is the same on every rank: the loss of one of them is the loss.
+        found = pooled_linear_calls.results(distributed.pooled_linear_infsa, part, dout if rank == 0 else 0 * dout)
+        for name, t in found.items():
+            if name != "out":
+                t = ranks.whole(t, 1) if name == "dx" else ranks.over_ranks(t).to(t.dtype)
+            factor, what = FORWARD if name == "out" else GRADIENT, f"{name} of {dtype} {floor} on {lengths}"
+            assert_within(t, wanted[name].truth, wanted[name].eager_error, factor, what)
+
+
 def ring_is_one_process(every):
     for case in cases("pure", every):
         check_case(*case, method="ring")
@@ -101,6 +129,7 @@ def eager_is_one_process(every):
     """The backend in force runs the steps and the blocks."""
     with infsa_kernels.backend("eager"):
         linear_is_one_process(every)
+        linear_with_a_floor_is_one_process(every)
         ring_is_one_process(every)
 
 
@@ -127,18 +156,18 @@ def results_are_the_same_bits_again_and_on_every_rank():
 def bytes_do_not_depend_on_the_length():
     """Linear: two sums forward and two backward, of a few numbers per head."""
     world = dist.get_world_size()
-    for tied in (False, True):
+    for tied, floor in itertools.product((False, True), (0.0, 0.1)):
         sent = []
         for N in (16, 4096):
             q, k, v = (torch.randn(B, H, N // world, d, requires_grad=True) for d in (D, D, DV))
             with ranks.Sent() as counted:
-                out = distributed.linear_infsa(q, q if tied else k, v)
+                out = distributed.linear_infsa(q, q if tied else k, v, score_floor=floor)
                 forward = len(counted.calls)
                 out.sum().backward()
             sent.append(counted.calls)
             assert forward == 2 and len(counted.calls) == 4, counted.calls
         assert sent[0] == sent[1]
-        numbers = D + 1 + DV + 1 + D
+        numbers = D + 1 + DV + 1 + D + (DV + 2 if floor else 0)
         assert sum(size for _, size in sent[0]) == B * H * (8 * numbers + 4 * DV), sent[0]
 
 
@@ -151,6 +180,7 @@ def compiles_whole(names=("tied", "pure", "pooled")):
     x = torch.randn(B, 4 + rank, 12, requires_grad=True)
     functions = {
         "tied": lambda group: distributed.linear_infsa(q, q, v, group=group),
+        "floor": lambda group: distributed.linear_infsa(q, k, v, score_floor=0.3, group=group),
         "pure": lambda group: distributed.pure_infsa(q, k, v, group=group),
         "pooled": lambda group: distributed.pooled_linear_infsa(x, H, w[0], w[1], w[2].T, group=group),
     }
@@ -184,6 +214,8 @@ def wrong_calls_are_refused_on_all_ranks():
         distributed.pure_infsa(*[q if rank else q[:, :1]] * 3)
     with pytest.raises(ValueError, match="whether there is a key_padding_mask differs"):
         distributed.pure_infsa(q, q, q, key_padding_mask=torch.zeros(B, 4, dtype=torch.bool) if rank else None)
+    with pytest.raises(ValueError, match=r"^infsa::linear: score_floor is -0\.1"):
+        distributed.linear_infsa(q, q, q, score_floor=-0.1)
     with pytest.raises(ValueError, match="v has shape"):
         distributed.linear_infsa(q, q, q[:, :, 1:])
     with pytest.raises(ValueError, match="method is 'gather'"):
@@ -199,6 +231,8 @@ def wrong_calls_are_refused_on_all_ranks():
             2,
             [
                 functools.partial(linear_is_one_process, 3),
+                functools.partial(linear_with_a_floor_is_one_process, 3),
+                functools.partial(pooled_layer_is_one_process, 5),
                 functools.partial(ring_is_one_process, 3),
                 functools.partial(all_to_all_is_one_process, 5),
                 functools.partial(eager_is_one_process, 7),
@@ -209,10 +243,11 @@ def wrong_calls_are_refused_on_all_ranks():
                 wrong_calls_are_refused_on_all_ranks,
             ],
         ),
-        swept((2, [compiles_whole])),
+        swept((2, [compiles_whole, functools.partial(compiles_whole, ("floor",))])),
         *(
             swept((world, [functools.partial(check, 1) for check in (
-                linear_is_one_process, ring_is_one_process, all_to_all_is_one_process, eager_is_one_process
+                linear_is_one_process, linear_with_a_floor_is_one_process, pooled_layer_is_one_process, ring_is_one_process,
+                all_to_all_is_one_process, eager_is_one_process,
             )]))
             for world in (2, 4)
         ),

@@ -3,6 +3,7 @@
 The interpreter is chosen when Triton is imported, so those of these tests that need it run in processes of their own: run.py.
 """
 
+import itertools
 import os
 import subprocess
 import sys
@@ -62,14 +63,15 @@ def make(
 @by_tie
 @pytest.mark.parametrize("dtype", some(DTYPES, torch.float32, torch.bfloat16), ids=str)
 def test_parts_of_a_sequence(op, tied, dtype, triton):
-    """The kernels as steps, in blocks and under masks: tests/ops/test_steps.py."""
-    for masked in (False, True):
+    """The kernels as steps, in blocks, under masks and with a floor: tests/ops/test_steps.py."""
+    for masked, floor in itertools.product((False, True), (0.0, 0.3) if op == "linear" else (0.0,)):
         call = make(op, dtype=dtype, tied=tied, N=70, M=45, H=2)
         masks = {
             "key_padding_mask": torch.rand(2, call.v.shape[2]) < 0.3,
             "query_padding_mask": torch.rand(2, 70) < 0.3,
         }
-        check_in_parts(replace(call, **masks) if masked else call, "triton", f"masked {masked}")
+        call = replace(call, score_floor=floor, **(masks if masked else {}))
+        check_in_parts(call, "triton", f"masked {masked}, floor {floor}")
 
 
 @interpreted

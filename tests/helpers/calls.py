@@ -56,11 +56,11 @@ class Call:
         return {"q": self.q, "k": self.k, "v": self.v}
 
     def run(self) -> Tensor:
-        return getattr(torch.ops.infsa, self.op)(*self._arguments(), **self._by_name())
+        return getattr(torch.ops.infsa, self.op)(*self._arguments(), **self.by_name())
 
     def reference(self, dtype: torch.dtype) -> Tensor:
         q, k, v, eps, rho, *masks = self.to(dtype)._arguments()
-        return REFERENCE[self.op](q, k, v, rho, eps, *masks, **self._by_name())
+        return REFERENCE[self.op](q, k, v, rho, eps, *masks, **self.by_name())
 
     def gradients(self, dout: Tensor) -> dict[str, Tensor]:
         return self._differentiate(dout, type(self).run)[1]
@@ -89,7 +89,7 @@ class Call:
         if isinstance(rho, Tensor):
             head_rho, rho = rho.detach().to(accumulation(self.q.dtype)).expand(self.q.shape[:2]), 1.0
         masks = self.key_padding_mask, self.query_padding_mask
-        return self.q, self.k, self.v, self.eps, *self._by_name().values(), rho, head_rho, *masks
+        return self.q, self.k, self.v, self.eps, *self.by_name().values(), rho, head_rho, *masks
 
     def nearby(self) -> "Call":
         """The same call on values that differ by up to 1/64 of themselves, equal tokens staying equal."""
@@ -103,7 +103,7 @@ class Call:
         k = self.q if self.k is None else self.k
         return self.q, k, self.v, self.eps, self.rho, self.key_padding_mask, self.query_padding_mask
 
-    def _by_name(self) -> dict[str, float]:
+    def by_name(self) -> dict[str, float]:
         return {"score_floor": self.score_floor} if self.score_floor else {}
 
     def _differentiate(self, dout, evaluate) -> tuple[Tensor, dict[str, Tensor]]:

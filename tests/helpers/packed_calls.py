@@ -1,12 +1,18 @@
 """Calls of the packed operators as data: `Call` with the tokens of all sequences one behind another."""
 
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
+import infsa_kernels
 from helpers.calls import REFERENCE, Call, accumulation
+
+# With a floor under its scores linear has raw operators of its own.
+PACKED_OPS = ("linear", "linear_floor", "pure")
+FLOOR = 0.3
 
 H, D, DV = 3, 16, 24
 
@@ -29,7 +35,7 @@ class PackedCall(Call):
 
     @property
     def raw_name(self) -> str:
-        return f"{self.op}_varlen"
+        return f"{self.op}_varlen_floor" if self.score_floor else f"{self.op}_varlen"
 
     def sequences(self) -> tuple:
         """cu_seqlens_q, cu_seqlens_k, max_q, max_k; the first two are one tensor where k is tied."""
@@ -42,15 +48,23 @@ class PackedCall(Call):
         return self.operator()(self.q, k, self.v, *self.sequences(), self.eps, self.rho)
 
     def operator(self):
+        return partial(self.overload(), **self.by_name())
+
+    def overload(self):
         overload = "default" if isinstance(self.rho, Tensor) else "scalar_rho"
         return getattr(getattr(torch.ops.infsa, f"{self.op}_varlen"), overload)
+
+    def function(self):
+        return partial(getattr(infsa_kernels, f"{self.op}_infsa_varlen"), **self.by_name())
 
     def reference(self, dtype: torch.dtype) -> Tensor:
         call = self.to(dtype)
         found = []
         for queries, keys in call.spans():
             q, v = _heads(call.q[queries]), _heads(call.v[keys])
-            out = REFERENCE[call.op](q, q if call.k is None else _heads(call.k[keys]), v, call.rho, call.eps)
+            out = REFERENCE[call.op](
+                q, q if call.k is None else _heads(call.k[keys]), v, call.rho, call.eps, **self.by_name()
+            )
             found.append(out[0].transpose(0, 1) if call.op == "pure" else out)
         # Of no sequence, nothing that depends on anything.
         return (
@@ -73,12 +87,18 @@ class PackedCall(Call):
             sizes = len(self.lengths), self.q.shape[1]
             head_rho, rho = rho.detach().to(accumulation(self.q.dtype)).expand(sizes), 1.0
         queries, keys, *longest = self.sequences()
-        return self.q, self.k, self.v, queries, None if self.k is None else keys, *longest, self.eps, rho, head_rho
+        keys = None if self.k is None else keys
+        numbers = self.eps, *self.by_name().values(), rho
+        return self.q, self.k, self.v, queries, keys, *longest, *numbers, head_rho
 
 
 def make(
     op, device="cpu", *, tied=False, lengths=LENGTHS, key_lengths=KEY_LENGTHS, dtype=torch.float32, d=D, dv=DV, heads=H, **options
 ) -> PackedCall:  # fmt: skip
+    """`op` is one of PACKED_OPS."""
+    if op == "linear_floor":
+        op, options = "linear", {"score_floor": FLOOR} | options
+
     def tokens(count, width):
         return torch.randn(count, heads, width, dtype=dtype, device=device)
 

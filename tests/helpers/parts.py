@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 
 from helpers.calls import accumulation, expected
-from infsa_kernels.ops.linear_steps import choose_steps, mean
+from infsa_kernels.ops.linear_steps import choose_steps, floored_mean, key_count, mean
 from infsa_kernels.ops.pure_blocks import choose_blocks
 from infsa_kernels.testing import FORWARD, GRADIENT, assert_within
 
@@ -31,11 +31,17 @@ def linear_in_parts(call, dcontext, backend, record=_run):
     steps = choose_steps(call.q, backend)
     sums = sum(record(steps.queries_fwd, q, m) for q, m in zip(qs, query_masks))
     central_query, energy_sum = mean(sums, call.eps, acc)
-    sums = sum(record(steps.keys_fwd, k, v, central_query, m) for k, v, m in zip(ks, vs, key_masks))
-    context, score_sum = mean(sums, call.eps, acc)
+    floor = [call.score_floor] if call.score_floor else []
+    keys_fwd, keys_bwd = (steps.keys_floor_fwd, steps.keys_floor_bwd) if floor else (steps.keys_fwd, steps.keys_bwd)
+    sums = sum(record(keys_fwd, k, v, central_query, m) for k, v, m in zip(ks, vs, key_masks))
+    if floor:
+        sums = torch.cat([sums, sum(key_count(v, m) for v, m in zip(vs, key_masks))], -1)
+        context, saved = floored_mean(sums, *floor, call.eps, acc)
+    else:
+        context, *saved = mean(sums, call.eps, acc)
     wanted = [not tied, True, True, tied]
     back = [
-        record(steps.keys_bwd, dcontext, k, v, context, central_query, score_sum, call.eps, m, wanted)
+        record(keys_bwd, dcontext, k, v, context, central_query, *saved, call.eps, *floor, m, wanted)
         for k, v, m in zip(ks, vs, key_masks)
     ]
     dcentral = sum(dqbar for _, _, dqbar, *_ in back)

@@ -203,22 +203,29 @@ def test_packed_input_equals_single_texts(name):
     torch.testing.assert_close(again, out)
 
 
-@pytest.mark.parametrize("name", NAMES[:2])
-def test_packed_batches_lie_one_behind_another(name):
+@pytest.mark.parametrize(("name", "floor"), [("infsa_linear", 0.0), ("infsa_linear", 0.3), ("infsa_pure", 0.0)])
+def test_packed_batches_lie_one_behind_another(name, floor):
     q, k, v = torch.randn(2, 4, 6, 8), torch.randn(2, 2, 6, 8), torch.randn(2, 2, 6, 5)
     offsets = torch.tensor([0, 5, 12])  # the second sequence begins in the first row of the batch
-    out, weights = attend(name, Module(rho_logit=torch.zeros(4)), q, k, v, cu_seq_lens_q=offsets)
+    module = Module(rho_logit=torch.zeros(4), score_floor=floor)
+    out, weights = attend(name, module, q, k, v, cu_seq_lens_q=offsets)
     assert weights is None and out.shape == (2, 6, 4, 5)
     q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (q, k[:, [0, 0, 1, 1]], v[:, [0, 0, 1, 1]]))
     for part in (slice(0, 5), slice(5, 12)):
         one = (t[part].transpose(0, 1)[None] for t in (q, k, v))
-        truth, _ = attend(name, Module(rho_logit=torch.zeros(4)), *one)
+        truth, _ = attend(name, module, *one)
         torch.testing.assert_close(out.flatten(0, 1)[part], truth[0])
+
+
+@pytest.mark.parametrize("packed", [{}, {"cu_seq_lens_q": torch.tensor([0, 5, 12])}], ids=["batch", "packed"])
+def test_a_floor_is_of_linear(packed):
+    q = torch.randn(1, 4, 12, 8)
+    with pytest.raises(ValueError, match=r"Module: score_floor is 0\.3, expected 0 with variant='pure_infsa'"):
+        attend("infsa_pure", Module(score_floor=0.3), q, q, q, **packed)
 
 
 @pytest.mark.parametrize(("name", "module", "kwargs", "reason"), [
     ("infsa_multi_hop", {}, {}, "multi-hop of packed sequences"),
-    ("infsa_linear", {"score_floor": 0.1}, {}, "a score_floor of packed sequences"),
     ("infsa_pure", {"sequence_group": "0"}, {}, "tokens on several ranks of packed sequences"),
     ("infsa_pure", {}, {"dropout": 0.1}, "dropout of packed sequences"),
     ("infsa_linear", {}, {"output_attentions": True}, "its weights of packed sequences"),

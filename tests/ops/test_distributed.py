@@ -199,6 +199,7 @@ def pooled_layer_is_sharded(mesh):
 def a_floor_is_sharded(mesh):
     """Of both operators that have one; the mean token, which has no heads, is the same on every shard of these."""
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor.debug import CommDebugMode
 
     tensors, masks = inputs()
     del tensors["rho"]
@@ -210,9 +211,12 @@ def a_floor_is_sharded(mesh):
     expected = step(*(t.requires_grad_() for t in tensors.values()), masks["key_padding_mask"])
     for where, of_mask in ((Shard(0), Shard(0)), (Shard(1), Replicate()), (Shard(2), Replicate())):
         q, k, v = (distribute_tensor(t.detach(), mesh, [where]).requires_grad_() for t in tensors.values())
-        for actual, truth in zip(
-            step(q, k, v, distribute_tensor(masks["key_padding_mask"], mesh, [of_mask])), expected
-        ):
+        mask = distribute_tensor(masks["key_padding_mask"], mesh, [of_mask])
+        with CommDebugMode() as communication:
+            found = step(q, k, v, mask)
+        # As without a floor: two sums forward and one backward, and the tokens stay.
+        assert communication.get_total_counts() == (3 if where == Shard(2) else 0)
+        for actual, truth in zip(found, expected):
             assert_close(actual.full_tensor(), truth)
     x, keys = torch.randn(B, N, D, dtype=torch.float64), torch.randn(B, H, D, dtype=torch.float64)
     forward = raw_op("score_pool_floor_fwd", "eager")

@@ -14,12 +14,12 @@ import torch
 
 import infsa_kernels  # noqa: F401
 
-PACKED = ("linear_varlen", "pure_varlen")
+PACKED = ("linear_varlen", "linear_varlen_floor", "pure_varlen")
 OPS = ("linear", "linear_floor", "pure", *PACKED, "central_query", "score_pool", "score_pool_floor")
 # Of operators for tokens in parts. All that forward and backward take is an argument.
 PARTS = (
-    "linear_steps_queries_fwd", "linear_steps_keys_fwd", "linear_steps_keys_bwd", "linear_steps_queries_bwd", "pure_blocks_fwd",
-    "pure_blocks_bwd",
+    "linear_steps_queries_fwd", "linear_steps_keys_fwd", "linear_steps_keys_bwd", "linear_steps_queries_bwd",
+    "linear_steps_keys_floor_fwd", "linear_steps_keys_floor_bwd", "pure_blocks_fwd", "pure_blocks_bwd",
 )  # fmt: skip
 CALLS = 300
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -55,6 +55,7 @@ def good(op: str, rng: random.Random) -> dict:
         return t if rng.random() < 0.5 else None
 
     B, H, N, M, d, v = rng.randint(1, 3), rng.randint(1, 3), *(rng.choice([1, 2, 5, 16, 33]) for _ in range(4))
+    floor = {"score_floor": rng.choice([0.0, 0.1, 2.0])} if op.endswith("_floor") else {}
     if op in PACKED:
         index = rng.choice([torch.int32, torch.int64])
         queries, keys = ([rng.choice([0, 1, 2, 5, 16, 33]) for _ in range(B)] for _ in range(2))
@@ -63,9 +64,8 @@ def good(op: str, rng: random.Random) -> dict:
         cu_q, cu_k = (torch.tensor([0, *itertools.accumulate(lengths)], dtype=index) for lengths in (queries, keys))
         tensors = {"q": numbers(sum(queries), H, d), "k": None if tied else numbers(sum(keys), H, d)}
         tensors |= {"v": numbers(sum(keys), H, v), "cu_seqlens_q": cu_q, "cu_seqlens_k": None if tied else cu_k}
-        rest = {"max_q": max(queries), "max_k": max(keys) + 3, "eps": 1e-3, "rho": 0.9}
+        rest = {"max_q": max(queries), "max_k": max(keys) + 3, "eps": 1e-3} | floor | {"rho": 0.9}
         return tensors | rest | {"head_rho": maybe(numbers(B, H, dtype=acc))}
-    floor = {"score_floor": rng.choice([0.0, 0.1, 2.0])} if op.endswith("_floor") else {}
     if op in ("linear", "linear_floor", "pure"):
         k = maybe(numbers(B, H, M, d))
         M = N if k is None else M
@@ -105,10 +105,12 @@ def good_part(name: str, rng: random.Random) -> dict:
     k, dscores = numbers(B, H, M, d), maybe(numbers(B, H, N, dtype=acc))
     if name.startswith("pure") and maybe(k) is None:
         k, M = None, N
-    sums = {n: torch.rand(B, H, dtype=torch.float64) + 0.5 for n in ("energy_sum", "score_sum", "dscores_unit")}
+    sums = ("energy_sum", "score_sum", "absolute_sum", "key_count", "dscores_unit")
+    sums = {n: torch.rand(B, H, dtype=torch.float64) + 0.5 for n in sums}
     found = {
         "q": numbers(B, H, N, d), "k": k, "v": numbers(B, H, M, v), "dout": numbers(B, H, N, v), "dscores": dscores,
         "dcontext": numbers(B, H, v, dtype=acc), "context": numbers(B, H, v, dtype=acc),
+        "value_mean": numbers(B, H, v, dtype=acc), "score_floor": 0.3,
         "central_query": numbers(B, H, d, dtype=acc), "dcentral_query": numbers(B, H, d, dtype=torch.float64),
         "dout_out": numbers(B, H, dtype=torch.float64), "norm": torch.rand(B, H).to(acc) + 0.5, "rho": 0.9, "eps": 1e-3,
         "head_rho": maybe(numbers(B, H, dtype=acc)), "key_padding_mask": maybe(torch.rand(B, M) < 0.3),
@@ -198,7 +200,7 @@ def main(seed: int):
         wanted = None if wrong else answer(getattr(torch.ops.infsa, f"{op}_eager"), arguments.values())
         assert (actual is None) == (wanted is None), f"the eager operator {'refuses' if wanted is None else 'answers'}"
         results = [() if t is None else (t,) if isinstance(t, torch.Tensor) else t for t in (actual, wanted)]
-        if op == "linear_steps_keys_bwd" and all(results) and results[1][3].dim() == 3:
+        if op.startswith("linear_steps_keys") and way == "bwd" and all(results) and results[1][3].dim() == 3:
             # dscores are in a unit of every head, which goes with them and is a backend's own.
             results = [(*r[:3], r[3].double() * r[4][..., None]) for r in results]
         for a, w in zip(*results):

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 import infsa_kernels
-from infsa_kernels.ops import central_query, linear, pure, score_pool, varlen
+from infsa_kernels.ops import central_query, linear, linear_floor, pure, score_pool, score_pool_floor, varlen
 from infsa_kernels.ops.backends import OPERATORS, SUFFIXES
 
 ROOT = Path(__file__).parents[2]
@@ -184,7 +184,8 @@ def test_flops_of_compiled_graphs(op, form, device, backend):
 
 @pytest.mark.parametrize(
     "raw",
-    [m.raw for m in (linear, pure, central_query, score_pool)] + [varlen.raw_linear, varlen.raw_pure],
+    [m.raw for m in (linear, linear_floor, pure, central_query, score_pool, score_pool_floor)]
+    + [varlen.raw_linear, varlen.raw_linear_floor, varlen.raw_pure],
     ids=lambda raw: raw.name,
 )
 def test_kernels_are_where_the_operator_says(raw):
@@ -212,6 +213,7 @@ def test_operators_and_their_backends():
     without_cuda, without_gpu = everything - {"cuda"}, {"cpu", "eager"}
     assert {"linear": everything, "linear_floor": without_cuda, "pure": without_cuda, "pooled_linear": without_gpu} | {
         "linear_varlen": without_cuda,
+        "linear_varlen_floor": without_gpu,
         "pure_varlen": without_cuda,
         # Parts of these for tokens in parts, and what puts them together over ranks.
         "linear_steps": without_cuda,

@@ -24,13 +24,22 @@ def test_parts_are_the_operator(backend, device, op, dtype, form):
         check_in_parts(make_call(op, form, dtype, device, layout), backend, layout)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", FORMS)
+def test_parts_with_a_floor_are_the_operator(backend, device, dtype, form):
+    for layout in LAYOUTS:
+        call = replace(make_call("linear", form, dtype, device, layout), score_floor=0.3)
+        check_in_parts(call, backend, layout)
+
+
 @pytest.mark.only_backend("cpu", "eager")
+@pytest.mark.parametrize("floor", [0.0, 0.3])
 @pytest.mark.parametrize("size", [1e25, 1e-12])
 @pytest.mark.parametrize("tied", [False, True])
-def test_sums_of_large_and_small_tokens_stay_in_range(backend, device, size, tied):
+def test_sums_of_large_and_small_tokens_stay_in_range(backend, device, size, tied, floor):
     call = make_call("linear", "tied" if tied else "plain", torch.float32, device)
     k = None if tied else call.k * size
-    call = replace(call, q=call.q * size, k=k, rho=1.0, eps=1e-34)
+    call = replace(call, q=call.q * size, k=k, rho=1.0, eps=1e-34, score_floor=floor)
     dout = torch.randn(*call.q.shape[:2], call.v.shape[3], device=device)
     truth, truths = call.to(torch.float64).reference_results(dout.double(), torch.float64)
     context, gradients = linear_in_parts(call, dout, backend)
@@ -58,7 +67,8 @@ def test_opcheck(backend, device, dtype, form, layout):
 
     call = make_call("linear", form, dtype, device, layout)
     dcontext = torch.randn(*call.q.shape[:2], call.v.shape[3], device=device).to(accumulation(dtype))
-    linear_in_parts(call, dcontext, backend, checked)
+    for floor in (0.0, 0.3):
+        linear_in_parts(replace(call, score_floor=floor), dcontext, backend, checked)
     dout = torch.randn(*call.q.shape[:3], call.v.shape[3], device=device).to(dtype)
     pure_in_blocks(call, dout, backend, checked)
 

@@ -1,9 +1,11 @@
 """The packed operators against the loop over their sequences in float64, and what torch asks of an operator."""
 
+from functools import partial
+
 import pytest
 import torch
-from helpers.calls import DTYPES, OPS, check, raw_op
-from helpers.packed_calls import KEY_LENGTHS, LENGTHS, H, make, offsets
+from helpers.calls import DTYPES, check, raw_op
+from helpers.packed_calls import KEY_LENGTHS, LENGTHS, PACKED_OPS, H, make, offsets
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
@@ -12,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import infsa_kernels
 
-by_op = pytest.mark.parametrize("op", OPS)
+by_op = pytest.mark.parametrize("op", PACKED_OPS)
 by_tie = pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 
 
@@ -61,7 +63,7 @@ def test_integers_of_offsets(op, index, device, backend):
     check(call, call.output_gradient(), draws=2)
     q, k, v, cu_q, cu_k, *rest = call.raw()
     strided = torch.stack((cu_q, cu_q + 7), 1)[:, 0]
-    raw = raw_op(f"{op}_varlen_fwd", backend)
+    raw = raw_op(f"{call.raw_name}_fwd", backend)
     assert torch.equal(raw(q, k, v, strided, cu_k, *rest)[0], raw(q, k, v, cu_q, cu_k, *rest)[0])
     assert torch.equal(raw(q, k, v, cu_q, cu_k, 10**6, 10**6, *rest[2:])[0], call.run())  # longest is a bound
 
@@ -88,9 +90,10 @@ def test_empty(op, lengths, device, backend):
 @by_op
 def test_rho_of_every_sequence(op, device, backend):
     """The raw operator's may differ between sequences, the public one's is the same for all."""
-    *arguments, _ = make(op, device, rho=torch.ones(H, device=device)).raw()
-    head_rho, raw = torch.rand(len(LENGTHS), H, device=device) + 0.5, raw_op(f"{op}_varlen_fwd", backend)
-    of_rows = head_rho if op == "linear" else head_rho.repeat_interleave(torch.tensor(LENGTHS, device=device), 0)
+    call = make(op, device, rho=torch.ones(H, device=device))
+    (*arguments, _), raw = call.raw(), raw_op(f"{call.raw_name}_fwd", backend)
+    head_rho = torch.rand(len(LENGTHS), H, device=device) + 0.5
+    of_rows = head_rho if call.op == "linear" else head_rho.repeat_interleave(torch.tensor(LENGTHS, device=device), 0)
     assert_close(raw(*arguments, head_rho)[0], raw(*arguments, None)[0] * of_rows[..., None])
 
 
@@ -130,7 +133,7 @@ def test_k_that_is_q_in_other_sequences(op, device, backend):
 
 def raw_backward(call, backend, output_mask=(True,) * 4):
     q, k, v, *rest = call.raw()
-    out, *statistics = raw_op(f"{call.op}_varlen_fwd", backend)(q, k, v, *rest)
+    out, *statistics = raw_op(f"{call.raw_name}_fwd", backend)(q, k, v, *rest)
     saved = [out, *statistics] if call.op == "pure" else statistics
     return torch.randn_like(out), q, k, v, *saved, *rest, list(output_mask)
 
@@ -146,14 +149,17 @@ def test_opcheck(op, form, requires_grad, device, backend):
     call = make(op, device, **SMALL, **form)
     call = call.leaves() if requires_grad else call
     k = call.q if call.k is None else call.k
-    torch.library.opcheck(call.operator(), (call.q, k, call.v, *call.sequences(), call.eps, call.rho))
+    arguments = call.q, k, call.v, *call.sequences(), call.eps, call.rho
+    torch.library.opcheck(call.overload(), arguments, call.by_name())
 
     def leaf(t):
         return t.detach().requires_grad_(requires_grad and t.is_floating_point())
 
-    torch.library.opcheck(raw_op(f"{op}_varlen_fwd", backend).default, tree_map_only(torch.Tensor, leaf, call.raw()))
+    torch.library.opcheck(
+        raw_op(f"{call.raw_name}_fwd", backend).default, tree_map_only(torch.Tensor, leaf, call.raw())
+    )
     arguments = tree_map_only(torch.Tensor, leaf, raw_backward(call, backend))
-    torch.library.opcheck(raw_op(f"{op}_varlen_bwd", backend).default, arguments)
+    torch.library.opcheck(raw_op(f"{call.raw_name}_bwd", backend).default, arguments)
 
 
 @by_op
@@ -168,7 +174,7 @@ def test_fakes_tell_the_truth(op, dtype, device, backend):
         calls = [("fwd", call.raw())]
         calls += [("bwd", raw_backward(call, backend, wanted)) for wanted in ([True] * 4, [False, True] * 2)]
         for direction, arguments in calls:
-            raw = raw_op(f"{op}_varlen_{direction}", backend)
+            raw = raw_op(f"{call.raw_name}_{direction}", backend)
             with FakeTensorMode() as mode:
                 fake = describe(raw(*tree_map_only(torch.Tensor, mode.from_tensor, arguments)))
             assert fake == describe(raw(*arguments))
@@ -178,7 +184,7 @@ def test_fakes_tell_the_truth(op, dtype, device, backend):
 def test_gradients_only_on_demand(op, device, backend):
     for tied in (False, True):
         call = make(op, device, tied=tied, rho=torch.rand(H, device=device))
-        backward, arguments = raw_op(f"{op}_varlen_bwd", backend), raw_backward(call, backend)
+        backward, arguments = raw_op(f"{call.raw_name}_bwd", backend), raw_backward(call, backend)
         everything = backward(*arguments)
         for number in range(16):
             wanted = [bool(number >> i & 1) for i in range(4)]
@@ -188,7 +194,7 @@ def test_gradients_only_on_demand(op, device, backend):
 
 @by_op
 def test_compiles_at_most_twice_for_all_lengths(op, device, backend):
-    function, counter = getattr(infsa_kernels, f"{op}_infsa_varlen"), CompileCounterWithBackend("aot_eager")
+    function, counter = make(op).function(), CompileCounterWithBackend("aot_eager")
 
     @torch.compile(backend=counter, fullgraph=True, dynamic=True)
     def compiled(q, k, v, *sequences):
@@ -214,7 +220,7 @@ def test_compiles_at_most_twice_for_all_lengths(op, device, backend):
 def test_exports(op, device, backend):
     class Packed(torch.nn.Module):
         def forward(self, q, v, cu_seqlens, longest):
-            return getattr(infsa_kernels, f"{op}_infsa_varlen")(q, q, v, cu_seqlens, cu_seqlens, longest, longest)
+            return make(op).function()(q, q, v, cu_seqlens, cu_seqlens, longest, longest)
 
     def inputs(*lengths):
         call = make(op, device, tied=True, lengths=lengths)
@@ -235,7 +241,7 @@ def test_functions_give_rows_of_tokens(op, tied, device, backend):
     lengths, H, longest = (4, 0, 7, 1), 3, 7
     rho = torch.rand(H, device=device).requires_grad_()
     call = make(op, device, tied=tied, lengths=lengths, key_lengths=lengths, rho=rho).leaves()
-    packed, dense = (getattr(infsa_kernels, f"{op}_infsa{kind}") for kind in ("_varlen", ""))
+    packed, dense = call.function(), partial(getattr(infsa_kernels, f"{call.op}_infsa"), **call.by_name())
     k = call.q if tied else call.k
     out = packed(call.q, k, call.v, *call.sequences(), call.rho, call.eps)
     assert out.shape == (sum(lengths), H, call.v.shape[2])
@@ -283,7 +289,7 @@ def test_vmap_and_func(op, device, backend):
     leaf = q[1].clone().requires_grad_()
     loss(leaf).backward()
     assert_close(gradients[1], leaf.grad)
-    with pytest.raises(NotImplementedError, match=f"infsa::{op}_varlen_fwd.* has no forward-mode derivative"):
+    with pytest.raises(NotImplementedError, match=f"infsa::{call.raw_name}_fwd.* has no forward-mode derivative"):
         torch.func.jvp(run, (q[0],), (q[0],))
 
 
@@ -298,6 +304,7 @@ def test_flops(op, device, backend):
         out.sum().backward()
     wanted = {
         "linear": (H * (4 * N * d + 2 * M * (d + dv)), H * (8 * N * d + 5 * M * d + 3 * M * dv)),
+        "linear_floor": (H * (4 * N * d + 2 * M * d + 3 * M * dv), H * (8 * N * d + 5 * M * d + 3 * M * dv)),
         "pure": (2 * H * scores * (d + dv), H * scores * (6 * d + 4 * dv)),
     }
     assert (forward.get_total_flops(), backward.get_total_flops()) == wanted[op]
@@ -327,9 +334,10 @@ def test_meta_tensors(op):
 
 
 @pytest.mark.only_backend("cpu")
-def test_a_sequence_does_not_feel_its_neighbours(device, backend):
+@pytest.mark.parametrize("op", PACKED_OPS[:2])
+def test_a_sequence_does_not_feel_its_neighbours(op, device, backend):
     """The cut of its work, and so its bits, are those of the dense operator on it alone."""
-    call = make("linear", device, lengths=(5, 700, 0, 3000), key_lengths=(7, 650, 2, 3001), d=64, dv=64)
+    call = make(op, device, lengths=(5, 700, 0, 3000), key_lengths=(7, 650, 2, 3001), d=64, dv=64)
     dout, leaves = call.output_gradient(), call.leaves()
     out = leaves.run()
     dq, dk, dv = torch.autograd.grad(out, (leaves.q, leaves.k, leaves.v), dout)
@@ -338,7 +346,7 @@ def test_a_sequence_does_not_feel_its_neighbours(device, backend):
             t[at].transpose(0, 1)[None].requires_grad_()
             for t, at in ((call.q, queries), (call.k, keys), (call.v, keys))
         )
-        alone = torch.ops.infsa.linear(q, k, v, call.eps, call.rho)
+        alone = torch.ops.infsa.linear(q, k, v, call.eps, call.rho, **call.by_name())
         assert torch.equal(alone[0], out[s])
         for whole, at, part in zip(
             (dq, dk, dv), (queries, keys, keys), torch.autograd.grad(alone, (q, k, v), dout[s : s + 1])
@@ -372,98 +380,17 @@ def test_scores_out_of_the_range_of_float32(op, device, backend):
     assert_close(call.run().double(), wanted, rtol=1e-4, atol=1e-5)
 
 
-def bad(**wrong) -> dict:
-    q, k, v = torch.zeros(5, 2, 4), torch.zeros(6, 2, 4), torch.zeros(6, 2, 3)
-    return {
-        "q": q, "k": k, "v": v, "cu_seqlens_q": offsets((2, 3)), "cu_seqlens_k": offsets((6, 0)), "max_q": 3, "max_k": 6,
-    } | wrong  # fmt: skip
+def test_no_floor_is_the_papers_operator(device, backend):
+    call = make("linear", device)
+    assert torch.equal(call.function()(call.q, call.k, call.v, *call.sequences(), score_floor=0), call.function()(
+        call.q, call.k, call.v, *call.sequences()
+    ))  # fmt: skip
 
 
-BAD = [
-    ({"q": torch.zeros(1, 5, 2, 4)}, ValueError, "q has shape [1, 5, 2, 4], expected (N, H, d); view it with 3 dimensions"),
-    ({"k": torch.zeros(6, 1, 4)}, ValueError, "k has shape [6, 1, 4], expected (M, H, d) = [6, 2, 4]; broadcasting"),
-    ({"v": torch.zeros(5, 2, 3)}, ValueError, "v has shape [5, 2, 3], expected (M, H, dv) = [6, 2, 3]"),
-    ({"k": torch.zeros(6, 2, 4).half()}, TypeError, "k has dtype torch.float16, expected torch.float32"),
-    ({"eps": 0.0}, ValueError, "eps is 0, expected a finite number above 0"),
-    ({"rho": torch.ones(3)}, ValueError, "rho has shape [3], expected [], [1] or (H,) = [2]"),
-    (
-        {"cu_seqlens_q": offsets((2, 3), torch.float32)}, TypeError,
-        "cu_seqlens_q has dtype torch.float32, expected torch.int32; convert it with .to(torch.int32)",
-    ),
-    (
-        {"cu_seqlens_k": offsets((6, 0), torch.int16)}, TypeError,
-        "cu_seqlens_k has dtype torch.int16, expected torch.int32; convert it with .to(torch.int32)",
-    ),
-    (
-        {"cu_seqlens_q": offsets((2, 3), device="meta")}, ValueError,
-        "cu_seqlens_q is on meta, expected cpu, where q is; move it with .to(q.device)",
-    ),
-    (
-        {"cu_seqlens_q": offsets((2, 3))[None]}, ValueError,
-        "cu_seqlens_q has shape [1, 3], expected (S+1); view it with 1 dimensions",
-    ),
-    (
-        {"cu_seqlens_k": offsets((6, 0, 0))}, ValueError,
-        "cu_seqlens_k has shape [4], expected (S+1) = [3]; one element for each sequence and one more",
-    ),
-    (
-        {"cu_seqlens_q": offsets(())[:0], "cu_seqlens_k": offsets(())[:0]}, ValueError,
-        "cu_seqlens_q has shape [0], expected (S+1): a 0, and where each of the S sequences ends",
-    ),
-    (
-        {"cu_seqlens_q": offsets((2, 3)) + 1}, ValueError,
-        "cu_seqlens_q starts at 1, expected 0, where the first sequence begins",
-    ),
-    (
-        {"cu_seqlens_k": torch.tensor([0, 7, 6])}, ValueError,
-        "cu_seqlens_k falls from 7 to 6 at position 2, expected no fall; give the lengths of the sequences summed up",
-    ),
-    (
-        {"cu_seqlens_q": offsets((2, 2))}, ValueError,
-        "cu_seqlens_q ends at 4, expected 5, the number of tokens of q; slice the tokens that belong to no sequence off",
-    ),
-    ({"cu_seqlens_k": offsets((6, 1))}, ValueError, "cu_seqlens_k ends at 7, expected 6, the number of tokens of k"),
-    ({"max_q": 2}, ValueError, "max_q is 2, expected at least 3, the length of sequence 1"),
-    ({"max_k": -1}, ValueError, "max_k is -1, expected at least 6, the length of sequence 0"),
-]  # fmt: skip
-
-
-@by_op
-@pytest.mark.parametrize(("wrong", "error", "words"), BAD, ids=[words[:50] for _, _, words in BAD])
-def test_bad_input(op, wrong, error, words):
-    """The same words from the function, the operator, and the raw operator of every backend."""
-    given = bad(**wrong)
-    names = "q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_q", "max_k"
-    arguments, eps, rho = [given[n] for n in names], given.get("eps", 1e-6), given.get("rho", 1.0)
-    calls = [
-        lambda: getattr(infsa_kernels, f"{op}_infsa_varlen")(*arguments, rho, eps),
-        lambda: getattr(torch.ops.infsa, f"{op}_varlen")(*arguments, eps, rho),
-    ]
-    if "rho" not in given:
-        usable = infsa_kernels.explain_backend(f"{op}_varlen", torch.device("cpu"), torch.float32, (5, 2, 4))
-        for backend in (name for name, why in usable.items() if why is None):
-            raw = raw_op(f"{op}_varlen_fwd", backend)
-            calls.append(lambda raw=raw: raw(*arguments, eps, 1.0, None))
-    for call in calls:
-        with pytest.raises(error) as caught:
-            call()
-        assert str(caught.value).startswith(f"infsa::{op}_varlen: {words}")
-
-
-@by_op
-@pytest.mark.parametrize(("name", "value", "words"), [
-    ("cu_seqlens_k", None, "cu_seqlens_k is a NoneType, expected a Tensor"),
-    ("max_q", 3.0, "max_q is a float, expected an int"),
-    ("max_k", None, "max_k is a NoneType, expected an int"),
-])  # fmt: skip
-def test_wrong_types(op, name, value, words):
-    with pytest.raises(TypeError, match=f"infsa::{op}_varlen: {words}"):
-        getattr(infsa_kernels, f"{op}_infsa_varlen")(**bad(**{name: value}))
-
-
-@by_op
-def test_offsets_without_values_are_taken_as_they_are(op):
-    """Under a FakeTensorMode, as on a GPU, nothing waits for them."""
-    with FakeTensorMode() as mode:
-        given = {n: mode.from_tensor(t) if isinstance(t, torch.Tensor) else t for n, t in bad(max_q=1).items()}
-        assert getattr(infsa_kernels, f"{op}_infsa_varlen")(**given).shape == (5, 2, 3)
+def test_heads_without_a_positive_score_pool_the_mean_of_their_sequence(device, backend):
+    call = make("linear_floor", device, lengths=(3, 2, 4), key_lengths=(5, 0, 7), rho=1.0)
+    call.q.abs_()
+    call.k.abs_().neg_()
+    means = [call.v[keys].mean(0) for _, keys in call.spans()]
+    means[1] = torch.zeros_like(means[0])  # no keys
+    assert_close(call.run(), torch.stack(means), rtol=1e-4, atol=1e-5)

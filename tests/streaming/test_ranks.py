@@ -16,7 +16,7 @@ WORLD = 2
 
 def model(pool):
     torch.manual_seed(0)
-    made = InfViT(16, 4, 3, 5, 32, 2, 4, pool=pool).eval()
+    made = InfViT(16, 4, 3, 5, 32, 2, 4, pool=pool, score_floor=0.3 if pool == "mean" else 0.0).eval()
     torch.nn.init.normal_(made.head.weight)
     return made
 
