@@ -8,8 +8,6 @@
 //   queries backward  dq_i = s (w_i dqbar + (u_i - qbar) . dqbar / E u_i / e_i)            and + s dt_i qbar, if tied
 //
 // The passes are those of linear.cpp. Sums are float64: of float32 rows they stay in range, whoever has which part.
-#include <torch/library.h>
-
 #include <array>
 #include <tuple>
 #include <vector>
@@ -29,9 +27,9 @@ Sizes sizes_of_keys(const Arguments& a) { return {a['B'], a['H'], 0, a['M'], a['
 Arguments keys_arguments(const Tensor& k, const Tensor& v, const Tensor& central_query,
                          const OptTensor& key_padding_mask) {
   Arguments a(kOp, "k", k, "BHMd");
-  a.tensor("v", v, k.scalar_type(), "BHMv");
+  a.tensor("v", v, k.dtype(), "BHMv");
   a.tensor("central_query", central_query, acc_dtype(k), "BHd");
-  a.tensor("key_padding_mask", key_padding_mask, at::kBool, "BM");
+  a.tensor("key_padding_mask", key_padding_mask, kBool, "BM");
   return a;
 }
 
@@ -47,9 +45,9 @@ double unit_of_numbers(const Numbers& x, int64_t from, int64_t n, bool wide) {
 
 Tensor linear_queries_fwd(const Tensor& q, const OptTensor& query_padding_mask) {
   Arguments a(kOp, "q", q, "BHNd");
-  a.tensor("query_padding_mask", query_padding_mask, at::kBool, "BN");
+  a.tensor("query_padding_mask", query_padding_mask, kBool, "BN");
   const Sizes s = sizes_of_queries(a);
-  const Tensor result = new_cpu({s.B, s.H, s.d + 1}, at::kDouble);
+  const Tensor result = empty({s.B, s.H, s.d + 1}, kDouble);
   double* to = result.data_ptr<double>();
 
   const Plan plan(s, s.N, q, q, q);
@@ -93,7 +91,7 @@ void set_score_query(const Plan& plan, const Numbers& qbar, const Units& units, 
 Tensor linear_keys_fwd(const Tensor& k, const Tensor& v, const Tensor& central_query,
                        const OptTensor& key_padding_mask) {
   const Sizes s = sizes_of_keys(keys_arguments(k, v, central_query, key_padding_mask));
-  const Tensor result = new_cpu({s.B, s.H, s.d_v + 1}, at::kDouble);
+  const Tensor result = empty({s.B, s.H, s.d_v + 1}, kDouble);
   double* to = result.data_ptr<double>();
 
   const Plan plan(s, 0, k, k, v);
@@ -107,7 +105,7 @@ Tensor linear_keys_fwd(const Tensor& k, const Tensor& v, const Tensor& central_q
 
   Units units(plan, queries, keys, args);
   std::vector<char> strange(s.B * s.H);
-  const Numbers qbar(central_query.contiguous()), query = plan.numbers(score_query);
+  const Numbers qbar(contiguous(central_query)), query = plan.numbers(score_query);
   const auto run = [&](int64_t begin, int64_t end) {
     set_score_query(plan, qbar, units, query, begin * plan.heads, end * plan.heads);
     keys.run(LinearPass::forward_keys, args, begin, end, sums, plan.d_v, nullptr);
@@ -137,15 +135,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_keys_bwd(const Tensor&
                                                                    double eps, const OptTensor& key_padding_mask,
                                                                    std::array<bool, 4> output_mask) {
   Arguments a = keys_arguments(k, v, central_query, key_padding_mask);
-  const at::ScalarType acc = acc_dtype(k);
+  const Dtype acc = acc_dtype(k);
   a.tensor("dcontext", dcontext_, acc, "BHv");
   a.tensor("context", context, acc, "BHv");
-  a.tensor("score_sum", score_sum, at::kDouble, "BH");
+  a.tensor("score_sum", score_sum, kDouble, "BH");
   a.demand(std::isfinite(eps) && eps > 0, "eps");
   const Sizes s = sizes_of_keys(a);
   const auto [want_dk, want_dv, want_dcentral, want_dscores] = output_mask;
   const Tensor dk = new_gradient(want_dk, k), dv = new_gradient(want_dv, v);
-  const Tensor dcentral = new_cpu({want_dcentral ? s.B * s.H * s.d : 0}, at::kDouble);
+  const Tensor dcentral = want_dcentral ? empty({s.B, s.H, s.d}, kDouble) : empty({0}, kDouble);
 
   const Plan plan(s, 0, k, k, v);
   const Walk queries(plan, 0, nullptr), keys(plan, s.M, nullptr);
@@ -157,102 +155,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_keys_bwd(const Tensor&
   const Buffer sums_buffer(want_sums ? keys.sums_bytes(plan.d) : 0);
   double* sums = want_sums ? sums_buffer.as<double>() : nullptr;
   // In the order in which the passes go over tokens and heads.
-  const int64_t token = plan.heads > 1 ? s.H : 1, of_head = plan.heads > 1 ? 1 : s.M;
-  const Tensor dscores =
-      want_dscores ? new_tensor({s.B, s.H, s.M}, {s.H * s.M, of_head, token}, acc) : new_cpu({0}, acc);
-  char* scores = want_dscores ? static_cast<char*>(dscores.data_ptr()) : nullptr;
-
-  LinearArgs args{};
-  args.k = rows_of(k), args.v = rows_of(v), args.key_mask = mask_of(key_padding_mask);
-  if (want_dk) args.dk = rows_of(dk);
-  if (want_dv) args.dv = rows_of(dv);
-  args.H = s.H, args.d = s.d, args.d_v = s.d_v;
-  args.score_query = score_query.data(), args.dcontext = dcontext.data();
-  args.dcontext_dot = dcontext_dot.data(), args.score_scale = score_scale.data();
-
-  Units units(plan, queries, keys, args);
-  std::vector<char> strange(s.B * s.H);
-  const Numbers dz(dcontext_.contiguous()), z(context.contiguous()), qbar(central_query.contiguous()),
-      R(score_sum.contiguous());
-  const Numbers query = plan.numbers(score_query), of_v = plan.numbers(dcontext);
-  const auto run = [&](int64_t begin, int64_t end) {
-    set_score_query(plan, qbar, units, query, begin * plan.heads, end * plan.heads);
-    for (int64_t head = begin * plan.heads; head < end * plan.heads; ++head) {
-      const HeadUnits u = units[head];
-      double dot = 0;
-      for (int64_t c = 0; c < plan.d_v; ++c) {
-        const int64_t at = head * s.d_v + c;
-        if (c < s.d_v) dot += dz[at] * z[at];
-        of_v.set(head * plan.d_v + c, c < s.d_v ? dz[at] * u.dout : 0);
-      }
-      plan.numbers(dcontext_dot).set(head, dot * u.dout * u.v);
-      plan.numbers(score_scale).set(head, 1 / (R[head] + eps) / u.q / u.k * u.score);
-      strange[head] = !plan.is_factor(R[head]);
-    }
-    const int64_t unit_bytes = s.M * plan.heads * plan.acc_bytes;
-    keys.run(LinearPass::backward_keys, args, begin, end, sums, plan.d, scores ? scores + begin * unit_bytes : nullptr);
-    if (!want_dcentral) return;
-    keys.for_heads(begin, end, sums, plan.d, [&](int64_t head, const auto& sums_of, const auto&) {
-      const double* sum = sums_of(0);
-      const HeadUnits u = units[head];
-      strange[head] |= !plan.is_sum(sum, 0, s.d);
-      double* of_head = dcentral.data_ptr<double>() + head * s.d;
-      for (int64_t c = 0; c < s.d; ++c) of_head[c] = scale * sum[c] * u.q / u.dout / u.v / u.score;
-    });
-  };
-  const auto set = [&](int64_t head) {
-    HeadUnits u = units.measure(head);
-    u.q = unit_of_numbers(qbar, head * s.d, s.d, plan.wide);
-    u.dout = unit_of_numbers(dz, head * s.d_v, s.d_v, plan.wide);
-    u.score = std::ldexp(1, std::ilogb((R[head] + eps) * u.q * u.k));
-    return units.install(head, u);
-  };
-  plan.for_waves(run);
-  plan.for_strange(strange, set, run);
-  const Tensor dscores_unit = new_cpu({want_dscores ? s.B * s.H : 0}, at::kDouble);
-  for (int64_t head = 0; want_dscores && head < s.B * s.H; ++head) {
-    const HeadUnits u = units[head];
-    dscores_unit.data_ptr<double>()[head] = u.q * u.k / u.dout / u.v / u.score;
-  }
-  return {dk, dv, want_dcentral ? dcentral.view({s.B, s.H, s.d}) : dcentral, dscores,
-          want_dscores ? dscores_unit.view({s.B, s.H}) : dscores_unit};
-}
-
-Tensor linear_queries_bwd(const Tensor& dcentral_query, const OptTensor& dscores, const OptTensor& dscores_unit,
-                          const Tensor& q, const Tensor& central_query, const Tensor& energy_sum, double eps,
-                          const OptTensor& query_padding_mask) {
-  Arguments a(kOp, "q", q, "BHNd");
-  const at::ScalarType acc = acc_dtype(q);
-  a.tensor("dcentral_query", dcentral_query, at::kDouble, "BHd");
-  a.tensor("dscores", dscores, acc, "BHN");
-  a.tensor("dscores_unit", dscores_unit, at::kDouble, "BH");
-  a.demand(dscores.has_value() == dscores_unit.has_value(), "dscores_unit");
-  a.tensor("central_query", central_query, acc, "BHd");
-  a.tensor("energy_sum", energy_sum, at::kDouble, "BH");
-  a.demand(std::isfinite(eps) && eps > 0, "eps");
-  a.tensor("query_padding_mask", query_padding_mask, at::kBool, "BN");
-  const Sizes s = sizes_of_queries(a);
-  const Tensor dq = new_gradient(true, q);
-
-  const Plan plan(s, s.N, q, q, q);
-  const Walk queries(plan, s.N, nullptr), keys(plan, 0, nullptr);
-  const double scale = scale_of(s.d);
-  const Buffer score_query(plan.head_bytes(plan.d)), query_vector(plan.head_bytes(plan.d)),
-      query_dot(plan.head_bytes(1));
-  LinearArgs args{};
-  args.q = rows_of(q), args.dq = rows_of(dq), args.query_mask = mask_of(query_padding_mask);
-  args.H = s.H, args.d = s.d, args.d_v = s.d_v;
-  args.score_query = score_query.data(), args.query_vector = query_vector.data(), args.query_dot = query_dot.data();
-
-  Units units(plan, queries, keys, args);
-  std::vector<char> strange(s.B * s.H);
-  const Numbers dqbar(dcentral_query.contiguous()), qbar(central_query.contiguous()), E(energy_sum.contiguous());
-  const Numbers query = plan.numbers(score_query), f = plan.numbers(query_vector);
-  // In the order in which the passes go over tokens and heads.
-  const Tensor scores = !dscores         ? Tensor()
-                        : plan.heads > 1 ? dscores->transpose(1, 2).contiguous()
-                                         : dscores->contiguous();
-  const Tensor scores_unit = dscores ? dscores_unit->contiguous() : Tensor();
+  const int64_t token = plan.heads > 1
+                            ? contiguous(as_strided(*dscores, {s.B, s.N, s.H},
+                                                    {dscores->stride(0), dscores->stride(2), dscores->stride(1)}))
+                            : contiguous(*dscores);
+  const Tensor scores_unit = dscores ? contiguous(*dscores_unit) : Tensor();
   const auto run = [&](int64_t begin, int64_t end) {
     for (int64_t head = begin * plan.heads; head < end * plan.heads; ++head) {
       const HeadUnits u = units[head];
@@ -288,11 +195,11 @@ Tensor linear_queries_bwd(const Tensor& dcentral_query, const OptTensor& dscores
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(infsa, CPU, m) {
-  m.impl("linear_steps_queries_fwd", linear_queries_fwd);
-  m.impl("linear_steps_keys_fwd", linear_keys_fwd);
-  m.impl("linear_steps_keys_bwd", linear_keys_bwd);
-  m.impl("linear_steps_queries_bwd", linear_queries_bwd);
+STABLE_TORCH_LIBRARY_IMPL(infsa, CPU, m) {
+  m.impl("linear_steps_queries_fwd", kernel<linear_queries_fwd>);
+  m.impl("linear_steps_keys_fwd", kernel<linear_keys_fwd>);
+  m.impl("linear_steps_keys_bwd", kernel<linear_keys_bwd>);
+  m.impl("linear_steps_queries_bwd", kernel<linear_queries_bwd>);
 }
 
 }  // namespace infsa::cpu::linear
