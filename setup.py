@@ -182,7 +182,9 @@ class BuildExtension(cpp_extension.BuildExtension):
         super().build_extensions()
 
     def get_ext_filename(self, name):
-        return super().get_ext_filename(name) if name == MODULE else f"{name.replace('.', os.sep)}.so"
+        """The library's has no Python in it; name is with its package, or without."""
+        is_library = LIBRARY.endswith(name)
+        return f"{name.replace('.', os.sep)}.so" if is_library else super().get_ext_filename(name)
 
     def build_extension(self, extension):
         """In a folder of its own: ninja's notes there are of one extension."""

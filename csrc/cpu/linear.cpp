@@ -65,10 +65,10 @@ std::tuple<Tensor, Statistics> forward(const Sizes& s, const Packed& packed, con
                                        const OptTensor& query_padding_mask) {
   const auto acc = acc_dtype(q);
   const int64_t floored = floor.has_value();
-  const Tensor out = empty({s.B, s.H, s.d_v}, q.dtype()), context = empty({s.B, s.H, s.d_v}, acc),
-               central_query = empty({s.B, s.H, s.d}, acc), energy_sum = empty({s.B, s.H}, acc),
-               score_sum = empty({s.B, s.H}, acc), absolute_sum = empty({s.B * floored, s.H}, acc),
-               value_mean = empty({s.B * floored, s.H, s.d_v}, acc);
+  Tensor out = empty({s.B, s.H, s.d_v}, q.dtype()), context = empty({s.B, s.H, s.d_v}, acc),
+         central_query = empty({s.B, s.H, s.d}, acc), energy_sum = empty({s.B, s.H}, acc),
+         score_sum = empty({s.B, s.H}, acc), absolute_sum = floor ? empty({s.B, s.H}, acc) : Tensor(),
+         value_mean = floor ? empty({s.B, s.H, s.d_v}, acc) : Tensor();
 
   const Plan plan(s, packed.mean(s), q, k, v);
   const Walk queries(plan, s.N, packed.queries), keys(plan, s.M, packed.keys);
@@ -134,7 +134,9 @@ std::tuple<Tensor, Statistics> forward(const Sizes& s, const Packed& packed, con
   plan.for_waves(run);
   plan.for_strange(strange, [&](int64_t head) { return units.set(head); }, run);
   plan.kernels.tokens.store({out.data_ptr(), s.d_v, 1}, results.data(), s.d_v, s.d_v, 1, {0, s.B * s.H});
-  return {out, {context, central_query, energy_sum, score_sum, absolute_sum, value_mean}};
+  return {std::move(out),
+          {std::move(context), std::move(central_query), std::move(energy_sum), std::move(score_sum),
+           std::move(absolute_sum), std::move(value_mean)}};
 }
 
 // Fills the gradients.
@@ -146,7 +148,6 @@ void backward(const Sizes& s, const Packed& packed, const Gradients& gradients, 
   const Tensor dout = contiguous(dout_);
   const auto& [dq, dk, dv, dhead_rho] = gradients;
   const bool want_dq = dq.dim() > 1, want_dk = dk.dim() > 1, want_dv = dv.dim() > 1, want_drho = dhead_rho.dim() > 1;
-  const Tensor none = empty({0}, acc);
 
   const Plan plan(s, packed.mean(s), q, k, v);
   const Walk queries(plan, s.N, packed.queries), keys(plan, s.M, packed.keys);
@@ -177,7 +178,8 @@ void backward(const Sizes& s, const Packed& packed, const Gradients& gradients, 
   std::vector<char> strange(s.B * s.H);
   const Numbers dz(contiguous(dout, acc)), z(contiguous(saved.context)), qbar(contiguous(saved.central_query)),
       E(contiguous(saved.energy_sum)), R(contiguous(saved.score_sum)), drho(dhead_rho);
-  const Numbers T(floor ? contiguous(saved.absolute_sum) : none), mean(floor ? contiguous(saved.value_mean) : none);
+  const Numbers T(floor ? contiguous(saved.absolute_sum) : Tensor()),
+      mean(floor ? contiguous(saved.value_mean) : Tensor());
   // score_floor T, and R + score_floor T + eps
   const auto share = [&](int64_t head) { return floor ? *floor * T[head] : 0; };
   const auto norm = [&](int64_t head) { return R[head] + share(head) + eps; };

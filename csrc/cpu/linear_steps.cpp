@@ -155,7 +155,98 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_keys_bwd(const Tensor&
   const Buffer sums_buffer(want_sums ? keys.sums_bytes(plan.d) : 0);
   double* sums = want_sums ? sums_buffer.as<double>() : nullptr;
   // In the order in which the passes go over tokens and heads.
-  const int64_t token = plan.heads > 1
+  const int64_t token = plan.heads > 1 ? s.H : 1, of_head = plan.heads > 1 ? 1 : s.M;
+  const Tensor dscores = want_dscores ? new_tensor({s.B, s.H, s.M}, {s.H * s.M, of_head, token}, acc) : empty({0}, acc);
+  char* scores = want_dscores ? static_cast<char*>(dscores.data_ptr()) : nullptr;
+
+  LinearArgs args{};
+  args.k = rows_of(k), args.v = rows_of(v), args.key_mask = mask_of(key_padding_mask);
+  if (want_dk) args.dk = rows_of(dk);
+  if (want_dv) args.dv = rows_of(dv);
+  args.H = s.H, args.d = s.d, args.d_v = s.d_v;
+  args.score_query = score_query.data(), args.dcontext = dcontext.data();
+  args.dcontext_dot = dcontext_dot.data(), args.score_scale = score_scale.data();
+
+  Units units(plan, queries, keys, args);
+  std::vector<char> strange(s.B * s.H);
+  const Numbers dz(contiguous(dcontext_)), z(contiguous(context)), qbar(contiguous(central_query)),
+      R(contiguous(score_sum));
+  const Numbers query = plan.numbers(score_query), of_v = plan.numbers(dcontext);
+  const auto run = [&](int64_t begin, int64_t end) {
+    set_score_query(plan, qbar, units, query, begin * plan.heads, end * plan.heads);
+    for (int64_t head = begin * plan.heads; head < end * plan.heads; ++head) {
+      const HeadUnits u = units[head];
+      double dot = 0;
+      for (int64_t c = 0; c < plan.d_v; ++c) {
+        const int64_t at = head * s.d_v + c;
+        if (c < s.d_v) dot += dz[at] * z[at];
+        of_v.set(head * plan.d_v + c, c < s.d_v ? dz[at] * u.dout : 0);
+      }
+      plan.numbers(dcontext_dot).set(head, dot * u.dout * u.v);
+      plan.numbers(score_scale).set(head, 1 / (R[head] + eps) / u.q / u.k * u.score);
+      strange[head] = !plan.is_factor(R[head]);
+    }
+    const int64_t unit_bytes = s.M * plan.heads * plan.acc_bytes;
+    keys.run(LinearPass::backward_keys, args, begin, end, sums, plan.d, scores ? scores + begin * unit_bytes : nullptr);
+    if (!want_dcentral) return;
+    keys.for_heads(begin, end, sums, plan.d, [&](int64_t head, const auto& sums_of, const auto&) {
+      const double* sum = sums_of(0);
+      const HeadUnits u = units[head];
+      strange[head] |= !plan.is_sum(sum, 0, s.d);
+      double* of_head = dcentral.data_ptr<double>() + head * s.d;
+      for (int64_t c = 0; c < s.d; ++c) of_head[c] = scale * sum[c] * u.q / u.dout / u.v / u.score;
+    });
+  };
+  const auto set = [&](int64_t head) {
+    HeadUnits u = units.measure(head);
+    u.q = unit_of_numbers(qbar, head * s.d, s.d, plan.wide);
+    u.dout = unit_of_numbers(dz, head * s.d_v, s.d_v, plan.wide);
+    u.score = std::ldexp(1, std::ilogb((R[head] + eps) * u.q * u.k));
+    return units.install(head, u);
+  };
+  plan.for_waves(run);
+  plan.for_strange(strange, set, run);
+  const Tensor dscores_unit = want_dscores ? empty({s.B, s.H}, kDouble) : empty({0}, kDouble);
+  for (int64_t head = 0; want_dscores && head < s.B * s.H; ++head) {
+    const HeadUnits u = units[head];
+    dscores_unit.data_ptr<double>()[head] = u.q * u.k / u.dout / u.v / u.score;
+  }
+  return {dk, dv, dcentral, dscores, dscores_unit};
+}
+
+Tensor linear_queries_bwd(const Tensor& dcentral_query, const OptTensor& dscores, const OptTensor& dscores_unit,
+                          const Tensor& q, const Tensor& central_query, const Tensor& energy_sum, double eps,
+                          const OptTensor& query_padding_mask) {
+  Arguments a(kOp, "q", q, "BHNd");
+  const Dtype acc = acc_dtype(q);
+  a.tensor("dcentral_query", dcentral_query, kDouble, "BHd");
+  a.tensor("dscores", dscores, acc, "BHN");
+  a.tensor("dscores_unit", dscores_unit, kDouble, "BH");
+  a.demand(dscores.has_value() == dscores_unit.has_value(), "dscores_unit");
+  a.tensor("central_query", central_query, acc, "BHd");
+  a.tensor("energy_sum", energy_sum, kDouble, "BH");
+  a.demand(std::isfinite(eps) && eps > 0, "eps");
+  a.tensor("query_padding_mask", query_padding_mask, kBool, "BN");
+  const Sizes s = sizes_of_queries(a);
+  const Tensor dq = new_gradient(true, q);
+
+  const Plan plan(s, s.N, q, q, q);
+  const Walk queries(plan, s.N, nullptr), keys(plan, 0, nullptr);
+  const double scale = scale_of(s.d);
+  const Buffer score_query(plan.head_bytes(plan.d)), query_vector(plan.head_bytes(plan.d)),
+      query_dot(plan.head_bytes(1));
+  LinearArgs args{};
+  args.q = rows_of(q), args.dq = rows_of(dq), args.query_mask = mask_of(query_padding_mask);
+  args.H = s.H, args.d = s.d, args.d_v = s.d_v;
+  args.score_query = score_query.data(), args.query_vector = query_vector.data(), args.query_dot = query_dot.data();
+
+  Units units(plan, queries, keys, args);
+  std::vector<char> strange(s.B * s.H);
+  const Numbers dqbar(contiguous(dcentral_query)), qbar(contiguous(central_query)), E(contiguous(energy_sum));
+  const Numbers query = plan.numbers(score_query), f = plan.numbers(query_vector);
+  // In the order in which the passes go over tokens and heads.
+  const Tensor scores = !dscores ? Tensor()
+                        : plan.heads > 1
                             ? contiguous(as_strided(*dscores, {s.B, s.N, s.H},
                                                     {dscores->stride(0), dscores->stride(2), dscores->stride(1)}))
                             : contiguous(*dscores);

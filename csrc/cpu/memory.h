@@ -84,7 +84,8 @@ class Buffer {
 // them, or that is theirs.
 class Numbers {
  public:
-  explicit Numbers(const Tensor& t) : data_(t.data_ptr()), wide_(t.dtype() == kDouble) {}
+  explicit Numbers(const Tensor& t)
+      : data_(t.defined() ? t.data_ptr() : nullptr), wide_(t.defined() && t.dtype() == kDouble) {}
   explicit Numbers(Tensor&& t) : Numbers(static_cast<const Tensor&>(t)) { owner_ = std::move(t); }
   Numbers(const Buffer& buffer, bool wide) : data_(buffer.data()), wide_(wide) {}
 

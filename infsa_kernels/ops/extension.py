@@ -20,7 +20,7 @@ def load() -> str | None:
             warnings.warn(f"infsa_kernels runs its slower 'eager' backend: {_why_missing()}", stacklevel=4)
         return _why_missing()
     try:
-        torch.ops.load_library(LIBRARY)
+        torch.ops.load_library(str(LIBRARY))
         from .. import _C  # noqa: F401
     except (ImportError, OSError) as error:
         found = str(error).splitlines()[0] if str(error) else type(error).__name__
