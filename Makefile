@@ -93,7 +93,8 @@ test-wheel: $(VENV)/built ## one wheel beside several versions of torch
 	$(bin)/python -m build -q --no-isolation --wheel -o build/wheel .
 	code=0; for torch in $(LOCKED_TORCH); do \
 	  venv=$(VENV)-wheel-$$torch; $(PYTHON) -m venv $$venv; \
-	  $$venv/bin/pip install -q torch==$$torch numpy pytest && $$venv/bin/pip install -q --force-reinstall --no-deps build/wheel/*.whl || exit 1; \
+	  $$venv/bin/pip install -q torch==$$torch numpy pytest || { echo "== torch $$torch is not to be had here =="; continue; }; \
+	  $$venv/bin/pip install -q --force-reinstall --no-deps build/wheel/*.whl || exit 1; \
 	  echo "== torch $$torch =="; cd $$venv; bin/python -m infsa_kernels.info | sed -n "s/^extension *//p"; \
 	  bin/python ../tests/ops/test_invariants.py 0 > calls.txt && tail -n 1 calls.txt || { code=1; tail -n 3 calls.txt; }; cd ..; \
 	done; exit $$code

@@ -19,6 +19,9 @@
 #include <utility>
 #include <vector>
 
+// In torch since 2.13; null where it is missing.
+extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
+
 namespace infsa {
 
 using IntArrayRef = torch::headeronly::IntHeaderOnlyArrayRef;
@@ -34,10 +37,12 @@ struct Device {
 
   bool operator==(const Device& other) const { return type == other.type && index == other.index; }
 };
-inline const Device kCPU{aoti_torch_device_type_cpu(), 0};
+inline const Device kCPU{aoti_torch_device_type_cpu(), -1};
 
 inline void succeed(AOTITorchError code, const char* what) {
-  if (code != AOTI_TORCH_SUCCESS) throw std::runtime_error(std::string("infsa_kernels: torch failed to ") + what);
+  if (code == AOTI_TORCH_SUCCESS) return;
+  const char* reason = torch_exception_get_what_without_backtrace ? torch_exception_get_what_without_backtrace() : "";
+  throw std::runtime_error(std::string("infsa_kernels: torch failed to ") + what + ": " + reason);
 }
 
 // A handle of a tensor. A copy of it costs an allocation: kernels take references.
