@@ -201,10 +201,7 @@ template <typename V, bool kFloor> void backward_keys(const LinearArgs& args, co
                 dots(v, h_dcontext, pass.d_v_stride(), rows, pass.d_v_vecs()) - pass.per_row(dcontext_dot, h);
             // score <= 0 and not score > 0: a score that is NaN passes its gradient on, as in torch.
             Vec<A> dscore = score <= 0 ? Vec<A>{} : dweight * pass.per_row(score_scale, h);
-            if constexpr (kFloor) {
-              const Vec<A> dabsolute = pass.per_row(floor_gradient, h);
-              dscore += score > 0 ? dabsolute : score < 0 ? -dabsolute : Vec<A>{};
-            }
+            if constexpr (kFloor) dscore += sign(score) * pass.per_row(floor_gradient, h);
             if (dscores) {
               A* to = dscores + n * task.heads + h;
               if (rows == lanes)

@@ -95,8 +95,7 @@ void score_backward(const Image& t, const ScoreArgs& a, Range range, void* dkeys
         Vec<A> gradient = load(scores + s.wide + h) - load(static_cast<const A*>(a.offset) + h);
         gradient = score <= A(0) ? Vec<A>{} : gradient;
         if constexpr (kFloor) {
-          const Vec<A> dabsolute = load(static_cast<const A*>(a.floor_gradient) + h);
-          gradient += product > A(0) ? dabsolute : product < A(0) ? -dabsolute : Vec<A>{};
+          gradient += sign(product) * load(static_cast<const A*>(a.floor_gradient) + h);
           score += load(static_cast<const A*>(a.floor) + h);
         }
         store(scores + h, keep_first<A>(gradient, a.H - h));

@@ -74,6 +74,12 @@ INFSA_INLINE VecF64 relu(VecF64 x) { return 0.0 > x ? VecF64{} : x; }
 // NaN stays NaN.
 template <typename V> INFSA_INLINE V abs(V x) { return x < 0 ? -x : x; }
 
+// -1, 0 or 1: a factor, so that a gradient that is NaN stays NaN where x is 0.
+template <typename V> INFSA_INLINE V sign(V x) {
+  const V one = V{} + 1;
+  return x > 0 ? one : x < 0 ? -one : V{};
+}
+
 INFSA_INLINE VecF32 sqrt(VecF32 x) {
 #if INFSA_VEC_BYTES == 64
   return bit_cast<VecF32>(_mm512_sqrt_ps(bit_cast<__m512>(x)));

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .common import acc_dtype
+from .common import acc_dtype, direction
 from .tokens import Block, blocks
 
 
@@ -32,8 +32,7 @@ def backward(dcentral_query, x, weight, bias, central_query, energy_sum, norm_ep
         u, energy = _queries(block, x.dtype, weight, bias)
         # qbar = sum_i e_i u_i / E,  e_i = ||u_i||
         denergy = torch.einsum("bthc,bhc->bth", u, scaled) - offset
-        direction = torch.where(energy > 0, denergy / energy, 0)
-        dq = energy[..., None] * scaled[:, None] + direction[..., None] * u  # (B, T, H, d)
+        dq = energy[..., None] * scaled[:, None] + denergy[..., None] * direction(u, energy[..., None])  # (B, T, H, d)
         dq = block.weights(dq.flatten(2))
         low = dq.to(x.dtype)
         if dx is not None:

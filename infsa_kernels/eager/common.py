@@ -32,6 +32,11 @@ def unit(x: Tensor) -> Tensor:
     return torch.nan_to_num(torch.frexp(largest).mantissa / largest, nan=1.0).clamp_(2.0**-60, 2.0**60)
 
 
+def direction(u: Tensor, norm: Tensor) -> Tensor:
+    """u / norm, 0 where the norm is. Divided before anything is multiplied: of a row that is all but 0, 1 / norm overflows."""
+    return u / torch.where(norm > 0, norm, 1)
+
+
 def split(x: Tensor) -> tuple[Tensor, Tensor]:
     """x as mantissa / unit: dividing by the mantissa and multiplying by the unit later keeps what comes between in range."""
     mantissa = torch.frexp(x).mantissa

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .common import acc_dtype, effective_rho, remove, rows, scale, split, unit
+from .common import acc_dtype, direction, effective_rho, remove, rows, scale, split, unit
 
 
 def forward(q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask):
@@ -65,8 +65,7 @@ def query_gradient(dcentral: Tensor, u: Tensor, central_query: Tensor, E: Tensor
     E = E[..., None]
     energy = torch.linalg.vector_norm(u, dim=-1)
     denergy = ((u - central_query[..., None, :]) @ dcentral[..., None]).squeeze(-1) / E
-    direction = torch.where(energy > 0, denergy / energy, 0)
-    return (energy / E)[..., None] * dcentral[..., None, :] + direction[..., None] * u
+    return (energy / E)[..., None] * dcentral[..., None, :] + denergy[..., None] * direction(u, energy[..., None])
 
 
 def inputs(q, k, key_padding_mask, query_padding_mask) -> tuple[Tensor, Tensor, Tensor, Tensor]:

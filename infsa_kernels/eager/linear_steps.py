@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .common import acc_dtype, remove, rows, scale, split, unit
+from .common import acc_dtype, direction, remove, rows, scale, split, unit
 
 
 def queries_fwd(q, query_padding_mask):
@@ -56,8 +56,7 @@ def queries_bwd(dcentral_query, dscores, dscores_unit, q, central_query, energy_
     # qbar = sum_i e_i u_i / E,  e_i = ||u_i||
     energy = torch.linalg.vector_norm(u, dim=-1)[..., None]
     denergy = ((u - query) @ dcentral.mT) / E
-    direction = torch.where(energy > 0, denergy / energy, 0)
-    dq = (s / dcentral_unit).to(acc)[..., None] * (energy / E * dcentral + direction * u)
+    dq = (s / dcentral_unit).to(acc)[..., None] * (energy / E * dcentral + denergy * direction(u, energy))
     dq = remove(dq, query_padding_mask)
     if dscores is not None:
         per_score = (s * dscores_unit[..., None] * central_query).to(acc)

@@ -81,8 +81,9 @@ def linear_bwd_keys_kernel(
                 # NaN scores pass the gradient on, as torch's ReLU does.
                 dr = tl.where(rows & ~(r <= 0.0), dr, 0.0)
                 if score_floor is not None:
-                    signed = tl.where(t > 0.0, dabsolute[None, :, :], tl.where(t < 0.0, -dabsolute[None, :, :], 0.0))
-                    dr += tl.where(rows, signed, 0.0)
+                    # A factor, not a choice: where t is 0 a gradient that is NaN stays NaN.
+                    sign = tl.where(t > 0.0, 1.0, tl.where(t < 0.0, -1.0, 0.0))
+                    dr += tl.where(rows, sign * dabsolute[None, :, :], 0.0)
                 if WANT_Q:
                     dcentral += dr * b_k
                 if WANT_Q and TIED:

@@ -226,6 +226,16 @@ def test_nan_in_gradients(op, where, tied, device, backend):
             assert torch.equal(gradient.isnan().cpu(), truth[name].isnan().cpu()), name
 
 
+@pytest.mark.parametrize("floor", [0.0, 0.1], ids=["relu", "floor"])
+def test_a_row_that_is_all_but_zero(floor, device, backend):
+    """The gradient goes along q_i / ||q_i||, whose norm has no inverse in float32."""
+    for dtype in (torch.float32, torch.bfloat16):
+        call = make("linear", device, N=9, M=7, d=1, dtype=dtype, eps=1.0, score_floor=floor)
+        call.q[0, :, ::2] = torch.finfo(dtype).smallest_normal * 2**-7
+        for name, gradient in call.gradients(output_gradient(call)).items():
+            assert gradient.isfinite().all(), name
+
+
 @both
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_same_bits_in_every_run(op, dtype, device, backend):
