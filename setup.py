@@ -39,7 +39,6 @@ COMPILER_GIB = 1.5
 # Ampere, Hopper (with its clusters and asynchronous copies), Blackwell of data centres and of desktops.
 DEFAULT_ARCHITECTURES = "8.0;9.0a;10.0;12.0"
 
-
 LIBRARY, MODULE = "infsa_kernels.libinfsa_kernels", "infsa_kernels._C"
 
 # The oldest torch whose stable interface has all that csrc needs. README and pyproject.toml name it too.
@@ -58,30 +57,28 @@ def extensions() -> list:
     patterns = ["csrc/module.cpp", "csrc/cpu/*.cpp", *(["csrc/cuda/*.cpp", "csrc/cuda/*.cu"] if cuda else [])]
     module, *sources = (path for pattern in patterns for path in sources_of(pattern))
     flags = ["-O3", "-g0", "-ffp-contract=fast", "-fvisibility=hidden", "-Wno-psabi", TARGET]
-    options = {"cxx": flags, **({"nvcc": ["-O3", "-Xcompiler", "-fvisibility=hidden"]} if cuda else {})}
+    include = str(Path("csrc").resolve())
+    headers = sorted(str(path) for pattern in ("*.h", "*.cuh") for path in Path("csrc").rglob(pattern))
+    options, facts = {"cxx": flags}, []
     if cuda:
-        options["cxx"] = [*flags, "-DUSE_CUDA"]
-    include, headers = [str(Path("csrc").resolve())], sorted(
-        str(path) for pattern in ("*.h", "*.cuh") for path in Path("csrc").rglob(pattern)
-    )
+        # The first opens the part of torch's interface that is about CUDA.
+        options = {"cxx": [*flags, "-DUSE_CUDA"], "nvcc": ["-O3", "-Xcompiler", "-fvisibility=hidden"]}
+        facts = [f"-DINFSA_CUDA_ARCH_LIST={','.join(architecture_list())}"]
     library = (cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension)(
-        LIBRARY, sorted(sources), include_dirs=[*include], depends=headers, extra_compile_args=options
+        LIBRARY, sorted(sources), include_dirs=[include], depends=headers, extra_compile_args=options
     )
     library.libraries.remove("torch_python")
-    architectures = [f"-DINFSA_CUDA_ARCH_LIST={','.join(architecture_list())}"] if cuda else []
-    return [
-        library,
-        Extension(
-            MODULE,
-            [module],
-            include_dirs=[*include, *cpp_extension.include_paths()],
-            depends=headers,
-            libraries=["infsa_kernels"],
-            extra_compile_args=[*flags, *architectures],
-            extra_link_args=["-Wl,-rpath,$ORIGIN"],
-            language="c++",
-        ),
-    ]
+    module = Extension(
+        MODULE,
+        [module],
+        include_dirs=[include, *cpp_extension.include_paths()],
+        depends=headers,
+        libraries=["infsa_kernels"],
+        extra_compile_args=[*flags, *facts],
+        extra_link_args=["-Wl,-rpath,$ORIGIN"],
+        language="c++",
+    )
+    return [library, module]
 
 
 def sources_of(pattern) -> list[str]:

@@ -16,6 +16,7 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -197,9 +198,15 @@ void call(Result (*function)(Arguments...), StableIValue* stack, uint64_t given)
   call(function, stack, std::index_sequence_for<Arguments...>());
 }
 
-// A function as STABLE_TORCH_LIBRARY_IMPL takes it: m.impl("linear_fwd", kernel<linear_fwd>).
+// A function as STABLE_TORCH_LIBRARY_IMPL takes it: m.impl("linear_fwd", kernel<linear_fwd>); or a lambda that captures
+// nothing, by kernel([](...) { ... }).
 template <auto function> void kernel(StableIValue* stack, uint64_t arguments, uint64_t) {
   call(function, stack, arguments);
+}
+template <typename Lambda> auto kernel(const Lambda& lambda) {
+  static_assert(std::is_class_v<Lambda>);
+  static const Lambda own = lambda;  // each has a type of its own
+  return +[](StableIValue* stack, uint64_t arguments, uint64_t) { call(+own, stack, arguments); };
 }
 
 }  // namespace infsa

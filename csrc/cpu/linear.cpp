@@ -304,48 +304,43 @@ Gradients linear_varlen_bwd(const Tensor& dout, const Tensor& q, const OptTensor
   return gradients;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_fwd(const Tensor& q, const OptTensor& k, const Tensor& v,
-                                                              double eps, double rho, const OptTensor& head_rho,
-                                                              const OptTensor& key_mask, const OptTensor& query_mask) {
-  auto [out, s] = dense_forward(q, k, v, eps, {}, rho, head_rho, key_mask, query_mask);
-  return {std::move(out), std::move(s.context), std::move(s.central_query), std::move(s.energy_sum),
-          std::move(s.score_sum)};
-}
-
-Gradients linear_bwd(const Tensor& dout, const Tensor& q, const OptTensor& k, const Tensor& v, const Tensor& context,
-                     const Tensor& central_query, const Tensor& energy_sum, const Tensor& score_sum, double eps,
-                     double rho, const OptTensor& head_rho, const OptTensor& key_mask, const OptTensor& query_mask,
-                     std::array<bool, 4> output_mask) {
-  const Statistics saved{context, central_query, energy_sum, score_sum, {}, {}};
-  return dense_backward(dout, q, k, v, saved, eps, {}, rho, head_rho, key_mask, query_mask, output_mask);
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_floor_fwd(
-    const Tensor& q, const OptTensor& k, const Tensor& v, double eps, double score_floor, double rho,
-    const OptTensor& head_rho, const OptTensor& key_mask, const OptTensor& query_mask) {
-  auto [out, s] = dense_forward(q, k, v, eps, score_floor, rho, head_rho, key_mask, query_mask);
-  return {std::move(out),         std::move(s.context),      std::move(s.central_query), std::move(s.energy_sum),
-          std::move(s.score_sum), std::move(s.absolute_sum), std::move(s.value_mean)};
-}
-
-Gradients linear_floor_bwd(const Tensor& dout, const Tensor& q, const OptTensor& k, const Tensor& v,
-                           const Tensor& context, const Tensor& central_query, const Tensor& energy_sum,
-                           const Tensor& score_sum, const Tensor& absolute_sum, const Tensor& value_mean, double eps,
-                           double score_floor, double rho, const OptTensor& head_rho, const OptTensor& key_mask,
-                           const OptTensor& query_mask, std::array<bool, 4> output_mask) {
-  const Statistics saved{context, central_query, energy_sum, score_sum, absolute_sum, value_mean};
-  return dense_backward(dout, q, k, v, saved, eps, score_floor, rho, head_rho, key_mask, query_mask, output_mask);
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(infsa, CPU, m) {
   m.impl("linear_varlen_fwd", kernel<linear_varlen_fwd>);
   m.impl("linear_varlen_bwd", kernel<linear_varlen_bwd>);
-  m.impl("linear_fwd", kernel<linear_fwd>);
-  m.impl("linear_bwd", kernel<linear_bwd>);
-  m.impl("linear_floor_fwd", kernel<linear_floor_fwd>);
-  m.impl("linear_floor_bwd", kernel<linear_floor_bwd>);
+  m.impl("linear_fwd", kernel([](const Tensor& q, const OptTensor& k, const Tensor& v, double eps, double rho,
+                                 const OptTensor& head_rho, const OptTensor& key_mask, const OptTensor& query_mask) {
+           auto [out, s] = dense_forward(q, k, v, eps, {}, rho, head_rho, key_mask, query_mask);
+           return std::make_tuple(std::move(out), std::move(s.context), std::move(s.central_query),
+                                  std::move(s.energy_sum), std::move(s.score_sum));
+         }));
+  m.impl("linear_bwd",
+         kernel([](const Tensor& dout, const Tensor& q, const OptTensor& k, const Tensor& v, const Tensor& context,
+                   const Tensor& central_query, const Tensor& energy_sum, const Tensor& score_sum, double eps,
+                   double rho, const OptTensor& head_rho, const OptTensor& key_mask, const OptTensor& query_mask,
+                   std::array<bool, 4> output_mask) {
+           const Statistics saved{context, central_query, energy_sum, score_sum, {}, {}};
+           return dense_backward(dout, q, k, v, saved, eps, {}, rho, head_rho, key_mask, query_mask, output_mask);
+         }));
+  m.impl("linear_floor_fwd",
+         kernel([](const Tensor& q, const OptTensor& k, const Tensor& v, double eps, double score_floor, double rho,
+                   const OptTensor& head_rho, const OptTensor& key_mask, const OptTensor& query_mask) {
+           auto [out, s] = dense_forward(q, k, v, eps, score_floor, rho, head_rho, key_mask, query_mask);
+           return std::make_tuple(std::move(out), std::move(s.context), std::move(s.central_query),
+                                  std::move(s.energy_sum), std::move(s.score_sum), std::move(s.absolute_sum),
+                                  std::move(s.value_mean));
+         }));
+  m.impl("linear_floor_bwd",
+         kernel([](const Tensor& dout, const Tensor& q, const OptTensor& k, const Tensor& v, const Tensor& context,
+                   const Tensor& central_query, const Tensor& energy_sum, const Tensor& score_sum,
+                   const Tensor& absolute_sum, const Tensor& value_mean, double eps, double score_floor, double rho,
+                   const OptTensor& head_rho, const OptTensor& key_mask, const OptTensor& query_mask,
+                   std::array<bool, 4> output_mask) {
+           const Statistics saved{context, central_query, energy_sum, score_sum, absolute_sum, value_mean};
+           return dense_backward(dout, q, k, v, saved, eps, score_floor, rho, head_rho, key_mask, query_mask,
+                                 output_mask);
+         }));
 }
 
 }  // namespace infsa::cpu::linear

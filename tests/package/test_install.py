@@ -128,13 +128,18 @@ def test_a_wheel_for_another_python_says_so(without_extension, tmp_path):
     shutil.copy(LIBRARY, tmp_path / PACKAGE.name)
     (tmp_path / PACKAGE.name / "_C.cpython-39-x86_64-linux-gnu.so").touch()
     (warning,) = python("-c", EVERYTHING, path=tmp_path).stdout.splitlines()
-    assert f"(of its module for Python {platform.python_version()}, _C{EXTENSION_SUFFIXES[0]}, there is _C.cpython-39" in warning
+    assert (
+        f"(of its module for Python {platform.python_version()}, _C{EXTENSION_SUFFIXES[0]}, there is _C.cpython-39"
+        in warning
+    )
 
 
 @compiled
 def test_the_library_has_nothing_of_torch_but_its_stable_interface():
     """Of the system's libraries, and that of C++, whatever it likes; of torch C functions, and of OpenMP and Python nothing."""
-    listed = subprocess.run(["nm", "-D", "--undefined-only", LIBRARY], capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(
+        ["nm", "-D", "--undefined-only", LIBRARY], capture_output=True, text=True, check=True
+    ).stdout
     needed = {line.split()[-1].partition("@")[0] for line in listed.splitlines()}
     of_torch = {name for name in needed if "torch" in name.lower()}
     assert of_torch and all(re.fullmatch(r"(aoti_)?torch_\w+", name) for name in of_torch), sorted(of_torch)
@@ -146,7 +151,9 @@ def test_the_library_has_nothing_of_torch_but_its_stable_interface():
 def test_the_module_has_nothing_of_torch():
     from infsa_kernels import _C
 
-    listed = subprocess.run(["nm", "-D", "--undefined-only", _C.__file__], capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(
+        ["nm", "-D", "--undefined-only", _C.__file__], capture_output=True, text=True, check=True
+    ).stdout
     assert "torch" not in listed and "infsa" in listed
 
 
