@@ -90,6 +90,7 @@ class Tensor {
 
  private:
   template <typename T> T ask(AOTITorchError (*question)(AtenTensorHandle, T*)) const {
+    if (!handle_) throw std::logic_error("infsa_kernels: a tensor that is none was asked");
     T answer;
     succeed(question(handle_, &answer), "describe a tensor");
     return answer;

@@ -48,7 +48,9 @@ struct Images {
     const auto tokens = [&](const Tensor& t) {
       return tokens_of({t.data_ptr(), t.stride(0), 0, t.stride(1), t.stride(2)}, at, 0, t.element_size(), kept.of(at));
     };
-    return {tokens(x), dx.dim() == 3 ? tokens(dx) : Tokens{}, D, block(at), norm_eps.has_value(), norm_eps.value_or(0)};
+    return {
+        tokens(x),           dx.defined() && dx.dim() == 3 ? tokens(dx) : Tokens{}, D, block(at), norm_eps.has_value(),
+        norm_eps.value_or(0)};
   }
 
   Numbers numbers(const Buffer& buffer) const { return {buffer, acc == kDouble}; }

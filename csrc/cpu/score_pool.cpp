@@ -272,9 +272,10 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dpooled_, const Tensor
       {0, B}, true,
       [&](int64_t image, int64_t slot) {
         std::memcpy(matrix.data_ptr(), part_of(keys, image), H * D * images.acc_bytes);
-        for (int64_t i = 0; i < H * D; ++i) {
-          const int64_t head = image * H + i / D;
-          gradients.set(plan.wide * D + i, dpooled[image * H * D + i] / norm(head));
+        for (int64_t head = image * H; head < (image + 1) * H; ++head) {
+          const double of_head = norm(head);
+          const int64_t to = (plan.wide + head % H) * D;
+          for (int64_t c = 0; c < D; ++c) gradients.set(to + c, dpooled[head * D + c] / of_head);
         }
         images.pack(images.kernels.images.pack_sums, {matrix.data_ptr(), D, 1}, plan.matrix_rows,
                     panels.data() + slot * panels_bytes, want_x ? columns.data() + slot * columns_bytes : nullptr);
@@ -292,10 +293,12 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dpooled_, const Tensor
       },
       [](int64_t, const std::vector<double>&) {},
       [&](int64_t head, const std::vector<double>& total) {
-        const int64_t image = head / H, h = head % H;
-        for (int64_t c = 0; c < D && want_keys; ++c)
-          dkeys_of.set(image * dkeys.stride(0) + h * dkeys.stride(1) + c * dkeys.stride(2), total[c]);
-        if (want_bias) dbias_of.set(image * dbias.stride(0) + h * dbias.stride(1), total[D]);
+        const auto place = [&](const Tensor& t) { return head / H * t.stride(0) + head % H * t.stride(1); };
+        if (want_keys) {
+          const int64_t to = place(dkeys), step = dkeys.stride(2);
+          for (int64_t c = 0; c < D; ++c) dkeys_of.set(to + c * step, total[c]);
+        }
+        if (want_bias) dbias_of.set(place(dbias), total[D]);
       });
   return {dx, dkeys, dbias};
 }
