@@ -280,10 +280,24 @@ def demanded(call: Call, dout, truth: dict[str, torch.Tensor]) -> set[str]:
         inside = largest == 0 or 2**12 * range_of.smallest_normal < largest < range_of.max / 4
         if inside and (plain.double() - truth[name]).abs().max() <= 1e-3 * largest:
             names.add(name)
-    return names
+    return names - {"q"} if call.op == "linear" and has_vanishing_rows(call.q) else names
 
 
-def hold(found: dict[str, torch.Tensor], wanted: dict[str, Expected]) -> None:
+def has_vanishing_rows(q: torch.Tensor) -> bool:
+    """Whether the square of a norm leaves float32, so that the row counts as one of zeros (docs/linear.md)."""
+    norms = q.double().norm(dim=-1) if q.dtype != torch.float64 else torch.ones(())
+    return bool(((norms > 0) & (norms < 2.0**-63)).any())
+
+
+def hold(found: dict[str, torch.Tensor], measure: Callable[[int], dict[str, Expected]]) -> None:
+    """The rule, by what measure(draws) finds. Few draws of equal values know too small an error, so a miss is held to many."""
+    try:
+        hold_to(found, measure(16))
+    except AssertionError:
+        hold_to(found, measure(256))
+
+
+def hold_to(found: dict[str, torch.Tensor], wanted: dict[str, Expected]) -> None:
     for name, result in found.items():
         if name in wanted:
             factor = FORWARD if name == "out" else GRADIENT
@@ -321,19 +335,19 @@ def operator_case(draw: Random, op: str) -> tuple[str, Callable]:
         base, low_dout = (by_hand(call), dout.bfloat16()) if form == "autocast" else (call, dout)
         if change is not special_value and near_the_kink(base):
             return
-        if change is special_value:
-            wanted = None
-        else:
-            wanted = expected(base, low_dout, draws=16)
-        if change in (other_scales, subnormals):
-            names = demanded(base, low_dout, {name: e.truth for name, e in wanted.items()})
-            wanted = {name: e for name, e in wanted.items() if name in names}
         with infsa_kernels.backend(backend):
             found = (autocast_form if form == "autocast" else FORMS[form])(draw, call, dout, backend)
-        if wanted is None:
-            hold_special(found, base, low_dout)
-        else:
-            hold(found, wanted)
+        if change is special_value:
+            return hold_special(found, base, low_dout)
+
+        def measure(draws):
+            wanted = expected(base, low_dout, draws=draws)
+            if change not in (other_scales, subnormals):
+                return wanted
+            names = demanded(base, low_dout, {name: e.truth for name, e in wanted.items()})
+            return {name: e for name, e in wanted.items() if name in names}
+
+        hold(found, measure)
 
     return f"{op} {form} {backend} {change.__name__ if change else 'plain values'} {str(call.q.dtype)[6:]}", run
 
@@ -348,7 +362,7 @@ def layer_case(draw: Random) -> tuple[str, Callable]:
         v_head=v_head, out=draw.randint(1, 20),
     )  # fmt: skip
     # As above: the gradient of a head with few positive scores is a difference of two equal terms, unless eps is of their size.
-    call["eps"] = draw.choice([1e-1, 1.0])
+    call["eps"] = draw.choice([1.0, 10.0])
     call["score_floor"] = draw.choice([0.0, 0.0, 1e-2, 0.3])
     call["x"] = layout(draw, 3)(call["x"].detach()).requires_grad_()
     dout = pooled_linear_calls.output_gradient(call)
@@ -364,9 +378,9 @@ def layer_case(draw: Random) -> tuple[str, Callable]:
         return infsa_kernels.pooled_linear_infsa(**kwargs)
 
     def run():
-        wanted = pooled_linear_calls.expected(call, dout, draws=16)
         with infsa_kernels.backend(backend):
-            hold(pooled_linear_calls.results(function, call, dout), wanted)
+            found = pooled_linear_calls.results(function, call, dout)
+        hold(found, lambda draws: pooled_linear_calls.expected(call, dout, draws=draws))
 
     return f"pooled_linear {form} {backend} {str(dtype)[6:]}", run
 

@@ -122,7 +122,8 @@ std::tuple<Tensor, Statistics> forward(const Sizes& s, const Packed& packed, con
         if (floor) {
           const double value = values[c] / counts[head / s.H];
           mean.set(head * s.d_v + c, value / u.v);
-          x += share * value;
+          // Every weight is above 0: where a value is infinite so is the result, though its score be 0.
+          x = std::isinf(value) && share > 0 && std::isfinite(share) ? value : x + share * value;
         }
         x = x / (scores + share + eps * u.q * u.k) / u.v;
         z.set(head * s.d_v + c, x);

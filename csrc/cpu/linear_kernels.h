@@ -101,17 +101,19 @@ template <typename V, int kKinds = 1> struct Pass {
     }
   }
 
-  // Rows of ignored tokens: weight * vector, or 0 without weights. Not hot, so one way for every layout, by the tiles,
-  // and by a Pass of its own: that of the hot loop stays in registers.
+  // Rows of ignored tokens: weight * vector where the token is a key that counts, or 0 without weights. Not hot, so one
+  // way for every layout, by the tiles, and by a Pass of its own: that of the hot loop stays in registers.
   static void write_ignored(const LinearArgs& args, const LinearTask& task, const Rows& rows, int64_t begin,
                             int64_t end, int64_t size, const A* weights, const A* vectors, const void* unit) {
     if (!rows.data) return;
     const Pass pass(args, task);
     const int64_t width = row_length<A>(size);
+    const Mask& mask = args.key_mask;
     for (int64_t n = begin; n < end; ++n) {
+      const bool is_key = weights && !(mask.data && mask.data[task.batch * mask.batch + n * mask.token]);
       for (int64_t h = 0; h < task.heads; ++h) {
         for (int64_t c = 0; c < width; c += lanes)
-          store(pass.d_tile_data + c, weights ? weights[n * task.heads + h] * load(vectors + h * width + c) : Vec<A>{});
+          store(pass.d_tile_data + c, is_key ? weights[n * task.heads + h] * load(vectors + h * width + c) : Vec<A>{});
         store_row(pass.group(rows, n, h).data, rows.channel, size, pass.units(unit, h)[0], pass.d_tile_data);
       }
     }

@@ -36,13 +36,13 @@ def backward(
     scores = _scores(kappa, central_query, key_padding_mask)
     dcontext = effective_rho(rho, head_rho, 1) * dout
     if dv is not None:
-        dv.copy_((scores / R * per_score)[..., None] * dcontext[..., None, :])
+        dv.copy_(remove((scores / R * per_score)[..., None] * dcontext[..., None, :], key_padding_mask))
     if dhead_rho is not None:
         dhead_rho.copy_(rho * (dout * context).sum(-1))
     if dq is not None or dk is not None:
         dscores = ((v_acc @ dcontext[..., None]).squeeze(-1) - (dcontext * context).sum(-1, keepdim=True)) / R
         dscores = dscores.masked_fill(scores <= 0, 0)  # (B, H, M)
-        dkappa = s_k * dscores[..., None] * central_query[..., None, :]
+        dkappa = remove(s_k * dscores[..., None] * central_query[..., None, :], key_padding_mask)
     if dk is not None:
         dk.copy_(dkappa)
     if dq is not None:

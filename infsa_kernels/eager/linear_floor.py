@@ -18,7 +18,10 @@ def forward(q, k, v, eps, score_floor, rho, head_rho, key_padding_mask, query_pa
     value_mean = v.sum(-2) / _count(v, key_padding_mask)
     floor = score_floor * absolute_sum
     norm = score_sum + floor + eps * u_unit * k_unit
-    context = ((scores[..., None, :] @ v).squeeze(-2) + floor[..., None] * value_mean) / norm[..., None]  # (B, H, dv)
+    pooled = (scores[..., None, :] @ v).squeeze(-2) + floor[..., None] * value_mean  # (B, H, dv)
+    # Every weight is above 0: where a value is infinite so is the result, though its score be 0.
+    infinite = value_mean.isinf() & ((floor > 0) & floor.isfinite())[..., None]
+    context = torch.where(infinite, value_mean, pooled) / norm[..., None]
     out = (effective_rho(rho, head_rho, 1) * context).to(q.dtype)
     sums = (t / u_unit / k_unit for t in (score_sum, absolute_sum))
     return out, context, central_query / u_unit[..., None], energy_sum / u_unit, *sums, value_mean
@@ -50,7 +53,7 @@ def backward(
         dscores = ((v_acc @ dcontext[..., None]).squeeze(-1) - (dcontext * context).sum(-1, keepdim=True)) / R
         dabsolute = score_floor * (dcontext * (value_mean - context)).sum(-1, keepdim=True) / R
         dproducts = dscores.masked_fill(products <= 0, 0) + torch.sign(products) * dabsolute  # (B, H, M)
-        dkappa = s_k * dproducts[..., None] * central_query[..., None, :]
+        dkappa = remove(s_k * dproducts[..., None] * central_query[..., None, :], key_padding_mask)
     if dk is not None:
         dk.copy_(dkappa)
     if dq is not None:

@@ -30,9 +30,8 @@ def keys_bwd(dcontext, k, v, context, central_query, score_sum, eps, key_padding
     scores = _scores(kappa, query, key_padding_mask)  # (B, H, M)
     dk, dv, dcentral = k.new_empty(0), v.new_empty(0), score_sum.new_empty(0)
     if want_dv:
-        dv = torch.empty_like(v).copy_(
-            (scores / R * _finite(per_score, kappa.dtype))[..., None] * dcontext[..., None, :]
-        )
+        weights = scores / R * _finite(per_score, kappa.dtype)
+        dv = torch.empty_like(v).copy_(remove(weights[..., None] * dcontext[..., None, :], key_padding_mask))
     # dt in the units of u, kappa and R.
     dscores = ((v_acc @ dcontext[..., None]).squeeze(-1) - (dcontext * context).sum(-1, keepdim=True)) / R
     dscores = dscores.masked_fill(scores <= 0, 0)
@@ -40,7 +39,7 @@ def keys_bwd(dcontext, k, v, context, central_query, score_sum, eps, key_padding
         dcentral = (dscores[..., None, :] @ kappa).squeeze(-2).double() * (per_score * query_unit)
     if want_dk:
         s_k = _finite(scale(k) * per_score * k_unit, kappa.dtype)
-        dk = torch.empty_like(k).copy_((s_k * dscores)[..., None] * query[..., None, :])
+        dk = torch.empty_like(k).copy_(remove((s_k * dscores)[..., None] * query[..., None, :], key_padding_mask))
     if not want_dscores:
         return dk, dv, dcentral, dcontext.new_empty(0), score_sum.new_empty(0)
     return dk, dv, dcentral, dscores, (per_score * query_unit * k_unit).squeeze(-1)

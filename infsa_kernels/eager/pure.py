@@ -65,14 +65,15 @@ def backward(
         if dhead_rho is not None:
             drho += (scores * dout_v).sum((-2, -1))
     # dS came out divided by both units, kappa and u multiplied by their own.
-    du *= s * per_norm * u_unit[..., None, None]
-    dkappa *= s * per_norm * k_unit[..., None, None]
+    # A row that is ignored has no gradient, even where 0 met infinity.
+    du = remove(du, query_padding_mask) * (s * per_norm * u_unit[..., None, None])
+    dkappa = remove(dkappa, key_padding_mask) * (s * per_norm * k_unit[..., None, None])
     if dq is not None:
         dq.copy_(du + dkappa if k is None else du)
     if dk is not None:
         dk.copy_(dkappa)
     if dv is not None:
-        dv.copy_(gain * dv_acc * per_norm)
+        dv.copy_(remove(gain * dv_acc * per_norm, key_padding_mask))
     if dhead_rho is not None:
         dhead_rho.copy_(rho * drho / F)
 

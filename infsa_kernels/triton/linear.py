@@ -87,7 +87,9 @@ def store_result(
         absolute = absolute * scale
         mean = values / keys_of(key_counts, b, M)
         share = score_floor * absolute
-        z = (pooled * scale + share * mean) / (score + share + eps)
+        # Every weight is above 0: where a value is infinite so is the result, though its score be 0.
+        infinite = (tl.abs(mean) == float("inf")) & (share > 0.0) & (share < float("inf"))
+        z = tl.where(infinite, mean, pooled * scale + share * mean) / (score + share + eps)
         store_part(absolute_sum, absolute, b, heads, H, 0, 1, 1, 1)
         store_part(value_mean, mean, b, heads, H, 0, 1, dv, DV)
     store_part(context, z, b, heads, H, 0, 1, dv, DV)

@@ -85,9 +85,14 @@ def test_against_the_reference(op, masks, tied, poison, device, backend):
             check(clean, clean_dout)
 
 
+@pytest.mark.parametrize("poison", [None, float("nan"), float("inf")], ids=str)
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_ignored_rows_get_zero(op, tied, device, backend):
+def test_ignored_rows_get_zero(op, tied, poison, device, backend):
+    """Also where a row that counts is not finite."""
     call = make(op, device, tied=tied, masks=("some", "some"))
+    if poison is not None:
+        for t in {id(t): t for t in (call.q, call.k, call.v) if t is not None}.values():
+            t[:, 0, :, 3] = poison
     gradients = call.gradients(output_gradient(call))
     ignored = {"v": call.key_padding_mask, "q": call.query_padding_mask, "k": call.key_padding_mask}
     if tied:

@@ -210,6 +210,13 @@ def test_nan_comes_out(name, device, backend):
         assert not (truth[of].isnan() & gradient.isfinite()).any(), of
 
 
+def test_infinity_comes_out_of_a_value_whose_score_is_below_zero(device, backend):
+    call = make(device)
+    call.v[0, :, :, 3], call.v[1, :, 5, 2] = torch.inf, -torch.inf
+    out, truth = call.run(), call.reference(torch.float64)
+    assert torch.equal(out.isinf(), truth.isinf()) and not out.isnan().any()
+
+
 @pytest.mark.parametrize("sizes", [{"B": 0}, {"H": 0}, {"N": 0}, {"M": 0}, {"d": 0}, {"dv": 0}], ids=str)
 def test_empty(sizes, device, backend):
     call = make(device, **sizes)
