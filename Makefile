@@ -17,7 +17,7 @@ bin := $(VENV)/bin
 lock_of = $(wildcard requirements/torch-$(subst $() ,.,$(wordlist 1,2,$(subst ., ,$(subst torch==,,$(1))))).txt)
 csrc := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help bench bench-all bench-vs bench-extreme bench-explain bench-train report test test-all test-newest fuzz test-gpu-build lock lint format sanitize gpu-check clean
+.PHONY: help bench bench-all bench-vs bench-extreme bench-explain bench-train report test test-all test-newest fuzz test-wheel test-gpu-build lock lint format sanitize gpu-check clean
 
 help: ## every target in a line
 	@sed -n 's/^\([a-z][a-z-]*\):[^#]*## \(.*\)/  \1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{ printf "%-18s%s\n", $$1, $$2 }'
@@ -87,6 +87,18 @@ lock: ## requirements/torch-*.txt anew
 fuzz: $(VENV)/built ## random calls against float64, for MINUTES from SEED
 	$(bin)/python tests/fuzz.py --minutes $(MINUTES) --seed $(SEED)
 
+# One wheel beside every torch of LOCKED_TORCH: each operator there beside its plain code, in random calls, right and wrong.
+test-wheel: $(VENV)/built ## one wheel beside several versions of torch
+	rm -rf build/wheel
+	$(bin)/python -m build -q --no-isolation --wheel -o build/wheel .
+	code=0; for torch in $(LOCKED_TORCH); do \
+	  venv=$(VENV)-wheel-$$torch; $(PYTHON) -m venv $$venv; \
+	  $$venv/bin/pip install -q torch==$$torch numpy pytest || { echo "== torch $$torch is not to be had here =="; continue; }; \
+	  $$venv/bin/pip install -q --force-reinstall --no-deps build/wheel/*.whl || exit 1; \
+	  echo "== torch $$torch =="; cd $$venv; bin/python -m infsa_kernels.info | sed -n "s/^extension *//p"; \
+	  bin/python ../tests/ops/test_invariants.py 0 > calls.txt && tail -n 1 calls.txt || { code=1; tail -n 3 calls.txt; }; cd ..; \
+	done; exit $$code
+
 # The GPU extension, built, imported and taken apart on a machine that has nvcc and needs no GPU.
 test-gpu-build: $(GPU_VENV)/built ## the GPU extension, built and taken apart where there is nvcc
 	cd $(GPU_VENV) && bin/python -m pytest -c ../pyproject.toml ../tests/gpu/test_gpu_build.py ../tests/package/test_build.py
@@ -116,7 +128,7 @@ gpu-check: ## proves and measures everything on a GPU
 	$(GPU_PYTHON) -m bench.gpu_check $(GPU_ARGS)
 
 clean: ## removes what was built
-	rm -rf build dist *.egg-info $(VENV) $(VENV)-newest $(VENV)-oldest $(VENV)-lock $(GPU_VENV) infsa_kernels/_C*.so
+	rm -rf build dist *.egg-info $(VENV) $(VENV)-newest $(VENV)-oldest $(VENV)-lock $(VENV)-wheel-* $(GPU_VENV) infsa_kernels/*.so
 
 # torchvision asks for one version of torch: the constraint makes pip look for the torchvision of the torch that is here. A CUDA
 # build of torch brings a Triton of its own choice, which stays.

@@ -1,6 +1,9 @@
-"""Builds `infsa_kernels._C` with torch.utils.cpp_extension; everything else about the package is in pyproject.toml.
+"""Builds the compiled part with torch.utils.cpp_extension; everything else about the package is in pyproject.toml.
 
-INFSA_NO_EXT=1             no extension: a pure-Python install that runs on torch operations
+It is two files: libinfsa_kernels.so holds the operators on torch's stable C interface, and so fits every torch from 2.10 on;
+the extension module `_C` beside it, which has nothing of torch, tells how that was built.
+
+INFSA_NO_EXT=1             nothing compiled: a pure-Python install that runs on torch operations
 FORCE_CUDA=1               CUDA kernels or an error; FORCE_CUDA=0: none. By default: if torch is a CUDA build and nvcc is there
 TORCH_CUDA_ARCH_LIST=...   what to compile CUDA kernels for; by default the GPUs of this machine, without one 8.0;9.0a;10.0;12.0
 MAX_JOBS=n                 parallel compilations; by default as many as cores and free memory allow
@@ -17,7 +20,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
 from setuptools.command.build_py import build_py
 from setuptools.command.sdist import sdist
 
@@ -26,7 +29,7 @@ try:
     from torch.utils import cpp_extension
 except ImportError:
     sys.exit(
-        "infsa_kernels is built against the torch that it will run with, and this Python has none. "
+        "infsa_kernels is built with the headers of a torch, and this Python has none. "
         "Run: pip install torch setuptools ninja && pip install --no-build-isolation -e ."
     )
 
@@ -36,8 +39,14 @@ COMPILER_GIB = 1.5
 # Ampere, Hopper (with its clusters and asynchronous copies), Blackwell of data centres and of desktops.
 DEFAULT_ARCHITECTURES = "8.0;9.0a;10.0;12.0"
 
+LIBRARY, MODULE = "infsa_kernels.libinfsa_kernels", "infsa_kernels._C"
+
+# The oldest torch whose stable interface has all that csrc needs. README and pyproject.toml name it too.
+TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
+
 
 def extensions() -> list:
+    """The library, and the module that is linked against it."""
     if os.environ.get("INFSA_NO_EXT") == "1":
         return []
     if sys.platform == "win32":
@@ -46,34 +55,40 @@ def extensions() -> list:
         )
     cuda = with_cuda()
     patterns = ["csrc/module.cpp", "csrc/cpu/*.cpp", *(["csrc/cuda/*.cpp", "csrc/cuda/*.cu"] if cuda else [])]
-    sources = []
-    for pattern in patterns:
-        found = [str(path) for path in Path().glob(pattern)]
-        if not found:
-            sys.exit(
-                f"infsa_kernels: there is no {pattern} in {Path.cwd()}, and no extension without it; build from a whole clone "
-                "of the repository or from a source distribution that `python -m build --sdist --no-isolation` makes there"
-            )
-        sources += found
-    flags = ["-O3", "-g0", "-ffp-contract=fast", "-fvisibility=hidden", "-Wno-psabi"]
-    # OpenMP at compile time only: the runtime is the one torch has already loaded, never a second one beside it.
-    openmp = ["-fopenmp"] if sys.platform == "linux" else []
-    options = {"cxx": flags + openmp}
+    module, *sources = (path for pattern in patterns for path in sources_of(pattern))
+    flags = ["-O3", "-g0", "-ffp-contract=fast", "-fvisibility=hidden", "-Wno-psabi", TARGET]
+    include = str(Path("csrc").resolve())
+    headers = sorted(str(path) for pattern in ("*.h", "*.cuh") for path in Path("csrc").rglob(pattern))
+    options, facts = {"cxx": flags}, []
     if cuda:
-        architectures = architecture_list()
-        options["cxx"].append(f"-DINFSA_CUDA_ARCH_LIST={','.join(architectures)}")
-        options["nvcc"] = ["-O3", "-Xcompiler", "-fvisibility=hidden"]
-    extension = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
-    headers = (str(path) for pattern in ("*.h", "*.cuh") for path in Path("csrc").rglob(pattern))
-    return [
-        extension(
-            "infsa_kernels._C",
-            sorted(sources),
-            include_dirs=[str(Path("csrc").resolve())],
-            depends=sorted(headers),
-            extra_compile_args=options,
+        # The first opens the part of torch's interface that is about CUDA.
+        options = {"cxx": [*flags, "-DUSE_CUDA"], "nvcc": ["-O3", "-Xcompiler", "-fvisibility=hidden"]}
+        facts = [f"-DINFSA_CUDA_ARCH_LIST={','.join(architecture_list())}"]
+    library = (cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension)(
+        LIBRARY, sorted(sources), include_dirs=[include], depends=headers, extra_compile_args=options
+    )
+    library.libraries.remove("torch_python")
+    module = Extension(
+        MODULE,
+        [module],
+        include_dirs=[include, *cpp_extension.include_paths()],
+        depends=headers,
+        libraries=["infsa_kernels"],
+        extra_compile_args=[*flags, *facts],
+        extra_link_args=["-Wl,-rpath,$ORIGIN"],
+        language="c++",
+    )
+    return [library, module]
+
+
+def sources_of(pattern) -> list[str]:
+    found = [str(path) for path in Path().glob(pattern)]
+    if not found:
+        sys.exit(
+            f"infsa_kernels: there is no {pattern} in {Path.cwd()}, and no extension without it; build from a whole clone "
+            "of the repository or from a source distribution that `python -m build --sdist --no-isolation` makes there"
         )
-    ]
+    return found
 
 
 def with_cuda() -> bool:
@@ -134,15 +149,13 @@ def public_version() -> str:
 
 
 def version(compiled: bool) -> str:
-    """A compiled package fits one torch and one CUDA only, so its wheel says which: 0.1.0+torch2.13.cpu.
+    """A wheel with CUDA kernels fits one major version of CUDA, so it says which: 0.1.0+cu13.
 
     What is built from a source distribution keeps that one's version: pip and uv take no other from it.
     """
-    if not compiled or Path("PKG-INFO").exists():
+    if not compiled or Path("PKG-INFO").exists() or not with_cuda():
         return public_version()
-    major, minor = torch.__version__.split(".")[:2]
-    cuda = f"cu{torch.version.cuda.replace('.', '')}" if with_cuda() else "cpu"
-    return f"{public_version()}+torch{major}.{minor}.{cuda}"
+    return f"{public_version()}+cu{torch.version.cuda.split('.')[0]}"
 
 
 # What compilers and linkers read beside their command line.
@@ -165,12 +178,26 @@ class BuildExtension(cpp_extension.BuildExtension):
             self.drop_what_was_made_otherwise()
         super().build_extensions()
 
+    def get_ext_filename(self, name):
+        """The library's has no Python in it; name is with its package, or without."""
+        is_library = LIBRARY.endswith(name)
+        return f"{name.replace('.', os.sep)}.so" if is_library else super().get_ext_filename(name)
+
+    def build_extension(self, extension):
+        """In a folder of its own: ninja's notes there are of one extension."""
+        folder = self.build_temp
+        self.build_temp = os.path.join(folder, extension.name.rpartition(".")[2])
+        if extension.name == MODULE:
+            extension.library_dirs = [os.path.dirname(os.path.abspath(self.get_ext_fullpath(LIBRARY)))]
+        super().build_extension(extension)
+        self.build_temp = folder
+
     def drop_what_was_made_otherwise(self):
         folder = Path(self.build_temp)
         note = folder / "made_from.json"
-        (extension,) = self.extensions
-        library = Path(self.get_ext_fullpath(extension.name))
-        now = {"facts": self.facts(extension, library), "sources": digests([*extension.sources, *extension.depends])}
+        made = [Path(self.get_ext_fullpath(extension.name)) for extension in self.extensions]
+        sources = {path for extension in self.extensions for path in (*extension.sources, *extension.depends)}
+        now = {"facts": self.facts(made), "sources": digests(sources)}
         try:
             then, written = json.loads(note.read_text()), note.stat().st_mtime
             # A source that changed since is a matter for ninja; unless its time says that it did not.
@@ -179,19 +206,20 @@ class BuildExtension(cpp_extension.BuildExtension):
         except (OSError, ValueError):
             stale, changed = True, []
         if stale:
-            for made in (*folder.rglob("*.o"), library):
-                made.unlink(missing_ok=True)
+            for old in (*folder.rglob("*.o"), *made):
+                old.unlink(missing_ok=True)
         elif not changed:
             return
         folder.mkdir(parents=True, exist_ok=True)
         note.write_text(json.dumps(now, indent=1))
 
-    def facts(self, extension, library) -> dict:
-        """Whatever decides, beside the sources, what the objects and the library become."""
+    def facts(self, made) -> dict:
+        """Whatever decides, beside the sources, what the objects and the two files become."""
         compiler = {name: getattr(self.compiler, name) for name in ("compiler_so", "compiler_so_cxx", "linker_so_cxx")
                     if hasattr(self.compiler, name)}  # fmt: skip
         tools = {cpp_extension.get_cxx_compiler(), *(command[0] for command in compiler.values() if command)}
-        if isinstance(extension.extra_compile_args, dict) and "nvcc" in extension.extra_compile_args:
+        options = [extension.extra_compile_args for extension in self.extensions]
+        if any(isinstance(of, dict) and "nvcc" in of for of in options):
             tools.add(os.path.join(cpp_extension.CUDA_HOME, "bin", "nvcc"))
         facts = {
             "torch": [torch.__version__, torch.version.git_version, torch.version.cuda, torch.__file__],
@@ -199,9 +227,9 @@ class BuildExtension(cpp_extension.BuildExtension):
             "compiler": compiler,
             "tools": {tool: tool_version(tool) for tool in sorted(tools)},
             "environment": {name: os.environ.get(name) for name in ENVIRONMENT},
-            "extension": {name: value for name, value in vars(extension).items() if name != "depends"},
+            "extensions": [{n: x for n, x in vars(e).items() if n != "depends"} for e in self.extensions],
             "ninja": self.use_ninja,
-            "library": str(library.resolve()),
+            "made": [str(path.resolve()) for path in made],
         }
         return json.loads(json.dumps(facts, default=str))
 
@@ -229,7 +257,7 @@ class BuildPython(build_py):
 
 
 class SourceDistribution(sdist):
-    """It fits every torch, so its version names none."""
+    """It fits every CUDA, so its version names none."""
 
     def run(self):
         metadata, compiled = self.distribution.metadata, self.distribution.metadata.version

@@ -2,24 +2,26 @@
 // where it must not; Python says in words what was wrong with a call that was refused (infsa_kernels/ops/check.py).
 #pragma once
 
-#include <ATen/EmptyTensor.h>
-#include <ATen/core/Tensor.h>
-#include <c10/util/Exception.h>
-
 #include <array>
 #include <cmath>
 #include <optional>
+#include <string>
 #include <string_view>
 
 #include "rows.h"
+#include "torch.h"
 
 namespace infsa {
 
-using at::Tensor;
-using OptTensor = std::optional<Tensor>;
-
 // float32, or float64 for float64 input: the dtype of sums and statistics.
-inline at::ScalarType acc_dtype(const Tensor& q) { return q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
+inline Dtype acc_dtype(const Tensor& q) { return q.dtype() == kDouble ? kDouble : kFloat; }
+
+// The bytes of memory from a storage's beginning to a tensor's last element.
+inline int64_t bytes_to_last(const Tensor& t) {
+  int64_t last = t.storage_offset();
+  for (int64_t i = 0; i < t.dim(); ++i) last += (t.size(i) - 1) * t.stride(i);
+  return (last + 1) * t.element_size();
+}
 
 // The arguments of one call, tensor by tensor: each on the device of the first, of one dtype, and with sizes named by
 // letters, which the first tensor that has a letter decides for all.
@@ -27,29 +29,27 @@ class Arguments {
  public:
   Arguments(const char* op, const char* name, const Tensor& t, std::string_view letters) : op_(op), first_(t) {
     sizes_.fill(-1);
-    const auto dtype = t.scalar_type();
-    demand_dtype(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf || dtype == at::kDouble, name);
+    const Dtype dtype = t.dtype();
+    demand(dtype == kFloat || dtype == kBFloat16 || dtype == kHalf || dtype == kDouble, name, "dtype");
     tensor(name, t, dtype, letters);
   }
 
-  void tensor(const char* name, const OptTensor& t, at::ScalarType dtype, std::string_view letters) {
+  void tensor(const char* name, const OptTensor& t, Dtype dtype, std::string_view letters) {
     if (!t) return;
-    demand_dtype(t->scalar_type() == dtype, name);
+    demand(t->dtype() == dtype, name, "dtype");
     demand(t->device() == first_.device(), name, "device");
-    demand(t->layout() == at::kStrided && t->dim() == static_cast<int64_t>(letters.size()), name, "shape");
+    demand(t->is_strided() && t->dim() == static_cast<int64_t>(letters.size()), name, "shape");
     for (size_t i = 0; i < letters.size(); ++i) {
       int64_t& size = sizes_[letters[i]];
       if (size < 0) size = t->size(i);
       demand(t->size(i) == size, name, "shape");
     }
     // A storage may have been freed below its tensor, as FSDP does.
-    const size_t bytes = at::detail::computeStorageNbytes(t->sizes(), t->strides(), t->itemsize(), t->storage_offset());
-    demand(t->numel() == 0 || t->storage().nbytes() >= bytes, name, "storage");
+    demand(t->numel() == 0 || t->storage_bytes() >= bytes_to_last(*t), name, "storage");
   }
 
-  void demand_dtype(bool right, const char* name) const { TORCH_CHECK_TYPE(right, op_, ": ", name, "'s dtype"); }
   void demand(bool right, const char* name, const char* what = "value") const {
-    TORCH_CHECK_VALUE(right, op_, ": ", name, "'s ", what);
+    if (!right) throw std::invalid_argument(std::string(op_) + ": " + name + "'s " + what);
   }
 
   int64_t operator[](char letter) const { return sizes_[letter]; }
@@ -74,13 +74,13 @@ inline Arguments attention_arguments(const char* op, const Tensor& q, const OptT
                                      const OptTensor& query_padding_mask) {
   Arguments a(op, "q", q, "BHNd");
   if (!k) a.set('M', a['N']);
-  a.tensor("k", k, q.scalar_type(), "BHMd");
-  a.tensor("v", v, q.scalar_type(), "BHMv");
+  a.tensor("k", k, q.dtype(), "BHMd");
+  a.tensor("v", v, q.dtype(), "BHMv");
   a.demand(std::isfinite(eps) && eps > 0, "eps");
   a.demand(std::isfinite(rho), "rho");
   a.tensor("head_rho", head_rho, acc_dtype(q), "BH");
-  a.tensor("key_padding_mask", key_padding_mask, at::kBool, "BM");
-  a.tensor("query_padding_mask", query_padding_mask, at::kBool, "BN");
+  a.tensor("key_padding_mask", key_padding_mask, kBool, "BM");
+  a.tensor("query_padding_mask", query_padding_mask, kBool, "BN");
   return a;
 }
 
@@ -91,7 +91,7 @@ inline Arguments linear_backward_arguments(const char* op, const Tensor& dout, c
                                            const OptTensor& head_rho, const OptTensor& key_padding_mask,
                                            const OptTensor& query_padding_mask) {
   Arguments a = attention_arguments(op, q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask);
-  a.tensor("dout", dout, q.scalar_type(), "BHv");
+  a.tensor("dout", dout, q.dtype(), "BHv");
   a.tensor("context", context, acc_dtype(q), "BHv");
   a.tensor("central_query", central_query, acc_dtype(q), "BHd");
   a.tensor("energy_sum", energy_sum, acc_dtype(q), "BH");
@@ -103,7 +103,7 @@ inline Arguments linear_backward_arguments(const char* op, const Tensor& dout, c
 inline void token_options(Arguments& a, std::optional<double> norm_eps, double eps, const OptTensor& padding_mask) {
   a.demand(std::isfinite(eps) && eps > 0, "eps");
   a.demand(!norm_eps || (std::isfinite(*norm_eps) && *norm_eps >= 0), "norm_eps");
-  a.tensor("padding_mask", padding_mask, at::kBool, "BN");
+  a.tensor("padding_mask", padding_mask, kBool, "BN");
 }
 
 inline Rows rows_of(const Tensor& t) { return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2), t.stride(3)}; }

@@ -1,11 +1,9 @@
-// The extension module `infsa_kernels._C`. Loading it runs the TORCH_LIBRARY_IMPL registrations of the other sources;
-// the module itself tells how it was built, for infsa_kernels/info.py and for the check at import, and gives memory
-// back.
+// The extension module `infsa_kernels._C`: how the library of kernels beside it was built, for infsa_kernels/info.py,
+// and the memory that it keeps. It holds no operator: those are the library's (torch.ops.load_library).
 #include <pybind11/pybind11.h>
-#include <torch/version.h>
+#include <torch/headeronly/version.h>
 
-#include "cpu/isa.h"
-#include "cpu/pool.h"
+#include "library.h"
 
 // setup.py defines INFSA_CUDA_ARCH_LIST, as 8.0,9.0a, where it compiles csrc/cuda.
 #define INFSA_STRING(...) #__VA_ARGS__

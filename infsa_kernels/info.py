@@ -46,7 +46,10 @@ def _extension() -> str:
     except ImportError:
         return "none; the backends below say why"
     cuda = f"CUDA kernels for {_C.cuda_arch_list}" if _C.cuda_arch_list else "no CUDA kernels"
-    return f"built for torch {_C.torch_version} with compiler {_C.compiler}, CPU kernels for {_C.cpu_isa}, {cuda}"
+    return (
+        f"for every torch from 2.10 on, built with torch {_C.torch_version} and compiler {_C.compiler}, CPU kernels for "
+        f"{_C.cpu_isa}, {cuda}"
+    )
 
 
 def _backends(device: torch.device) -> list[str]:

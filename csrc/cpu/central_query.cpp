@@ -7,8 +7,6 @@
 // one block of tokens, in cache, in both directions. The gradient of W is a product over all tokens: a wave of blocks
 // leaves dq and x^ packed, and then every tile of it is added to by one task. Blocks, waves and tiles depend on the
 // shape alone: the bits do not depend on the number of threads.
-#include <torch/library.h>
-
 #include <array>
 #include <cmath>
 #include <tuple>
@@ -36,11 +34,12 @@ struct Weight {
         panels(images.panels_bytes(C, images.D)),
         columns(as_columns ? images.panels_bytes(images.D, C) : 0),
         bias(C * images.acc_bytes) {
-    const Tensor flat = weight.reshape({C, images.D});
-    images.pack(images.kernels.images.pack, {flat.data_ptr(), flat.stride(0), flat.stride(1)}, C, panels.data(),
-                as_columns ? columns.data() : nullptr);
+    // Its heads' channels one behind another.
+    const Tensor flat = d < 2 || H < 2 || weight.stride(0) == d * weight.stride(1) ? weight : contiguous(weight);
+    images.pack(images.kernels.images.pack, {flat.data_ptr(), flat.stride(d < 2 ? 0 : 1), flat.stride(2)}, C,
+                panels.data(), as_columns ? columns.data() : nullptr);
     std::memset(bias.data(), 0, C * images.acc_bytes + Buffer::kSlack);
-    if (bias_ && C) std::memcpy(bias.data(), bias_->contiguous().data_ptr(), C * images.acc_bytes);
+    if (bias_ && C) std::memcpy(bias.data(), contiguous(*bias_).data_ptr(), C * images.acc_bytes);
   }
 
   QueryArgs args() const { return {H, d, panels.data(), columns.data(), bias.data(), nullptr, nullptr}; }
@@ -49,7 +48,7 @@ struct Weight {
 Arguments arguments_of(const Tensor& x, const Tensor& weight, const OptTensor& bias, std::optional<double> norm_eps,
                        double eps, const OptTensor& padding_mask) {
   Arguments a(kOp, "x", x, "BND");
-  a.tensor("weight", weight, x.scalar_type(), "HdD");
+  a.tensor("weight", weight, x.dtype(), "HdD");
   a.tensor("bias", bias, acc_dtype(x), "Hd");
   token_options(a, norm_eps, eps, padding_mask);
   return a;
@@ -62,8 +61,8 @@ std::tuple<Tensor, Tensor> central_query_fwd(const Tensor& x, const Tensor& weig
   const Images images(x, norm_eps, padding_mask);
   const Weight weight(images, weight_, bias, false);
   const int64_t H = weight.H, d = weight.d, C = weight.C;
-  const Tensor central_query = at::empty({images.B, H, d}, x.options().dtype(images.acc));
-  const Tensor energy_sum = at::empty({images.B, H}, central_query.options());
+  const Tensor central_query = empty({images.B, H, d}, images.acc);
+  const Tensor energy_sum = empty({images.B, H}, images.acc);
 
   const std::vector<Part> parts = images.parts(0, images.B, ceil_div(kParts, std::max<int64_t>(images.B, 1)));
   const int64_t count = parts.size();
@@ -106,14 +105,13 @@ std::tuple<Tensor, Tensor, Tensor> central_query_bwd(const Tensor& dcentral_quer
   const bool want_x = output_mask[0], want_weight = output_mask[1], want_bias = output_mask[2] && bias;
   const Tensor dx = new_gradient(want_x, x, padding_mask.has_value());
   const Tensor dweight = new_gradient(want_weight, weight_);
-  const auto sums_options = x.options().dtype(images.acc);
-  const Tensor dbias = want_bias ? at::empty_like(*bias) : at::empty({0}, sums_options);
+  const Tensor dbias = want_bias ? empty_like(*bias) : empty({0}, images.acc);
   if (!want_x && !want_weight && !want_bias) return {dx, dweight, dbias};
 
   const Weight weight(images, weight_, bias, want_x);
   const int64_t C = weight.C;
   const Buffer gradients(B * C * images.acc_bytes), offsets(B * H * images.acc_bytes);
-  const Numbers dqbar(dcentral_query.contiguous()), qbar(central_query.contiguous()), E(energy_sum.contiguous());
+  const Numbers dqbar(contiguous(dcentral_query)), qbar(contiguous(central_query)), E(contiguous(energy_sum));
   const Numbers g = images.numbers(gradients), offset = images.numbers(offsets);
   for (int64_t head = 0; head < B * H; ++head) {
     const double factor = weight.scale / (E[head] + eps);
@@ -129,8 +127,8 @@ std::tuple<Tensor, Tensor, Tensor> central_query_bwd(const Tensor& dcentral_quer
   const Kernels& kernels = images.kernels;
   const int64_t width = round_up(D, kernels.panel), channels = round_up(C, kernels.tile);
   // Rows that need neither padding nor rounding are summed in place.
-  const bool in_place = want_weight && dweight.scalar_type() == images.acc && dweight.is_contiguous() && width == D;
-  const Tensor weight_sums = in_place ? dweight.zero_() : at::zeros({want_weight ? C : 0, width}, sums_options);
+  const bool in_place = want_weight && dweight.dtype() == images.acc && dweight.is_contiguous() && width == D;
+  const Tensor weight_sums = in_place ? zero(dweight) : zeros({want_weight ? C : 0, width}, images.acc);
   std::vector<double> bias_sums(want_bias ? C : 0);
 
   const std::vector<Part> blocks = images.parts(0, B);
@@ -179,20 +177,23 @@ std::tuple<Tensor, Tensor, Tensor> central_query_bwd(const Tensor& dcentral_quer
     }
   }
   for (int64_t h = 0; h < H && want_weight && !in_place; ++h) {
-    const Tensor head = dweight.select(0, h);
-    kernels.tokens.store({head.data_ptr(), head.stride(0), head.stride(1)},
+    char* head = static_cast<char*>(dweight.data_ptr()) + h * dweight.stride(0) * dweight.element_size();
+    kernels.tokens.store({head, dweight.stride(1), dweight.stride(2)},
                          static_cast<char*>(weight_sums.data_ptr()) + h * d * width * images.acc_bytes, width, D, 1,
                          {0, d});
   }
-  if (want_bias) dbias.copy_(at::from_blob(bias_sums.data(), {H, d}, at::kDouble));
+  if (want_bias) {
+    const Numbers to(dbias);
+    for (int64_t c = 0; c < C; ++c) to.set(c / d * dbias.stride(0) + c % d * dbias.stride(1), bias_sums[c]);
+  }
   return {dx, dweight, dbias};
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(infsa, CPU, m) {
-  m.impl("central_query_fwd", TORCH_FN(central_query_fwd));
-  m.impl("central_query_bwd", TORCH_FN(central_query_bwd));
+STABLE_TORCH_LIBRARY_IMPL(infsa, CPU, m) {
+  m.impl("central_query_fwd", kernel<central_query_fwd>);
+  m.impl("central_query_bwd", kernel<central_query_bwd>);
 }
 
 }  // namespace infsa::cpu

@@ -1,8 +1,6 @@
 // What central_query.cpp and score_pool.cpp have in common: tokens x (B, N, D) and how they are divided.
 #pragma once
 
-#include <ATen/ATen.h>
-
 #include <optional>
 #include <vector>
 
@@ -31,7 +29,7 @@ struct Images {
   const std::optional<double> norm_eps;
   const Kept kept;
   const Kernels& kernels;
-  const at::ScalarType acc;
+  const Dtype acc;
   const int64_t acc_bytes;
 
   Images(const Tensor& x, std::optional<double> norm_eps, const OptTensor& padding_mask)
@@ -41,19 +39,21 @@ struct Images {
         D(x.size(2)),
         norm_eps(norm_eps),
         kept(padding_mask, N),
-        kernels(kernels_for(x.scalar_type())),
+        kernels(kernels_for(x.dtype())),
         acc(acc_dtype(x)),
-        acc_bytes(acc == at::kDouble ? 8 : 4) {}
+        acc_bytes(acc == kDouble ? 8 : 4) {}
 
   // dx: of no elements where it is not wanted.
   Image image(int64_t at, const Tensor& dx) const {
     const auto tokens = [&](const Tensor& t) {
       return tokens_of({t.data_ptr(), t.stride(0), 0, t.stride(1), t.stride(2)}, at, 0, t.element_size(), kept.of(at));
     };
-    return {tokens(x), dx.dim() == 3 ? tokens(dx) : Tokens{}, D, block(at), norm_eps.has_value(), norm_eps.value_or(0)};
+    return {
+        tokens(x),           dx.defined() && dx.dim() == 3 ? tokens(dx) : Tokens{}, D, block(at), norm_eps.has_value(),
+        norm_eps.value_or(0)};
   }
 
-  Numbers numbers(const Buffer& buffer) const { return {buffer, acc == at::kDouble}; }
+  Numbers numbers(const Buffer& buffer) const { return {buffer, acc == kDouble}; }
 
   // Blocks of one image are about equal.
   int64_t block(int64_t image) const {
@@ -81,8 +81,8 @@ struct Images {
 
   void pack(ImageKernels::Pack pack, const Tokens& from, int64_t rows, void* panels, void* columns) const {
     const int64_t grain = std::max<int64_t>(1, (1 << 15) / (kernels.panel * D + 1));
-    at::parallel_for(0, ceil_div(rows, kernels.panel), grain,
-                     [&](int64_t begin, int64_t end) { pack(from, rows, D, {begin, end}, panels, columns); });
+    parallel_for(0, ceil_div(rows, kernels.panel), grain,
+                 [&](int64_t begin, int64_t end) { pack(from, rows, D, {begin, end}, panels, columns); });
   }
 };
 

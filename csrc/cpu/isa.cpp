@@ -44,18 +44,12 @@ const Isa& isa() {
 
 const char* isa_name() { return isa().name; }
 
-const Kernels& kernels_for(at::ScalarType dtype) {
+const Kernels& kernels_for(Dtype dtype) {
   const KernelTable& table = isa().kernels;
-  switch (dtype) {
-    case at::kFloat:
-      return table.float32;
-    case at::kDouble:
-      return table.float64;
-    case at::kBFloat16:
-      return table.bfloat16;
-    default:
-      return table.float16;
-  }
+  return dtype == kFloat      ? table.float32
+         : dtype == kDouble   ? table.float64
+         : dtype == kBFloat16 ? table.bfloat16
+                              : table.float16;
 }
 
 }  // namespace infsa::cpu

@@ -1,8 +1,8 @@
 // The instruction set that the CPU kernels of this process are compiled for.
 #pragma once
 
-#include <c10/core/ScalarType.h>
-
+#include "../library.h"
+#include "../torch.h"
 #include "kernels.h"
 
 namespace infsa::cpu {
@@ -10,7 +10,6 @@ namespace infsa::cpu {
 // Of the widest set that this CPU and operating system have, or of the one named by
 // INFSA_CPU_ISA=portable|avx2|avx512 (read once, at import; a set that the CPU lacks is an error). Portable code is
 // what NEON machines run.
-const Kernels& kernels_for(at::ScalarType dtype);
-const char* isa_name();
+const Kernels& kernels_for(Dtype dtype);
 
 }  // namespace infsa::cpu

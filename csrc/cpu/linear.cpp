@@ -16,8 +16,6 @@
 // Forward and backward are two passes over the tokens each (linear_kernels.h), in chunks over all threads. Chunks
 // depend on the shape alone and their partial sums are added in their order, in double: the same bits for any number of
 // threads. A head whose numbers left the range of the accumulation type is run once more (range.h).
-#include <torch/library.h>
-
 #include <array>
 #include <tuple>
 
@@ -69,10 +67,10 @@ std::tuple<Tensor, Statistics> forward(const Sizes& s, const Packed& packed, con
                                        const OptTensor& query_padding_mask) {
   const auto acc = acc_dtype(q);
   const int64_t floored = floor.has_value();
-  const Tensor out = new_cpu({s.B, s.H, s.d_v}, q.scalar_type()), context = new_cpu({s.B, s.H, s.d_v}, acc),
-               central_query = new_cpu({s.B, s.H, s.d}, acc), energy_sum = new_cpu({s.B, s.H}, acc),
-               score_sum = new_cpu({s.B, s.H}, acc), absolute_sum = new_cpu({s.B * floored, s.H}, acc),
-               value_mean = new_cpu({s.B * floored, s.H, s.d_v}, acc);
+  Tensor out = empty({s.B, s.H, s.d_v}, q.dtype()), context = empty({s.B, s.H, s.d_v}, acc),
+         central_query = empty({s.B, s.H, s.d}, acc), energy_sum = empty({s.B, s.H}, acc),
+         score_sum = empty({s.B, s.H}, acc), absolute_sum = floor ? empty({s.B, s.H}, acc) : Tensor(),
+         value_mean = floor ? empty({s.B, s.H, s.d_v}, acc) : Tensor();
 
   const Plan plan(s, packed.mean(s), q, k, v);
   const Walk queries(plan, s.N, packed.queries), keys(plan, s.M, packed.keys);
@@ -139,7 +137,9 @@ std::tuple<Tensor, Statistics> forward(const Sizes& s, const Packed& packed, con
   plan.for_waves(run);
   plan.for_strange(strange, [&](int64_t head) { return units.set(head); }, run);
   plan.kernels.tokens.store({out.data_ptr(), s.d_v, 1}, results.data(), s.d_v, s.d_v, 1, {0, s.B * s.H});
-  return {out, {context, central_query, energy_sum, score_sum, absolute_sum, value_mean}};
+  return {std::move(out),
+          {std::move(context), std::move(central_query), std::move(energy_sum), std::move(score_sum),
+           std::move(absolute_sum), std::move(value_mean)}};
 }
 
 // Fills the gradients.
@@ -148,10 +148,9 @@ void backward(const Sizes& s, const Packed& packed, const Gradients& gradients, 
               double rho, const OptTensor& head_rho, const OptTensor& key_padding_mask,
               const OptTensor& query_padding_mask) {
   const auto acc = acc_dtype(q);
-  const Tensor dout = dout_.contiguous();
+  const Tensor dout = contiguous(dout_);
   const auto& [dq, dk, dv, dhead_rho] = gradients;
   const bool want_dq = dq.dim() > 1, want_dk = dk.dim() > 1, want_dv = dv.dim() > 1, want_drho = dhead_rho.dim() > 1;
-  const Tensor none = new_cpu({0}, acc);
 
   const Plan plan(s, packed.mean(s), q, k, v);
   const Walk queries(plan, s.N, packed.queries), keys(plan, s.M, packed.keys);
@@ -180,9 +179,10 @@ void backward(const Sizes& s, const Packed& packed, const Gradients& gradients, 
   const std::vector<double> counts = key_counts(floor, keys, args.key_mask, s);
   Units units(plan, queries, keys, args);
   std::vector<char> strange(s.B * s.H);
-  const Numbers dz(dout.to(acc)), z(saved.context.contiguous()), qbar(saved.central_query.contiguous()),
-      E(saved.energy_sum.contiguous()), R(saved.score_sum.contiguous()), drho(dhead_rho);
-  const Numbers T(floor ? saved.absolute_sum.contiguous() : none), mean(floor ? saved.value_mean.contiguous() : none);
+  const Numbers dz(contiguous(dout, acc)), z(contiguous(saved.context)), qbar(contiguous(saved.central_query)),
+      E(contiguous(saved.energy_sum)), R(contiguous(saved.score_sum)), drho(dhead_rho);
+  const Numbers T(floor ? contiguous(saved.absolute_sum) : Tensor()),
+      mean(floor ? contiguous(saved.value_mean) : Tensor());
   // score_floor T, and R + score_floor T + eps
   const auto share = [&](int64_t head) { return floor ? *floor * T[head] : 0; };
   const auto norm = [&](int64_t head) { return R[head] + share(head) + eps; };
@@ -230,7 +230,7 @@ void backward(const Sizes& s, const Packed& packed, const Gradients& gradients, 
     });
     queries.run(LinearPass::backward_queries, args, begin, end, nullptr, 0, dscores);
   };
-  at::parallel_for(0, s.B * s.H, kGrain / (s.d + s.d_v + 1) + 1, prepare);
+  parallel_for(0, s.B * s.H, kGrain / (s.d + s.d_v + 1) + 1, prepare);
   if (!(want_dq || want_dk || want_dv)) return;
   plan.for_waves(run);
   plan.for_strange(
@@ -244,8 +244,8 @@ void backward(const Sizes& s, const Packed& packed, const Gradients& gradients, 
 // Of no elements where they are not wanted; as many of rho as there are of it.
 Gradients new_gradients(const std::array<bool, 4>& wanted, const Tensor& q, const OptTensor& k, const Tensor& v,
                         const OptTensor& head_rho) {
-  return {new_gradient(wanted[0], q), new_gradient(wanted[1] && k, k.value_or(q)), new_gradient(wanted[2], v),
-          wanted[3] && head_rho ? new_cpu(head_rho->sizes(), acc_dtype(q)) : new_cpu({0}, acc_dtype(q))};
+  return {new_gradient(wanted[0], q), new_gradient(wanted[1] && k, k ? *k : q), new_gradient(wanted[2], v),
+          wanted[3] && head_rho ? empty(head_rho->sizes(), acc_dtype(q)) : empty({0}, acc_dtype(q))};
 }
 
 std::tuple<Tensor, Statistics> dense_forward(const Tensor& q, const OptTensor& k, const Tensor& v, double eps,
@@ -292,7 +292,7 @@ Gradients packed_backward(const Tensor& dout, const Tensor& q, const OptTensor& 
   PackedArguments p(kPackedOp, q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, eps, rho, head_rho);
   demand_floor(p.a, floor);
   const auto acc = acc_dtype(q);
-  p.a.tensor("dout", dout, q.scalar_type(), "SHv");
+  p.a.tensor("dout", dout, q.dtype(), "SHv");
   p.a.tensor("context", saved.context, acc, "SHv");
   p.a.tensor("central_query", saved.central_query, acc, "SHd");
   p.a.tensor("energy_sum", saved.energy_sum, acc, "SH");
@@ -312,66 +312,76 @@ Gradients packed_backward(const Tensor& dout, const Tensor& q, const OptTensor& 
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(infsa, CPU, m) {
-  m.impl("linear_fwd", [](const Tensor& q, const OptTensor& k, const Tensor& v, double eps, double rho,
-                          const OptTensor& head_rho, const OptTensor& key_mask, const OptTensor& query_mask) {
-    const auto [out, s] = dense_forward(q, k, v, eps, {}, rho, head_rho, key_mask, query_mask);
-    return std::make_tuple(out, s.context, s.central_query, s.energy_sum, s.score_sum);
-  });
-  m.impl("linear_bwd", [](const Tensor& dout, const Tensor& q, const OptTensor& k, const Tensor& v,
-                          const Tensor& context, const Tensor& central_query, const Tensor& energy_sum,
-                          const Tensor& score_sum, double eps, double rho, const OptTensor& head_rho,
-                          const OptTensor& key_mask, const OptTensor& query_mask, std::array<bool, 4> output_mask) {
-    const Statistics saved{context, central_query, energy_sum, score_sum, {}, {}};
-    return dense_backward(dout, q, k, v, saved, eps, {}, rho, head_rho, key_mask, query_mask, output_mask);
-  });
-  m.impl("linear_floor_fwd", [](const Tensor& q, const OptTensor& k, const Tensor& v, double eps, double score_floor,
-                                double rho, const OptTensor& head_rho, const OptTensor& key_mask,
-                                const OptTensor& query_mask) {
-    const auto [out, s] = dense_forward(q, k, v, eps, score_floor, rho, head_rho, key_mask, query_mask);
-    return std::make_tuple(out, s.context, s.central_query, s.energy_sum, s.score_sum, s.absolute_sum, s.value_mean);
-  });
+STABLE_TORCH_LIBRARY_IMPL(infsa, CPU, m) {
+  m.impl("linear_fwd", kernel([](const Tensor& q, const OptTensor& k, const Tensor& v, double eps, double rho,
+                                 const OptTensor& head_rho, const OptTensor& key_mask, const OptTensor& query_mask) {
+           auto [out, s] = dense_forward(q, k, v, eps, {}, rho, head_rho, key_mask, query_mask);
+           return std::make_tuple(std::move(out), std::move(s.context), std::move(s.central_query),
+                                  std::move(s.energy_sum), std::move(s.score_sum));
+         }));
+  m.impl("linear_bwd",
+         kernel([](const Tensor& dout, const Tensor& q, const OptTensor& k, const Tensor& v, const Tensor& context,
+                   const Tensor& central_query, const Tensor& energy_sum, const Tensor& score_sum, double eps,
+                   double rho, const OptTensor& head_rho, const OptTensor& key_mask, const OptTensor& query_mask,
+                   std::array<bool, 4> output_mask) {
+           const Statistics saved{context, central_query, energy_sum, score_sum, {}, {}};
+           return dense_backward(dout, q, k, v, saved, eps, {}, rho, head_rho, key_mask, query_mask, output_mask);
+         }));
+  m.impl("linear_floor_fwd",
+         kernel([](const Tensor& q, const OptTensor& k, const Tensor& v, double eps, double score_floor, double rho,
+                   const OptTensor& head_rho, const OptTensor& key_mask, const OptTensor& query_mask) {
+           auto [out, s] = dense_forward(q, k, v, eps, score_floor, rho, head_rho, key_mask, query_mask);
+           return std::make_tuple(std::move(out), std::move(s.context), std::move(s.central_query),
+                                  std::move(s.energy_sum), std::move(s.score_sum), std::move(s.absolute_sum),
+                                  std::move(s.value_mean));
+         }));
   m.impl("linear_floor_bwd",
-         [](const Tensor& dout, const Tensor& q, const OptTensor& k, const Tensor& v, const Tensor& context,
-            const Tensor& central_query, const Tensor& energy_sum, const Tensor& score_sum, const Tensor& absolute_sum,
-            const Tensor& value_mean, double eps, double score_floor, double rho, const OptTensor& head_rho,
-            const OptTensor& key_mask, const OptTensor& query_mask, std::array<bool, 4> output_mask) {
+         kernel([](const Tensor& dout, const Tensor& q, const OptTensor& k, const Tensor& v, const Tensor& context,
+                   const Tensor& central_query, const Tensor& energy_sum, const Tensor& score_sum,
+                   const Tensor& absolute_sum, const Tensor& value_mean, double eps, double score_floor, double rho,
+                   const OptTensor& head_rho, const OptTensor& key_mask, const OptTensor& query_mask,
+                   std::array<bool, 4> output_mask) {
            const Statistics saved{context, central_query, energy_sum, score_sum, absolute_sum, value_mean};
            return dense_backward(dout, q, k, v, saved, eps, score_floor, rho, head_rho, key_mask, query_mask,
                                  output_mask);
-         });
-  m.impl("linear_varlen_fwd", [](const Tensor& q, const OptTensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
-                                 const OptTensor& cu_seqlens_k, int64_t max_q, int64_t max_k, double eps, double rho,
-                                 const OptTensor& head_rho) {
-    const auto [out, s] = packed_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, eps, {}, rho, head_rho);
-    return std::make_tuple(out, s.context, s.central_query, s.energy_sum, s.score_sum);
-  });
+          }));
+  m.impl("linear_varlen_fwd",
+         kernel([](const Tensor& q, const OptTensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
+                   const OptTensor& cu_seqlens_k, int64_t max_q, int64_t max_k, double eps, double rho,
+                   const OptTensor& head_rho) {
+           auto [out, s] = packed_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, eps, {}, rho, head_rho);
+           return std::make_tuple(std::move(out), std::move(s.context), std::move(s.central_query),
+                                  std::move(s.energy_sum), std::move(s.score_sum));
+         }));
   m.impl("linear_varlen_bwd",
-         [](const Tensor& dout, const Tensor& q, const OptTensor& k, const Tensor& v, const Tensor& context,
-            const Tensor& central_query, const Tensor& energy_sum, const Tensor& score_sum, const Tensor& cu_seqlens_q,
-            const OptTensor& cu_seqlens_k, int64_t max_q, int64_t max_k, double eps, double rho,
-            const OptTensor& head_rho, std::array<bool, 4> output_mask) {
+         kernel([](const Tensor& dout, const Tensor& q, const OptTensor& k, const Tensor& v, const Tensor& context,
+                   const Tensor& central_query, const Tensor& energy_sum, const Tensor& score_sum,
+                   const Tensor& cu_seqlens_q, const OptTensor& cu_seqlens_k, int64_t max_q, int64_t max_k, double eps,
+                   double rho, const OptTensor& head_rho, std::array<bool, 4> output_mask) {
            const Statistics saved{context, central_query, energy_sum, score_sum, {}, {}};
            return packed_backward(dout, q, k, v, saved, cu_seqlens_q, cu_seqlens_k, max_q, max_k, eps, {}, rho,
                                   head_rho, output_mask);
-         });
-  m.impl("linear_varlen_floor_fwd", [](const Tensor& q, const OptTensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
-                                       const OptTensor& cu_seqlens_k, int64_t max_q, int64_t max_k, double eps,
-                                       double score_floor, double rho, const OptTensor& head_rho) {
-    const auto [out, s] =
-        packed_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, eps, score_floor, rho, head_rho);
-    return std::make_tuple(out, s.context, s.central_query, s.energy_sum, s.score_sum, s.absolute_sum, s.value_mean);
-  });
+         }));
+  m.impl("linear_varlen_floor_fwd",
+         kernel([](const Tensor& q, const OptTensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
+                   const OptTensor& cu_seqlens_k, int64_t max_q, int64_t max_k, double eps, double score_floor,
+                   double rho, const OptTensor& head_rho) {
+           auto [out, s] =
+               packed_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, eps, score_floor, rho, head_rho);
+           return std::make_tuple(std::move(out), std::move(s.context), std::move(s.central_query),
+                                  std::move(s.energy_sum), std::move(s.score_sum), std::move(s.absolute_sum),
+                                  std::move(s.value_mean));
+         }));
   m.impl("linear_varlen_floor_bwd",
-         [](const Tensor& dout, const Tensor& q, const OptTensor& k, const Tensor& v, const Tensor& context,
-            const Tensor& central_query, const Tensor& energy_sum, const Tensor& score_sum, const Tensor& absolute_sum,
-            const Tensor& value_mean, const Tensor& cu_seqlens_q, const OptTensor& cu_seqlens_k, int64_t max_q,
-            int64_t max_k, double eps, double score_floor, double rho, const OptTensor& head_rho,
-            std::array<bool, 4> output_mask) {
+         kernel([](const Tensor& dout, const Tensor& q, const OptTensor& k, const Tensor& v, const Tensor& context,
+                   const Tensor& central_query, const Tensor& energy_sum, const Tensor& score_sum,
+                   const Tensor& absolute_sum, const Tensor& value_mean, const Tensor& cu_seqlens_q,
+                   const OptTensor& cu_seqlens_k, int64_t max_q, int64_t max_k, double eps, double score_floor,
+                   double rho, const OptTensor& head_rho, std::array<bool, 4> output_mask) {
            const Statistics saved{context, central_query, energy_sum, score_sum, absolute_sum, value_mean};
-           return packed_backward(dout, q, k, v, saved, cu_seqlens_q, cu_seqlens_k, max_q, max_k, eps, score_floor, rho,
-                                  head_rho, output_mask);
-         });
+           return packed_backward(dout, q, k, v, saved, cu_seqlens_q, cu_seqlens_k, max_q, max_k, eps, score_floor,
+                                  rho, head_rho, output_mask);
+         }));
 }
 
 }  // namespace infsa::cpu::linear

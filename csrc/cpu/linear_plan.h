@@ -3,10 +3,6 @@
 // double: the same bits for any number of threads.
 #pragma once
 
-#include <ATen/EmptyTensor.h>
-#include <ATen/Parallel.h>
-#include <ATen/ops/ones.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -15,6 +11,7 @@
 #include "isa.h"
 #include "memory.h"
 #include "packed.h"
+#include "parallel.h"
 #include "range.h"
 
 namespace infsa::cpu::linear {
@@ -25,8 +22,6 @@ constexpr int64_t kGrain = 1 << 15;
 constexpr int64_t kMaxChunks = 128;
 // Bytes of q that one wave of heads may have, so that its second pass finds them in the last-level cache.
 constexpr int64_t kWaveBytes = 8 << 20;
-
-inline Tensor new_cpu(at::IntArrayRef size, at::ScalarType dtype) { return at::detail::empty_cpu(size, dtype); }
 
 // How the work of one call is cut. A unit is what one kernel call may span: a head, or all heads of a batch where the
 // heads of a token lie side by side ("token-major", a (B, N, H, d) tensor).
@@ -40,9 +35,9 @@ struct Plan {
 
   // tokens: queries of a batch, or what they are on average.
   Plan(const Sizes& s, int64_t tokens, const Tensor& q, const Tensor& k, const Tensor& v)
-      : kernels(kernels_for(q.scalar_type())),
+      : kernels(kernels_for(q.dtype())),
         s(s),
-        wide(acc_dtype(q) == at::kDouble),
+        wide(acc_dtype(q) == kDouble),
         acc_bytes(wide ? 8 : 4),
         element_bytes(q.element_size()),
         heads(s.H > 1 && token_major(q) && token_major(k) && token_major(v) ? s.H : 1),
@@ -123,7 +118,7 @@ class Walk {
            char* dscores, int64_t kinds = 1) const {
     const int64_t heads = plan_.heads, H = plan_.s.H, size = plan_.sums_size(width, kinds);
     const int64_t grain = std::max<int64_t>(1, kGrain / ((mean() + 1) * heads * (plan_.d + plan_.d_v + 1)));
-    at::parallel_for(first_[begin], first_[end], grain, [&](int64_t from, int64_t to) {
+    parallel_for(first_[begin], first_[end], grain, [&](int64_t from, int64_t to) {
       const Buffer scratch(plan_.kernels.linear.scratch_bytes(pass, heads, plan_.s.d, plan_.s.d_v));
       int64_t unit = std::upper_bound(first_.begin(), first_.end(), from) - first_.begin() - 1;
       for (int64_t i = from; i < to; ++i) {
@@ -146,7 +141,7 @@ class Walk {
   void for_heads(int64_t begin, int64_t end, double* sums, int64_t width, const Body& body, int64_t kinds = 1) const {
     const int64_t heads = plan_.heads, size = plan_.sums_size(width, kinds);
     const int64_t chunks = first_.back() / std::max<int64_t>(plan_.units, 1);
-    at::parallel_for(begin, end, std::max<int64_t>(1, kGrain / ((chunks + 1) * size)), [&](int64_t from, int64_t to) {
+    parallel_for(begin, end, std::max<int64_t>(1, kGrain / ((chunks + 1) * size)), [&](int64_t from, int64_t to) {
       for (int64_t unit = from; unit < to; ++unit) {
         double* total = sums + (first_[unit] - first_[begin]) * size;
         for (int64_t c = 1; c < first_[unit + 1] - first_[unit]; ++c) {
@@ -215,15 +210,17 @@ class Units {
     const Sizes& s = plan_.s;
     if (heads_.empty()) {
       heads_.resize(s.B * s.H);
-      rows_ = at::ones({6, s.B * s.H + Buffer::kSlack}, plan_.wide ? at::kDouble : at::kFloat);
+      rows_ = fill(empty({6, s.B * s.H + Buffer::kSlack}, plan_.wide ? kDouble : kFloat), 1);
       const void** parts[] = {&args_.unit.q,  &args_.unit.k,  &args_.unit.v,
                               &args_.unit.dq, &args_.unit.dk, &args_.unit.dv};
-      for (int i = 0; i < 6; ++i) *parts[i] = rows_.select(0, i).data_ptr();
+      for (int i = 0; i < 6; ++i)
+        *parts[i] = static_cast<char*>(rows_.data_ptr()) + i * rows_.stride(0) * rows_.element_size();
     }
     heads_[head] = u;
     const double gradient = 1 / (u.dout * u.score);
     const double values[] = {u.q, u.k, u.v, u.q * gradient / u.v, u.k * gradient / u.v, gradient};
-    for (int i = 0; i < 6; ++i) Numbers(rows_.select(0, i)).set(head, finite(values[i], plan_.wide));
+    const Numbers rows(rows_);
+    for (int i = 0; i < 6; ++i) rows.set(i * rows_.stride(0) + head, finite(values[i], plan_.wide));
     return true;
   }
 

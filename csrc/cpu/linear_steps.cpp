@@ -10,8 +10,6 @@
 // With a floor the keys' steps give sum_j v_j and sum_j |t_j| too, and take what these are over all parts (linear.cpp).
 //
 // The passes are those of linear.cpp. Sums are float64: of float32 rows they stay in range, whoever has which part.
-#include <torch/library.h>
-
 #include <array>
 #include <tuple>
 #include <vector>
@@ -31,9 +29,9 @@ Sizes sizes_of_keys(const Arguments& a) { return {a['B'], a['H'], 0, a['M'], a['
 Arguments keys_arguments(const Tensor& k, const Tensor& v, const Tensor& central_query,
                          const OptTensor& key_padding_mask) {
   Arguments a(kOp, "k", k, "BHMd");
-  a.tensor("v", v, k.scalar_type(), "BHMv");
+  a.tensor("v", v, k.dtype(), "BHMv");
   a.tensor("central_query", central_query, acc_dtype(k), "BHd");
-  a.tensor("key_padding_mask", key_padding_mask, at::kBool, "BM");
+  a.tensor("key_padding_mask", key_padding_mask, kBool, "BM");
   return a;
 }
 
@@ -49,9 +47,9 @@ double unit_of_numbers(const Numbers& x, int64_t from, int64_t n, bool wide) {
 
 Tensor linear_queries_fwd(const Tensor& q, const OptTensor& query_padding_mask) {
   Arguments a(kOp, "q", q, "BHNd");
-  a.tensor("query_padding_mask", query_padding_mask, at::kBool, "BN");
+  a.tensor("query_padding_mask", query_padding_mask, kBool, "BN");
   const Sizes s = sizes_of_queries(a);
-  const Tensor result = new_cpu({s.B, s.H, s.d + 1}, at::kDouble);
+  const Tensor result = empty({s.B, s.H, s.d + 1}, kDouble);
   double* to = result.data_ptr<double>();
 
   const Plan plan(s, s.N, q, q, q);
@@ -97,7 +95,7 @@ template <bool kFloor> Tensor linear_keys_fwd(const Tensor& k, const Tensor& v, 
                                               const OptTensor& key_padding_mask) {
   constexpr int64_t kKinds = kFloor ? 2 : 1;
   const Sizes s = sizes_of_keys(keys_arguments(k, v, central_query, key_padding_mask));
-  const Tensor result = new_cpu({s.B, s.H, kKinds * (s.d_v + 1)}, at::kDouble);
+  const Tensor result = empty({s.B, s.H, kKinds * (s.d_v + 1)}, kDouble);
   double* to = result.data_ptr<double>();
 
   const Plan plan(s, 0, k, k, v);
@@ -111,7 +109,7 @@ template <bool kFloor> Tensor linear_keys_fwd(const Tensor& k, const Tensor& v, 
 
   Units units(plan, queries, keys, args);
   std::vector<char> strange(s.B * s.H);
-  const Numbers qbar(central_query.contiguous()), query = plan.numbers(score_query);
+  const Numbers qbar(contiguous(central_query)), query = plan.numbers(score_query);
   const auto run = [&](int64_t begin, int64_t end) {
     set_score_query(plan, qbar, units, query, begin * plan.heads, end * plan.heads);
     keys.run(kFloor ? LinearPass::forward_keys_floor : LinearPass::forward_keys, args, begin, end, sums, plan.d_v,
@@ -151,21 +149,21 @@ KeyGradients keys_bwd(const Tensor& dcontext_, const Tensor& k, const Tensor& v,
                       const Tensor& central_query, const Tensor& score_sum, const std::optional<Floor>& floor,
                       double eps, const OptTensor& key_padding_mask, const std::array<bool, 4>& output_mask) {
   Arguments a = keys_arguments(k, v, central_query, key_padding_mask);
-  const at::ScalarType acc = acc_dtype(k);
+  const Dtype acc = acc_dtype(k);
   a.tensor("dcontext", dcontext_, acc, "BHv");
   a.tensor("context", context, acc, "BHv");
-  a.tensor("score_sum", score_sum, at::kDouble, "BH");
+  a.tensor("score_sum", score_sum, kDouble, "BH");
   a.demand(std::isfinite(eps) && eps > 0, "eps");
   if (floor) {
-    a.tensor("absolute_sum", floor->absolute_sum, at::kDouble, "BH");
+    a.tensor("absolute_sum", floor->absolute_sum, kDouble, "BH");
     a.tensor("value_mean", floor->value_mean, acc, "BHv");
-    a.tensor("key_count", floor->key_count, at::kDouble, "BH");
+    a.tensor("key_count", floor->key_count, kDouble, "BH");
     a.demand(std::isfinite(floor->score_floor) && floor->score_floor >= 0, "score_floor");
   }
   const Sizes s = sizes_of_keys(a);
   const auto [want_dk, want_dv, want_dcentral, want_dscores] = output_mask;
   const Tensor dk = new_gradient(want_dk, k), dv = new_gradient(want_dv, v);
-  const Tensor dcentral = new_cpu({want_dcentral ? s.B * s.H * s.d : 0}, at::kDouble);
+  const Tensor dcentral = want_dcentral ? empty({s.B, s.H, s.d}, kDouble) : empty({0}, kDouble);
 
   const Plan plan(s, 0, k, k, v);
   const Walk queries(plan, 0, nullptr), keys(plan, s.M, nullptr);
@@ -179,8 +177,7 @@ KeyGradients keys_bwd(const Tensor& dcontext_, const Tensor& k, const Tensor& v,
   double* sums = want_sums ? sums_buffer.as<double>() : nullptr;
   // In the order in which the passes go over tokens and heads.
   const int64_t token = plan.heads > 1 ? s.H : 1, of_head = plan.heads > 1 ? 1 : s.M;
-  const Tensor dscores =
-      want_dscores ? new_tensor({s.B, s.H, s.M}, {s.H * s.M, of_head, token}, acc) : new_cpu({0}, acc);
+  const Tensor dscores = want_dscores ? new_tensor({s.B, s.H, s.M}, {s.H * s.M, of_head, token}, acc) : empty({0}, acc);
   char* scores = want_dscores ? static_cast<char*>(dscores.data_ptr()) : nullptr;
 
   LinearArgs args{};
@@ -194,11 +191,10 @@ KeyGradients keys_bwd(const Tensor& dcontext_, const Tensor& k, const Tensor& v,
 
   Units units(plan, queries, keys, args);
   std::vector<char> strange(s.B * s.H);
-  const Numbers dz(dcontext_.contiguous()), z(context.contiguous()), qbar(central_query.contiguous()),
-      R(score_sum.contiguous());
-  const Tensor none = new_cpu({0}, at::kDouble);
-  const Numbers T(floor ? floor->absolute_sum.contiguous() : none), mean(floor ? floor->value_mean.contiguous() : none),
-      count(floor ? floor->key_count.contiguous() : none);
+  const Numbers dz(contiguous(dcontext_)), z(contiguous(context)), qbar(contiguous(central_query)),
+      R(contiguous(score_sum));
+  const Numbers T(floor ? contiguous(floor->absolute_sum) : Tensor()),
+      mean(floor ? contiguous(floor->value_mean) : Tensor()), count(floor ? contiguous(floor->key_count) : Tensor());
   // score_floor T, and R + score_floor T + eps
   const auto share = [&](int64_t head) { return floor ? floor->score_floor * T[head] : 0; };
   const auto norm = [&](int64_t head) { return R[head] + share(head) + eps; };
@@ -245,28 +241,27 @@ KeyGradients keys_bwd(const Tensor& dcontext_, const Tensor& k, const Tensor& v,
   };
   plan.for_waves(run);
   plan.for_strange(strange, set, run);
-  const Tensor dscores_unit = new_cpu({want_dscores ? s.B * s.H : 0}, at::kDouble);
+  const Tensor dscores_unit = want_dscores ? empty({s.B, s.H}, kDouble) : empty({0}, kDouble);
   for (int64_t head = 0; want_dscores && head < s.B * s.H; ++head) {
     const HeadUnits u = units[head];
     dscores_unit.data_ptr<double>()[head] = u.q * u.k / u.dout / u.v / u.score;
   }
-  return {dk, dv, want_dcentral ? dcentral.view({s.B, s.H, s.d}) : dcentral, dscores,
-          want_dscores ? dscores_unit.view({s.B, s.H}) : dscores_unit};
+  return {dk, dv, dcentral, dscores, dscores_unit};
 }
 
 Tensor linear_queries_bwd(const Tensor& dcentral_query, const OptTensor& dscores, const OptTensor& dscores_unit,
                           const Tensor& q, const Tensor& central_query, const Tensor& energy_sum, double eps,
                           const OptTensor& query_padding_mask) {
   Arguments a(kOp, "q", q, "BHNd");
-  const at::ScalarType acc = acc_dtype(q);
-  a.tensor("dcentral_query", dcentral_query, at::kDouble, "BHd");
+  const Dtype acc = acc_dtype(q);
+  a.tensor("dcentral_query", dcentral_query, kDouble, "BHd");
   a.tensor("dscores", dscores, acc, "BHN");
-  a.tensor("dscores_unit", dscores_unit, at::kDouble, "BH");
+  a.tensor("dscores_unit", dscores_unit, kDouble, "BH");
   a.demand(dscores.has_value() == dscores_unit.has_value(), "dscores_unit");
   a.tensor("central_query", central_query, acc, "BHd");
-  a.tensor("energy_sum", energy_sum, at::kDouble, "BH");
+  a.tensor("energy_sum", energy_sum, kDouble, "BH");
   a.demand(std::isfinite(eps) && eps > 0, "eps");
-  a.tensor("query_padding_mask", query_padding_mask, at::kBool, "BN");
+  a.tensor("query_padding_mask", query_padding_mask, kBool, "BN");
   const Sizes s = sizes_of_queries(a);
   const Tensor dq = new_gradient(true, q);
 
@@ -282,13 +277,15 @@ Tensor linear_queries_bwd(const Tensor& dcentral_query, const OptTensor& dscores
 
   Units units(plan, queries, keys, args);
   std::vector<char> strange(s.B * s.H);
-  const Numbers dqbar(dcentral_query.contiguous()), qbar(central_query.contiguous()), E(energy_sum.contiguous());
+  const Numbers dqbar(contiguous(dcentral_query)), qbar(contiguous(central_query)), E(contiguous(energy_sum));
   const Numbers query = plan.numbers(score_query), f = plan.numbers(query_vector);
   // In the order in which the passes go over tokens and heads.
-  const Tensor scores = !dscores         ? Tensor()
-                        : plan.heads > 1 ? dscores->transpose(1, 2).contiguous()
-                                         : dscores->contiguous();
-  const Tensor scores_unit = dscores ? dscores_unit->contiguous() : Tensor();
+  const Tensor scores = !dscores ? Tensor()
+                        : plan.heads > 1
+                            ? contiguous(as_strided(*dscores, {s.B, s.N, s.H},
+                                                    {dscores->stride(0), dscores->stride(2), dscores->stride(1)}))
+                            : contiguous(*dscores);
+  const Tensor scores_unit = dscores ? contiguous(*dscores_unit) : Tensor();
   const auto run = [&](int64_t begin, int64_t end) {
     for (int64_t head = begin * plan.heads; head < end * plan.heads; ++head) {
       const HeadUnits u = units[head];
@@ -324,24 +321,25 @@ Tensor linear_queries_bwd(const Tensor& dcentral_query, const OptTensor& dscores
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(infsa, CPU, m) {
-  m.impl("linear_steps_queries_fwd", linear_queries_fwd);
-  m.impl("linear_steps_keys_fwd", linear_keys_fwd<false>);
-  m.impl("linear_steps_keys_floor_fwd", linear_keys_fwd<true>);
-  m.impl("linear_steps_keys_bwd", [](const Tensor& dcontext, const Tensor& k, const Tensor& v, const Tensor& context,
-                                     const Tensor& central_query, const Tensor& score_sum, double eps,
-                                     const OptTensor& key_mask, std::array<bool, 4> output_mask) {
-    return keys_bwd(dcontext, k, v, context, central_query, score_sum, {}, eps, key_mask, output_mask);
-  });
-  m.impl(
-      "linear_steps_keys_floor_bwd",
-      [](const Tensor& dcontext, const Tensor& k, const Tensor& v, const Tensor& context, const Tensor& central_query,
-         const Tensor& score_sum, const Tensor& absolute_sum, const Tensor& value_mean, const Tensor& key_count,
-         double eps, double score_floor, const OptTensor& key_mask, std::array<bool, 4> output_mask) {
-        const Floor floor{absolute_sum, value_mean, key_count, score_floor};
-        return keys_bwd(dcontext, k, v, context, central_query, score_sum, floor, eps, key_mask, output_mask);
-      });
-  m.impl("linear_steps_queries_bwd", linear_queries_bwd);
+STABLE_TORCH_LIBRARY_IMPL(infsa, CPU, m) {
+  m.impl("linear_steps_queries_fwd", kernel<linear_queries_fwd>);
+  m.impl("linear_steps_keys_fwd", kernel<linear_keys_fwd<false>>);
+  m.impl("linear_steps_keys_floor_fwd", kernel<linear_keys_fwd<true>>);
+  m.impl("linear_steps_keys_bwd",
+         kernel([](const Tensor& dcontext, const Tensor& k, const Tensor& v, const Tensor& context,
+                   const Tensor& central_query, const Tensor& score_sum, double eps, const OptTensor& key_mask,
+                   std::array<bool, 4> output_mask) {
+           return keys_bwd(dcontext, k, v, context, central_query, score_sum, {}, eps, key_mask, output_mask);
+         }));
+  m.impl("linear_steps_keys_floor_bwd",
+         kernel([](const Tensor& dcontext, const Tensor& k, const Tensor& v, const Tensor& context,
+                   const Tensor& central_query, const Tensor& score_sum, const Tensor& absolute_sum,
+                   const Tensor& value_mean, const Tensor& key_count, double eps, double score_floor,
+                   const OptTensor& key_mask, std::array<bool, 4> output_mask) {
+           const Floor floor{absolute_sum, value_mean, key_count, score_floor};
+           return keys_bwd(dcontext, k, v, context, central_query, score_sum, floor, eps, key_mask, output_mask);
+         }));
+  m.impl("linear_steps_queries_bwd", kernel<linear_queries_bwd>);
 }
 
 }  // namespace infsa::cpu::linear

@@ -1,35 +1,62 @@
 // Memory of the CPU kernels' callers: results, working memory, and numbers of either precision.
 #pragma once
 
-#include <ATen/Context.h>
-#include <ATen/EmptyTensor.h>
-#include <ATen/ExpandUtils.h>
-#include <c10/core/impl/alloc_cpu.h>
-
+#include <cstdlib>
 #include <limits>
+#include <memory>
+#include <new>
 
 #include "../check.h"
+#include "../strides.h"
 #include "pool.h"
+
+// In torch since 2.11. Where it is missing, torch's own memory does, and nothing of it is kept.
+extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(
+    void* data, int64_t dim, const int64_t* sizes, const int64_t* strides, int64_t storage_offset, int32_t dtype,
+    int32_t device_type, int32_t device_index, AtenTensorHandle* made, int32_t layout, const uint8_t* metadata,
+    int64_t metadata_size, void (*deleter)(void* data, void* context), void* context);
 
 namespace infsa::cpu {
 
-// An uninitialised tensor; NaN where torch is asked to fill those, as at::empty does.
-inline Tensor new_tensor(at::IntArrayRef sizes, at::IntArrayRef strides, at::ScalarType dtype) {
-  const Tensor t = at::detail::empty_strided_generic(sizes, strides, &pooled_allocator(),
-                                                     c10::DispatchKeySet(c10::DispatchKey::CPU), dtype);
-  const auto& context = at::globalContext();
-  const bool fill = context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory();
-  return fill ? t.fill_(std::numeric_limits<double>::quiet_NaN()) : t;
+// Whether torch is asked to fill uninitialised memory, which one number tells.
+inline bool fills_memory() {
+  const Tensor number = empty({1}, kDouble);
+  return !(*number.const_data_ptr<double>() == *number.const_data_ptr<double>());
+}
+
+// A big uninitialised tensor, in memory that the pool gets back with its last view.
+inline Tensor pooled_tensor(IntArrayRef sizes, IntArrayRef strides, Dtype dtype, int64_t bytes) {
+  auto piece = std::make_unique<Piece>(take_memory(bytes));
+  const auto give_back = [](void*, void* context) {
+    const std::unique_ptr<Piece> piece(static_cast<Piece*>(context));
+    give_memory(*piece);
+  };
+  AtenTensorHandle made;
+  const AOTITorchError code =
+      torch_from_blob(piece->data, sizes.size(), sizes.data(), strides.data(), 0, static_cast<int32_t>(dtype),
+                      kCPU.type, kCPU.index, &made, aoti_torch_layout_strided(), nullptr, 0, give_back, piece.get());
+  if (code != AOTI_TORCH_SUCCESS) give_memory(*piece);
+  succeed(code, "make a tensor");
+  piece.release();
+  const Tensor t(made);
+  return fills_memory() ? fill(t, std::numeric_limits<double>::quiet_NaN()) : t;
+}
+
+// An uninitialised tensor; NaN where torch is asked to fill those.
+inline Tensor new_tensor(IntArrayRef sizes, IntArrayRef strides, Dtype dtype) {
+  int64_t bytes = aoti_torch_dtype_element_size(static_cast<int32_t>(dtype));
+  for (const int64_t size : sizes) bytes *= size;
+  return bytes >= int64_t(kBig) && torch_from_blob ? pooled_tensor(sizes, strides, dtype, bytes)
+                                                   : empty_strided(sizes, strides, dtype);
 }
 
 // A gradient of t, by default in its dtype; of no elements where it is not wanted.
-inline Tensor new_gradient(bool wanted, const Tensor& t, bool zero = false, std::optional<at::ScalarType> dtype = {}) {
-  const at::ScalarType of = dtype.value_or(t.scalar_type());
-  if (!wanted) return at::detail::empty_cpu({0}, of);
-  const bool dense = t.is_non_overlapping_and_dense();
-  const Tensor gradient =
-      new_tensor(t.sizes(), dense ? t.strides() : at::infer_dense_strides(t.sizes(), t.strides()), of);
-  return zero ? gradient.zero_() : gradient;
+inline Tensor new_gradient(bool wanted, const Tensor& t, bool zero_it = false, std::optional<Dtype> dtype = {}) {
+  const Dtype of = dtype.value_or(t.dtype());
+  if (!wanted) return empty({0}, of);
+  Tensor gradient = new_tensor(t.sizes(), dense_strides(t.sizes(), t.strides()), of);
+  if (zero_it) zero(gradient);
+  return gradient;
 }
 
 // Working memory, aligned to cache lines. The kernels read whole vectors: kSlack bytes behind the end may be read too.
@@ -38,10 +65,12 @@ class Buffer {
   static constexpr int64_t kSlack = 64;
 
   explicit Buffer(int64_t bytes) : pooled_(bytes + kSlack >= int64_t(kBig)) {
-    piece_ = pooled_ ? take_memory(bytes + kSlack) : Piece{c10::alloc_cpu(bytes + kSlack), 0};
+    const int64_t whole = round_up(bytes + kSlack, kSlack);
+    piece_ = pooled_ ? take_memory(whole) : Piece{std::aligned_alloc(kSlack, whole), 0};
+    if (!piece_.data) throw std::bad_alloc();
   }
   Buffer(const Buffer&) = delete;
-  ~Buffer() { pooled_ ? give_memory(piece_) : c10::free_cpu(piece_.data); }
+  ~Buffer() { pooled_ ? give_memory(piece_) : std::free(piece_.data); }
 
   char* data() const { return static_cast<char*>(piece_.data); }
   template <typename T> T* as() const { return static_cast<T*>(piece_.data); }
@@ -51,10 +80,13 @@ class Buffer {
   Piece piece_;
 };
 
-// Numbers of the accumulation type, float32 or float64, read and written as float64.
+// Numbers of the accumulation type, float32 or float64, read and written as float64: those of a tensor that outlives
+// them, or that is theirs.
 class Numbers {
  public:
-  explicit Numbers(const Tensor& t) : owner_(t), data_(t.data_ptr()), wide_(t.scalar_type() == at::kDouble) {}
+  explicit Numbers(const Tensor& t)
+      : data_(t.defined() ? t.data_ptr() : nullptr), wide_(t.defined() && t.dtype() == kDouble) {}
+  explicit Numbers(Tensor&& t) : Numbers(static_cast<const Tensor&>(t)) { owner_ = std::move(t); }
   Numbers(const Buffer& buffer, bool wide) : data_(buffer.data()), wide_(wide) {}
 
   double operator[](int64_t i) const {

@@ -14,9 +14,9 @@ struct Offsets {
 
   // S + 1 of them, of so many tokens and no sequence longer than that.
   Offsets(Arguments& a, const char* name, const Tensor& t, int64_t tokens, int64_t longest) : at(t.numel()) {
-    const bool wide = t.scalar_type() == at::kLong;
-    a.demand_dtype(wide || t.scalar_type() == at::kInt, name);
-    a.tensor(name, t, t.scalar_type(), "s");
+    const bool wide = t.dtype() == kLong;
+    a.demand(wide || t.dtype() == kInt, name, "dtype");
+    a.tensor(name, t, t.dtype(), "s");
     for (int64_t i = 0; i < t.numel(); ++i)
       at[i] = wide ? t.const_data_ptr<int64_t>()[i * t.stride(0)] : t.const_data_ptr<int32_t>()[i * t.stride(0)];
     a.demand(!at.empty() && at.front() == 0 && at.back() == tokens, name);
@@ -45,8 +45,8 @@ struct PackedArguments {
     a.demand(k || !cu_seqlens_k, "cu_seqlens_k");
     a.set('M', keys.at.back());
     a.set('S', queries.sequences());
-    a.tensor("k", k, q.scalar_type(), "MHd");
-    a.tensor("v", v, q.scalar_type(), "MHv");
+    a.tensor("k", k, q.dtype(), "MHd");
+    a.tensor("v", v, q.dtype(), "MHv");
     a.demand(std::isfinite(eps) && eps > 0, "eps");
     a.demand(std::isfinite(rho), "rho");
     a.tensor("head_rho", head_rho, acc_dtype(q), "SH");
@@ -60,8 +60,8 @@ struct PackedArguments {
 // sequence. A gradient of no elements, which nobody wants, stays as it is.
 inline Tensor as_batch(const Tensor& t, const Offsets& sequences) {
   if (t.dim() != 3) return t;
-  return t.as_strided({sequences.sequences(), t.size(1), sequences.longest(), t.size(2)},
-                      {0, t.stride(1), t.stride(0), t.stride(2)});
+  return as_strided(t, {sequences.sequences(), t.size(1), sequences.longest(), t.size(2)},
+                    {0, t.stride(1), t.stride(0), t.stride(2)});
 }
 
 }  // namespace infsa::cpu

@@ -1,11 +1,11 @@
 #include "pool.h"
 
-#include <c10/core/CPUAllocator.h>
-#include <c10/util/Exception.h>
-
 #include <algorithm>
 #include <cstdlib>
 #include <mutex>
+#include <new>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #if defined(__linux__)
@@ -34,8 +34,9 @@ size_t most_by_environment() {
   if (!text || !*text) return default_most();
   char* end;
   const double megabytes = std::strtod(text, &end);
-  TORCH_CHECK_VALUE(!*end && megabytes >= 0 && megabytes < 1e9, "INFSA_CPU_POOL_MB is '", text,
-                    "', expected the megabytes that may be kept, 0 for none");
+  if (*end || !(megabytes >= 0 && megabytes < 1e9))
+    throw std::invalid_argument("INFSA_CPU_POOL_MB is '" + std::string(text) +
+                                "', expected the megabytes that may be kept, 0 for none");
   return static_cast<size_t>(megabytes * kMegabyte);
 }
 
@@ -51,6 +52,15 @@ Piece new_piece(size_t bytes) {
   return piece;
 }
 
+class OutOfMemory : public std::bad_alloc {
+ public:
+  explicit OutOfMemory(size_t bytes) : what_("infsa_kernels: no memory for " + std::to_string(bytes) + " bytes") {}
+  const char* what() const noexcept override { return what_.c_str(); }
+
+ private:
+  std::string what_;
+};
+
 class Pool {
  public:
   const size_t most = most_by_environment();
@@ -60,7 +70,7 @@ class Pool {
     if (const Piece kept = take_kept(bytes); kept.data) return kept;
     Piece piece = new_piece(bytes);
     if (!piece.data && release()) piece = new_piece(bytes);
-    TORCH_CHECK_WITH(OutOfMemoryError, piece.data, "infsa_kernels: no memory for ", bytes, " bytes");
+    if (!piece.data) throw OutOfMemory(bytes);
     return piece;
   }
 
@@ -137,25 +147,6 @@ Pool& pool() {
   return *pool;
 }
 
-class PooledAllocator final : public c10::Allocator {
- public:
-  c10::DataPtr allocate(size_t bytes) override {
-    if (bytes < kBig) return c10::GetCPUAllocator()->allocate(bytes);
-    auto* piece = new Piece(take_memory(bytes));
-    c10::profiledCPUMemoryReporter().New(piece->data, piece->bytes);
-    return {piece->data, piece, give_back, c10::Device(c10::DeviceType::CPU)};
-  }
-  void copy_data(void* to, const void* from, size_t bytes) const override { default_copy_data(to, from, bytes); }
-
- private:
-  static void give_back(void* context) {
-    auto* piece = static_cast<Piece*>(context);
-    c10::profiledCPUMemoryReporter().Delete(piece->data);
-    give_memory(*piece);
-    delete piece;
-  }
-};
-
 }  // namespace
 
 Piece take_memory(size_t bytes) { return pool().take(bytes); }
@@ -163,10 +154,5 @@ void give_memory(Piece piece) { pool().give(piece); }
 size_t release_memory() { return pool().release(); }
 size_t kept_memory() { return pool().kept(); }
 size_t most_kept_memory() { return pool().most; }
-
-c10::Allocator& pooled_allocator() {
-  static PooledAllocator allocator;
-  return allocator;
-}
 
 }  // namespace infsa::cpu

@@ -6,9 +6,9 @@
 // pages are the system's to take, should it run out of memory (MADV_FREE). INFSA_CPU_POOL_MB bounds what is kept.
 #pragma once
 
-#include <c10/core/Allocator.h>
-
 #include <cstddef>
+
+#include "../library.h"
 
 namespace infsa::cpu {
 
@@ -22,14 +22,5 @@ struct Piece {
 // Working memory of at least `bytes`, aligned to huge pages, and its return.
 Piece take_memory(size_t bytes);
 void give_memory(Piece piece);
-
-// Allocates tensors: what is big from the pool, the rest as torch does.
-c10::Allocator& pooled_allocator();
-
-// Gives what is kept back to the system: the bytes of it.
-size_t release_memory();
-// The bytes that are kept now, and the most that may be.
-size_t kept_memory();
-size_t most_kept_memory();
 
 }  // namespace infsa::cpu

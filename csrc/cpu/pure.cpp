@@ -4,9 +4,6 @@
 // The cells of one round share no chunk, so they run in parallel and each adds to sums that no other cell of the round
 // touches. A head whose numbers left the range of the accumulation type is run once more (range.h).
 // infsa::pure_varlen is the same on batches whose tokens are runs of packed ones (packed.h).
-#include <ATen/ATen.h>
-#include <torch/library.h>
-
 #include <array>
 #include <cmath>
 #include <cstring>
@@ -23,7 +20,7 @@ constexpr const char *kOp = "infsa::pure", *kPackedOp = "infsa::pure_varlen";
 
 bool same_mask(const OptTensor& a, const OptTensor& b) {
   if (!a || !b) return !a && !b;
-  return a->const_data_ptr() == b->const_data_ptr() && a->strides() == b->strides();
+  return a->data_ptr() == b->data_ptr() && a->strides() == b->strides();
 }
 
 void clear(void* sums, Range rows, int64_t row_bytes) {
@@ -58,7 +55,7 @@ void forward(Call& call, double eps, const Tensor& out, const Tensor& norm) {
           const Range queries = chunk(h.N, n, i);
           const PureUnits& u = h.unit;
           const double F = std::sqrt(square_sum(head));
-          kernels_for(out.scalar_type())
+          kernels_for(out.dtype())
               .tokens.store(call.tokens(out, head, call.queries), sums, stride, d_v,
                             finite(h.rho / (F + eps * u.q * u.k) / u.v, call.wide), queries);
           largest[head * n + i] = call.kernels.tokens.largest_sum(sums, stride, queries);
@@ -90,10 +87,10 @@ template <typename Dot> void backward(Call& call, double eps, const Tensor& dout
   if (!(want_q || want_k || want_v || want_rho)) return;
   const auto store = [&](const Tensor& to, int64_t head, const Kept& kept, const void* sums, int64_t stride,
                          double scale, Range tokens) {
-    kernels_for(to.scalar_type())
+    kernels_for(to.dtype())
         .tokens.store(call.tokens(to, head, kept), sums, stride, to.size(3), finite(scale, call.wide), tokens);
   };
-  const Numbers F_of(norm.contiguous()), drho(grad_rho);
+  const Numbers F_of(contiguous(norm)), drho(grad_rho);
   const int64_t stride = round_up(d, call.kernels.lanes), v_stride = round_up(d_v, call.kernels.lanes);
   const int64_t row_bytes = stride * norm.element_size(), v_row_bytes = v_stride * norm.element_size();
   const int64_t q_bytes = want_q ? N * row_bytes : 0;
@@ -167,41 +164,48 @@ Call dense_call(const Sizes& size, const Tensor& q, const OptTensor& k, const Te
 
 std::tuple<Tensor, Tensor> dense_forward(const Tensor& q, const OptTensor& k, const Tensor& v, double eps, double rho,
                                          const OptTensor& head_rho, const OptTensor& key_mask,
-                                         const OptTensor& query_mask, at::ScalarType dtype) {
+                                         const OptTensor& query_mask, Dtype dtype) {
   const Arguments a = attention_arguments(kOp, q, k, v, eps, rho, head_rho, key_mask, query_mask);
   Call call = dense_call(sizes_of(a), q, k, v, rho, head_rho, key_mask, query_mask);
   const auto [B, H, N, M, d, d_v] = call.size;
   const bool token_major = q.stride(1) < q.stride(2);
   const int64_t token = token_major ? H * d_v : d_v, head = token_major ? d_v : N * d_v;
   const Tensor out = new_tensor({B, H, N, d_v}, {H * N * d_v, head, token, 1}, dtype);
-  const Tensor norm = at::zeros({B, H}, q.options().dtype(acc_dtype(q)));
-  if (call.partial) out.zero_();
+  const Tensor norm = zeros({B, H}, acc_dtype(q));
+  if (call.partial) zero(out);
   if (!call.empty()) forward(call, eps, out, norm);
   return {out, norm};
 }
 
+// Two gradients of one tensor added up, and their sum rounded.
+Tensor sum_in(Dtype dtype, const Tensor& to, const Tensor& other) {
+  const Numbers a(to), b(other);
+  parallel_for(0, to.numel(), 1 << 15, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) a.set(i, a[i] + b[i]);
+  });
+  return to.dtype() == dtype ? to : copy(empty_strided(to.sizes(), to.strides(), dtype), to);
+}
+
 template <typename Dot> Gradients dense_backward(Call& call, double eps, const Tensor& dout, const Dot& dout_dot,
-                                                 const Tensor& norm, std::array<bool, 4> output_mask,
-                                                 at::ScalarType dtype) {
+                                                 const Tensor& norm, std::array<bool, 4> output_mask, Dtype dtype) {
   const bool want_q = output_mask[0], want_k = output_mask[1] && !call.tied, want_rho = output_mask[3] && call.head_rho;
   // Masks that differ make the scores of a tied k asymmetric: its half of the gradient is then made apart, and added
   // before the sum is rounded.
   const bool apart = want_q && call.tied && !call.symmetric;
-  const at::ScalarType half = apart ? acc_dtype(call.q) : dtype;
+  const Dtype half = apart ? acc_dtype(call.q) : dtype;
   const Tensor grad_q = new_gradient(want_q, call.q, call.partial, half),
                grad_k = new_gradient(want_k || apart, call.k, call.partial, half),
                grad_v = new_gradient(output_mask[2], call.v, call.partial, dtype);
-  const Tensor grad_rho =
-      want_rho ? at::zeros({call.size.B, call.size.H}, norm.options()) : at::empty({0}, norm.options());
+  const Tensor grad_rho = want_rho ? zeros({call.size.B, call.size.H}, norm.dtype()) : empty({0}, norm.dtype());
   if (!call.empty()) backward(call, eps, dout, dout_dot, norm, {grad_q, grad_k, grad_v, grad_rho});
   if (!apart) return {grad_q, grad_k, grad_v, grad_rho};
-  return {grad_q.add_(grad_k).to(dtype), at::empty({0}, grad_v.options()), grad_v, grad_rho};
+  return {sum_in(dtype, grad_q, grad_k), empty({0}, dtype), grad_v, grad_rho};
 }
 
 std::tuple<Tensor, Tensor> pure_fwd(const Tensor& q, const OptTensor& k, const Tensor& v, double eps, double rho,
                                     const OptTensor& head_rho, const OptTensor& key_padding_mask,
                                     const OptTensor& query_padding_mask) {
-  return dense_forward(q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask, q.scalar_type());
+  return dense_forward(q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask, q.dtype());
 }
 
 std::tuple<Tensor, Tensor> pure_block_fwd(const Tensor& q, const OptTensor& k, const Tensor& v, double eps,
@@ -222,11 +226,11 @@ Gradients pure_bwd(const Tensor& dout, const Tensor& q, const OptTensor& k, cons
                    const OptTensor& key_padding_mask, const OptTensor& query_padding_mask,
                    std::array<bool, 4> output_mask) {
   Arguments a = attention_arguments(kOp, q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask);
-  a.tensor("dout", dout, q.scalar_type(), "BHNv");
-  a.tensor("out", out, q.scalar_type(), "BHNv");
+  a.tensor("dout", dout, q.dtype(), "BHNv");
+  a.tensor("out", out, q.dtype(), "BHNv");
   a.tensor("norm", norm, acc_dtype(q), "BH");
   Call call = dense_call(sizes_of(a), q, k, v, rho, head_rho, key_padding_mask, query_padding_mask);
-  return dense_backward(call, eps, dout, dot_of(call, dout, out), norm, output_mask, q.scalar_type());
+  return dense_backward(call, eps, dout, dot_of(call, dout, out), norm, output_mask, q.dtype());
 }
 
 Gradients pure_block_bwd(const Tensor& dout, const Tensor& q, const OptTensor& k, const Tensor& v,
@@ -234,12 +238,12 @@ Gradients pure_block_bwd(const Tensor& dout, const Tensor& q, const OptTensor& k
                          const OptTensor& key_padding_mask, const OptTensor& query_padding_mask,
                          std::array<bool, 4> output_mask) {
   Arguments a = attention_arguments(kOp, q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask);
-  a.tensor("dout", dout, q.scalar_type(), "BHNv");
-  a.tensor("dout_out", dout_out, at::kDouble, "BH");
+  a.tensor("dout", dout, q.dtype(), "BHNv");
+  a.tensor("dout_out", dout_out, kDouble, "BH");
   a.tensor("norm", norm, acc_dtype(q), "BH");
   Call call = dense_call(sizes_of(a), q, k, v, rho, head_rho, key_padding_mask, query_padding_mask);
   call.whole = false;
-  const Numbers of_all(dout_out.contiguous());
+  const Numbers of_all(contiguous(dout_out));
   const auto dout_dot = [&](int64_t head, Range queries) { return queries.begin == 0 ? of_all[head] : 0; };
   return dense_backward(call, eps, dout, dout_dot, norm, output_mask, acc_dtype(q));
 }
@@ -254,12 +258,12 @@ std::tuple<Tensor, Tensor> pure_varlen_fwd(const Tensor& q, const OptTensor& k, 
                                            int64_t max_k, double eps, double rho, const OptTensor& head_rho) {
   const PackedArguments p(kPackedOp, q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, eps, rho, head_rho);
   const int64_t H = q.size(1), d_v = v.size(2);
-  const Tensor out = new_tensor({q.size(0), H, d_v}, {H * d_v, d_v, 1}, q.scalar_type());
-  const Tensor norm = at::zeros({p.queries.sequences(), H}, q.options().dtype(acc_dtype(q)));
+  const Tensor out = new_tensor({q.size(0), H, d_v}, {H * d_v, d_v, 1}, q.dtype());
+  const Tensor norm = zeros({p.queries.sequences(), H}, acc_dtype(q));
   const Tensor queries = as_batch(q, p.queries), values = as_batch(v, p.keys);
   const OptTensor keys = k ? OptTensor(as_batch(*k, p.keys)) : k;
   Call call = packed_call(p, queries, keys, values, rho, head_rho);
-  if (call.partial) out.zero_();
+  if (call.partial) zero(out);
   if (!call.empty()) forward(call, eps, as_batch(out, p.queries), norm);
   return {out, norm};
 }
@@ -269,17 +273,17 @@ Gradients pure_varlen_bwd(const Tensor& dout, const Tensor& q, const OptTensor& 
                           int64_t max_k, double eps, double rho, const OptTensor& head_rho,
                           std::array<bool, 4> output_mask) {
   PackedArguments p(kPackedOp, q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, eps, rho, head_rho);
-  p.a.tensor("dout", dout, q.scalar_type(), "NHv");
-  p.a.tensor("out", out, q.scalar_type(), "NHv");
+  p.a.tensor("dout", dout, q.dtype(), "NHv");
+  p.a.tensor("out", out, q.dtype(), "NHv");
   p.a.tensor("norm", norm, acc_dtype(q), "SH");
   const Tensor queries = as_batch(q, p.queries), values = as_batch(v, p.keys);
   const OptTensor keys = k ? OptTensor(as_batch(*k, p.keys)) : k;
   Call call = packed_call(p, queries, keys, values, rho, head_rho);
   const Tensor grad_q = new_gradient(output_mask[0], q, call.partial),
-               grad_k = new_gradient(output_mask[1] && k, k.value_or(q), call.partial),
+               grad_k = new_gradient(output_mask[1] && k, k ? *k : q, call.partial),
                grad_v = new_gradient(output_mask[2], v, call.partial);
   const Tensor grad_rho =
-      output_mask[3] && head_rho ? at::zeros(head_rho->sizes(), norm.options()) : at::empty({0}, norm.options());
+      output_mask[3] && head_rho ? zeros(head_rho->sizes(), norm.dtype()) : empty({0}, norm.dtype());
   const Tensor dout_batch = as_batch(dout, p.queries), out_batch = as_batch(out, p.queries);
   if (!call.empty())
     backward(call, eps, dout_batch, dot_of(call, dout_batch, out_batch), norm,
@@ -289,13 +293,13 @@ Gradients pure_varlen_bwd(const Tensor& dout, const Tensor& q, const OptTensor& 
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(infsa, CPU, m) {
-  m.impl("pure_fwd", TORCH_FN(pure_fwd));
-  m.impl("pure_bwd", TORCH_FN(pure_bwd));
-  m.impl("pure_blocks_fwd", TORCH_FN(pure_block_fwd));
-  m.impl("pure_blocks_bwd", TORCH_FN(pure_block_bwd));
-  m.impl("pure_varlen_fwd", TORCH_FN(pure_varlen_fwd));
-  m.impl("pure_varlen_bwd", TORCH_FN(pure_varlen_bwd));
+STABLE_TORCH_LIBRARY_IMPL(infsa, CPU, m) {
+  m.impl("pure_fwd", kernel<pure_fwd>);
+  m.impl("pure_bwd", kernel<pure_bwd>);
+  m.impl("pure_blocks_fwd", kernel<pure_block_fwd>);
+  m.impl("pure_blocks_bwd", kernel<pure_block_bwd>);
+  m.impl("pure_varlen_fwd", kernel<pure_varlen_fwd>);
+  m.impl("pure_varlen_bwd", kernel<pure_varlen_bwd>);
 }
 
 }  // namespace infsa::cpu::pure

@@ -3,9 +3,6 @@
 // cut and the order of the rounds depend on sizes alone: the same bits for any number of threads.
 #pragma once
 
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-
 #include <algorithm>
 #include <cmath>
 #include <utility>
@@ -53,8 +50,8 @@ struct Call {
         tied(!k),
         symmetric(tied && same_tokens),
         partial(masked || empty()),
-        kernels(kernels_for(q.scalar_type())),
-        wide(acc_dtype(q) == at::kDouble) {}
+        kernels(kernels_for(q.dtype())),
+        wide(acc_dtype(q) == kDouble) {}
 
   int64_t heads() const { return size.B * size.H; }
   bool empty() const { return heads() * size.N * size.M * size.d == 0; }
@@ -135,7 +132,7 @@ void run_heads(const Call& call, Range range, Cut cut, int64_t head_bytes, bool 
     if (!call.symmetric || i <= j) cell(head, round, i, j, sums, memory);
   };
 
-  if (head_bytes <= kOwnSumsBytes && heads >= at::get_num_threads()) {
+  if (head_bytes <= kOwnSumsBytes && heads >= get_num_threads()) {
     run_tasks(heads, heads * head_work, scratch + head_bytes, [&](int64_t task, char* memory) {
       const int64_t head = range.begin + task;
       char* sums = memory + scratch;

@@ -11,11 +11,11 @@
 // token_mean = sum_j x^_j / n (B,D). Both directions are one pass
 // over the tokens. Parts of an image depend on the shape alone and their sums are added in their order, in double: the
 // same bits for any number of threads.
-#include <torch/library.h>
-
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <cstring>
+#include <functional>
 #include <tuple>
 
 #include "images.h"
@@ -83,7 +83,7 @@ struct Plan {
         add_up(image, H, of_tokens);
         finish_tokens(image, of_tokens);
       }
-      at::parallel_for(0, (end - begin) * H, 1 + (1 << 15) / (images.D + 1), [&](int64_t from, int64_t to) {
+      parallel_for(0, (end - begin) * H, 1 + (1 << 15) / (images.D + 1), [&](int64_t from, int64_t to) {
         std::vector<double> total(images.D + 2);
         for (int64_t head = from; head < to; ++head) {
           add_up(begin + head / H, head % H, total);
@@ -93,13 +93,26 @@ struct Plan {
     }
   }
 
-  // A vector of every image padded to `wide`, 0 where there is none.
-  Tensor padded(const OptTensor& t) const {
-    Tensor all = at::zeros({images.B, wide + Buffer::kSlack}, images.x.options().dtype(images.acc));
-    if (t) all.narrow(1, 0, H).copy_(*t);
+  // A number of every head, as the kernels take those of an image: padded to `wide`, by 0.
+  Tensor padded(const std::function<double(int64_t image, int64_t head)>& of) const {
+    Tensor all = zeros({images.B, wide + Buffer::kSlack}, images.acc);
+    const Numbers to(all);
+    for (int64_t image = 0; image < images.B; ++image) {
+      for (int64_t h = 0; h < H; ++h) to.set(image * (wide + Buffer::kSlack) + h, of(image, h));
+    }
     return all;
   }
+  Tensor padded(const OptTensor& t) const {
+    if (!t) return zeros({images.B, wide + Buffer::kSlack}, images.acc);
+    const Numbers from(*t);
+    return padded([&](int64_t image, int64_t h) { return from[image * t->stride(0) + h * t->stride(1)]; });
+  }
 };
+
+// The i-th of the first dimension.
+char* part_of(const Tensor& t, int64_t i) {
+  return static_cast<char*>(t.data_ptr()) + i * t.stride(0) * t.element_size();
+}
 
 // The tokens of an image that no mask ignores, at least 1.
 double token_count(const Images& images, int64_t image) { return std::max<int64_t>(images.kept.count(image), 1); }
@@ -131,30 +144,27 @@ std::tuple<Tensor, Tensor, Statistics> forward(const Tensor& x, const Tensor& ke
   const Images images(x, norm_eps, padding_mask);
   const int64_t H = keys_.size(1), D = images.D, floored = floor.has_value();
   const Plan plan(images, H, 1, floored);
-  const Tensor keys = keys_.contiguous(), bias = plan.padded(key_bias);
-  const Tensor pooled = at::empty({images.B, H, D}, keys.options());
-  const Tensor mass = at::empty({images.B, H}, keys.options()), score_sum = at::empty({images.B, H}, keys.options());
-  const Tensor absolute_sum = at::empty({images.B * floored, H}, keys.options()),
-               token_mean = at::empty({images.B * floored, D}, keys.options());
+  const Tensor keys = contiguous(keys_), bias = plan.padded(key_bias);
+  const Tensor pooled = empty({images.B, H, D}, images.acc), mass = empty({images.B, H}, images.acc),
+               score_sum = empty({images.B, H}, images.acc), absolute_sum = empty({images.B * floored, H}, images.acc),
+               token_mean = empty({images.B * floored, D}, images.acc);
   const Numbers p(pooled), A(mass), R(score_sum), T(absolute_sum), mean(token_mean);
   const int64_t panels_bytes = images.panels_bytes(plan.matrix_rows, D);
   const Buffer panels(plan.group * panels_bytes);
-  const bool wide = images.acc == at::kDouble;
+  const bool wide = images.acc == kDouble;
   std::vector<double> units(images.B, 1);  // of an image's scores
+  Tensor keys_in_units = keys;
   std::vector<char> strange(images.B * H);
   const auto run = [&](Range range) {
     plan.for_images(
         range, false,
         [&](int64_t image, int64_t slot) {
-          const Tensor matrix = units[image] == 1 ? keys.select(0, image) : keys.select(0, image) * units[image];
-          images.pack(images.kernels.images.pack_sums, {matrix.data_ptr(), D, 1}, H,
+          images.pack(images.kernels.images.pack_sums, {part_of(keys_in_units, image), D, 1}, H,
                       panels.data() + slot * panels_bytes, nullptr);
         },
         [&](const Part& part, int64_t slot, void* sums, double* score_sums, void* scratch) {
-          const ScoreArgs args{H,       panels.data() + slot * panels_bytes,
-                               nullptr, bias.select(0, part.image).data_ptr(),
-                               nullptr, nullptr,
-                               nullptr};
+          const ScoreArgs args{
+              H, panels.data() + slot * panels_bytes, nullptr, part_of(bias, part.image), nullptr, nullptr, nullptr};
           images.kernels.score_pool.forward(images.image(part.image, {}), args, part.tokens,
                                             {sums, score_sums, floor.has_value()}, scratch);
         },
@@ -179,12 +189,18 @@ std::tuple<Tensor, Tensor, Statistics> forward(const Tensor& x, const Tensor& ke
   for (int64_t image = 0; image < images.B; ++image) {
     if (std::count(strange.begin() + image * H, strange.begin() + (image + 1) * H, 0) == H) continue;
     const Kernels& of_keys = kernels_for(images.acc);
-    const Tokens rows{keys.select(0, image).data_ptr(), D, 1};
+    const Tokens rows{part_of(keys, image), D, 1};
     const double largest =
         norm_eps ? 1 : images.kernels.tokens.largest(images.image(image, {}).x, D, {0, images.kept.count(image)});
     units[image] = unit_of(of_keys.tokens.largest(rows, D, {0, H}), wide) * unit_of(largest, wide);
     if (units[image] == 0 || units[image] == 1) continue;
-    bias.select(0, image).mul_(units[image]);
+    if (keys_in_units.get() == keys.get()) keys_in_units = copy(empty(keys.sizes(), images.acc), keys);
+    const Numbers all_keys(keys_in_units), all_biases(bias);
+    for (int64_t i = image * H * D; i < (image + 1) * H * D; ++i) all_keys.set(i, all_keys[i] * units[image]);
+    for (int64_t h = 0; h < H; ++h) {
+      const int64_t i = image * bias.stride(0) + h;
+      all_biases.set(i, all_biases[i] * units[image]);
+    }
     run({image, image + 1});
   }
   return {pooled, mass, {score_sum, absolute_sum, token_mean}};
@@ -195,15 +211,15 @@ std::tuple<Tensor, Tensor, Statistics> forward(const Tensor& x, const Tensor& ke
 //   sum_j dt_j
 // With a floor R is D above, dt_j += sign(t_j) m with m = score_floor (g . token_mean - offset), and r_j + c in the
 // place of r_j with c = score_floor T / n.
-std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dpooled, const Tensor& dmass, const Tensor& x,
-                                            const Tensor& keys, const OptTensor& key_bias, const Tensor& pooled,
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dpooled_, const Tensor& dmass_, const Tensor& x,
+                                            const Tensor& keys_, const OptTensor& key_bias, const Tensor& pooled_,
                                             const Statistics& saved, std::optional<double> norm_eps, double eps,
                                             const Floor& floor, const OptTensor& padding_mask,
                                             std::array<bool, 3> output_mask) {
-  Arguments arguments = arguments_of(x, keys, key_bias, norm_eps, eps, padding_mask);
-  arguments.tensor("dpooled", dpooled, acc_dtype(x), "BHD");
-  arguments.tensor("pooled", pooled, acc_dtype(x), "BHD");
-  arguments.tensor("dmass", dmass, acc_dtype(x), "BH");
+  Arguments arguments = arguments_of(x, keys_, key_bias, norm_eps, eps, padding_mask);
+  arguments.tensor("dpooled", dpooled_, acc_dtype(x), "BHD");
+  arguments.tensor("pooled", pooled_, acc_dtype(x), "BHD");
+  arguments.tensor("dmass", dmass_, acc_dtype(x), "BH");
   arguments.tensor("score_sum", saved.score_sum, acc_dtype(x), "BH");
   demand_floor(arguments, floor);
   if (floor) {
@@ -211,38 +227,56 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dpooled, const Tensor&
     arguments.tensor("token_mean", saved.token_mean, acc_dtype(x), "BD");
   }
   const Images images(x, norm_eps, padding_mask);
-  const int64_t B = images.B, H = keys.size(1), D = images.D;
+  const int64_t B = images.B, H = keys_.size(1), D = images.D;
   const bool want_x = output_mask[0], want_keys = output_mask[1], want_bias = output_mask[2] && key_bias;
-  const Tensor dx = new_gradient(want_x, x, padding_mask.has_value()), none = at::empty({0}, keys.options());
-  const Tensor dkeys = want_keys ? at::empty({B, H, D}, keys.options()) : none;
-  const Tensor dbias = want_bias ? at::empty({B, H}, keys.options()) : none;
+  const Tensor dx = new_gradient(want_x, x, padding_mask.has_value());
+  const Tensor dkeys = want_keys ? empty_like(keys_) : empty({0}, images.acc);
+  const Tensor dbias = want_bias ? empty_like(*key_bias) : empty({0}, images.acc);
   if (!want_x && !want_keys && !want_bias) return {dx, dkeys, dbias};
 
   const Plan plan(images, H, 2);
-  const Tensor R = (floor ? saved.score_sum + *floor * saved.absolute_sum : saved.score_sum) + eps;
-  const Tensor g = dpooled / R.unsqueeze(-1), of_mass = dmass * eps / R.square();
-  const Tensor offset = plan.padded((g * pooled).sum(-1) - of_mass), bias = plan.padded(key_bias);
+  const Tensor keys = contiguous(keys_), matrix = zeros({2, plan.wide, D}, images.acc), bias = plan.padded(key_bias);
+  const Numbers dpooled(contiguous(dpooled_)), dmass(contiguous(dmass_)), pooled(contiguous(pooled_)),
+      R(contiguous(saved.score_sum));
+  const Numbers T = floor ? Numbers(contiguous(saved.absolute_sum)) : R,
+                mean = floor ? Numbers(contiguous(saved.token_mean)) : R;
+  const auto norm = [&](int64_t head) { return R[head] + (floor ? *floor * T[head] : 0) + eps; };
+  const auto of_mass = [&](int64_t head) { return dmass[head] * eps / (norm(head) * norm(head)); };
+  // sum_c g_c of(c), with g of a head.
+  const auto dot = [&](int64_t head, const auto& of) {
+    double total = 0;
+    for (int64_t c = 0; c < D; ++c) total += dpooled[head * D + c] * of(c);
+    return total / norm(head);
+  };
+  const Tensor offset = plan.padded([&](int64_t image, int64_t h) {
+    const int64_t head = image * H + h;
+    return dot(head, [&](int64_t c) { return pooled[head * D + c]; }) - of_mass(head);
+  });
   Tensor share, dabsolute;
   if (floor) {
-    std::vector<double> counts(B);
-    for (int64_t image = 0; image < B; ++image) counts[image] = token_count(images, image);
-    share = plan.padded(*floor * saved.absolute_sum / at::tensor(counts, keys.options()).unsqueeze(-1));
-    dabsolute = plan.padded(*floor * ((g * (saved.token_mean.unsqueeze(1) - pooled)).sum(-1) + of_mass));
+    share =
+        plan.padded([&](int64_t image, int64_t h) { return *floor * T[image * H + h] / token_count(images, image); });
+    dabsolute = plan.padded([&](int64_t image, int64_t h) {
+      const int64_t head = image * H + h;
+      return *floor *
+             (dot(head, [&](int64_t c) { return mean[image * D + c] - pooled[head * D + c]; }) + of_mass(head));
+    });
   }
-  const auto of_image = [](const Tensor& t, int64_t image) {
-    return t.defined() ? t.select(0, image).data_ptr() : nullptr;
-  };
+  const auto of_image = [](const Tensor& t, int64_t image) { return t.defined() ? part_of(t, image) : nullptr; };
   const int64_t panels_bytes = images.panels_bytes(plan.matrix_rows, D);
   const int64_t columns_bytes = want_x ? images.panels_bytes(D, plan.matrix_rows) : 0;
   const Buffer panels(plan.group * panels_bytes), columns(plan.group * columns_bytes);
-  const Numbers dkeys_of(dkeys);
-  const Tensor matrix = at::zeros({2, plan.wide, D}, keys.options());
+  const Numbers dkeys_of(dkeys), dbias_of(dbias), gradients(matrix);
 
   plan.for_images(
       {0, B}, true,
       [&](int64_t image, int64_t slot) {
-        matrix.select(0, 0).narrow(0, 0, H).copy_(keys.select(0, image));
-        matrix.select(0, 1).narrow(0, 0, H).copy_(g.select(0, image));
+        std::memcpy(matrix.data_ptr(), part_of(keys, image), H * D * images.acc_bytes);
+        for (int64_t head = image * H; head < (image + 1) * H; ++head) {
+          const double of_head = norm(head);
+          const int64_t to = (plan.wide + head % H) * D;
+          for (int64_t c = 0; c < D; ++c) gradients.set(to + c, dpooled[head * D + c] / of_head);
+        }
         images.pack(images.kernels.images.pack_sums, {matrix.data_ptr(), D, 1}, plan.matrix_rows,
                     panels.data() + slot * panels_bytes, want_x ? columns.data() + slot * columns_bytes : nullptr);
       },
@@ -259,43 +293,60 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dpooled, const Tensor&
       },
       [](int64_t, const std::vector<double>&) {},
       [&](int64_t head, const std::vector<double>& total) {
-        for (int64_t c = 0; c < D && want_keys; ++c) dkeys_of.set(head * D + c, total[c]);
-        if (want_bias) Numbers(dbias).set(head, total[D]);
+        const auto place = [&](const Tensor& t) { return head / H * t.stride(0) + head % H * t.stride(1); };
+        if (want_keys) {
+          const int64_t to = place(dkeys), step = dkeys.stride(2);
+          for (int64_t c = 0; c < D; ++c) dkeys_of.set(to + c * step, total[c]);
+        }
+        if (want_bias) dbias_of.set(place(dbias), total[D]);
       });
-  return {dx, want_keys && !keys.is_contiguous() ? at::empty_like(keys).copy_(dkeys) : dkeys,
-          want_bias && !key_bias->is_contiguous() ? at::empty_like(*key_bias).copy_(dbias) : dbias};
+  return {dx, dkeys, dbias};
+}
+
+std::tuple<Tensor, Tensor, Tensor> score_pool_fwd(const Tensor& x, const Tensor& keys, const OptTensor& key_bias,
+                                                  std::optional<double> norm_eps, double eps,
+                                                  const OptTensor& padding_mask) {
+  auto [pooled, mass, s] = forward(x, keys, key_bias, norm_eps, eps, {}, padding_mask);
+  return {std::move(pooled), std::move(mass), std::move(s.score_sum)};
+}
+
+std::tuple<Tensor, Tensor, Tensor> score_pool_bwd(const Tensor& dpooled, const Tensor& dmass, const Tensor& x,
+                                                  const Tensor& keys, const OptTensor& key_bias, const Tensor& pooled,
+                                                  const Tensor& score_sum, std::optional<double> norm_eps, double eps,
+                                                  const OptTensor& padding_mask, std::array<bool, 3> output_mask) {
+  const Statistics saved{score_sum, {}, {}};
+  return backward(dpooled, dmass, x, keys, key_bias, pooled, saved, norm_eps, eps, {}, padding_mask, output_mask);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> score_pool_floor_fwd(const Tensor& x, const Tensor& keys,
+                                                                        const OptTensor& key_bias,
+                                                                        std::optional<double> norm_eps, double eps,
+                                                                        double score_floor,
+                                                                        const OptTensor& padding_mask) {
+  auto [pooled, mass, s] = forward(x, keys, key_bias, norm_eps, eps, score_floor, padding_mask);
+  return {std::move(pooled), std::move(mass), std::move(s.score_sum), std::move(s.absolute_sum),
+          std::move(s.token_mean)};
+}
+
+std::tuple<Tensor, Tensor, Tensor> score_pool_floor_bwd(const Tensor& dpooled, const Tensor& dmass, const Tensor& x,
+                                                        const Tensor& keys, const OptTensor& key_bias,
+                                                        const Tensor& pooled, const Tensor& score_sum,
+                                                        const Tensor& absolute_sum, const Tensor& token_mean,
+                                                        std::optional<double> norm_eps, double eps, double score_floor,
+                                                        const OptTensor& padding_mask,
+                                                        std::array<bool, 3> output_mask) {
+  const Statistics saved{score_sum, absolute_sum, token_mean};
+  return backward(dpooled, dmass, x, keys, key_bias, pooled, saved, norm_eps, eps, score_floor, padding_mask,
+                  output_mask);
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(infsa, CPU, m) {
-  m.impl("score_pool_fwd", [](const Tensor& x, const Tensor& keys, const OptTensor& key_bias,
-                              std::optional<double> norm_eps, double eps, const OptTensor& padding_mask) {
-    const auto [pooled, mass, s] = forward(x, keys, key_bias, norm_eps, eps, {}, padding_mask);
-    return std::make_tuple(pooled, mass, s.score_sum);
-  });
-  m.impl("score_pool_bwd", [](const Tensor& dpooled, const Tensor& dmass, const Tensor& x, const Tensor& keys,
-                              const OptTensor& key_bias, const Tensor& pooled, const Tensor& score_sum,
-                              std::optional<double> norm_eps, double eps, const OptTensor& padding_mask,
-                              std::array<bool, 3> output_mask) {
-    const Statistics saved{score_sum, {}, {}};
-    return backward(dpooled, dmass, x, keys, key_bias, pooled, saved, norm_eps, eps, {}, padding_mask, output_mask);
-  });
-  m.impl("score_pool_floor_fwd",
-         [](const Tensor& x, const Tensor& keys, const OptTensor& key_bias, std::optional<double> norm_eps, double eps,
-            double score_floor, const OptTensor& padding_mask) {
-           const auto [pooled, mass, s] = forward(x, keys, key_bias, norm_eps, eps, score_floor, padding_mask);
-           return std::make_tuple(pooled, mass, s.score_sum, s.absolute_sum, s.token_mean);
-         });
-  m.impl("score_pool_floor_bwd",
-         [](const Tensor& dpooled, const Tensor& dmass, const Tensor& x, const Tensor& keys, const OptTensor& key_bias,
-            const Tensor& pooled, const Tensor& score_sum, const Tensor& absolute_sum, const Tensor& token_mean,
-            std::optional<double> norm_eps, double eps, double score_floor, const OptTensor& padding_mask,
-            std::array<bool, 3> output_mask) {
-           const Statistics saved{score_sum, absolute_sum, token_mean};
-           return backward(dpooled, dmass, x, keys, key_bias, pooled, saved, norm_eps, eps, score_floor, padding_mask,
-                           output_mask);
-         });
+STABLE_TORCH_LIBRARY_IMPL(infsa, CPU, m) {
+  m.impl("score_pool_fwd", kernel<score_pool_fwd>);
+  m.impl("score_pool_bwd", kernel<score_pool_bwd>);
+  m.impl("score_pool_floor_fwd", kernel<score_pool_floor_fwd>);
+  m.impl("score_pool_floor_bwd", kernel<score_pool_floor_bwd>);
 }
 
 }  // namespace infsa::cpu

@@ -1,14 +1,13 @@
 // How the block kernels' callers divide their work: tokens that count, and tasks for threads.
 #pragma once
 
-#include <ATen/Parallel.h>
-
 #include <algorithm>
 #include <atomic>
 #include <vector>
 
 #include "../check.h"
 #include "memory.h"
+#include "parallel.h"
 #include "tokens.h"
 
 namespace infsa::cpu {
@@ -44,8 +43,8 @@ struct Kept {
 // task(t, memory) for every t; a free thread takes the next one.
 template <typename Task> void run_tasks(int64_t count, double work, int64_t bytes, const Task& task) {
   std::atomic<int64_t> next{0};
-  const int64_t threads = work < kSerialWork ? 1 : std::min<int64_t>(count, at::get_num_threads());
-  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+  const int64_t threads = work < kSerialWork ? 1 : std::min<int64_t>(count, get_num_threads());
+  parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t thread = begin; thread < end; ++thread) {
       const Buffer memory(bytes);
       for (int64_t t; (t = next.fetch_add(1, std::memory_order_relaxed)) < count;) task(t, memory.data());

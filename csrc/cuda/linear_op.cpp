@@ -2,11 +2,7 @@
 // those of csrc/cpu/linear.cpp.
 #include "linear.h"
 
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
-#include <torch/library.h>
+#include <torch/csrc/stable/accelerator.h>
 
 #include <algorithm>
 #include <array>
@@ -15,27 +11,30 @@
 #include <tuple>
 
 #include "../check.h"
+#include "../strides.h"
 
 namespace infsa::cuda {
 namespace {
 
 constexpr const char* kOp = "infsa::linear";
 
+using torch::stable::accelerator::DeviceGuard;
+
 Element element_of(const Tensor& q) {
-  TORCH_CHECK_TYPE(
-      q.scalar_type() != at::kDouble, kOp,
-      ": q has dtype torch.float64, expected torch.float32, torch.bfloat16 or torch.float16 on this backend; "
-      "use the eager backend to check gradients");
-  return q.scalar_type() == at::kFloat      ? Element::float32
-         : q.scalar_type() == at::kBFloat16 ? Element::bfloat16
-                                            : Element::float16;
+  if (q.dtype() == kDouble)
+    throw std::invalid_argument(std::string(kOp) +
+                                ": q has dtype torch.float64, expected torch.float32, torch.bfloat16 or torch.float16 "
+                                "on this backend; use the eager backend to check gradients");
+  return q.dtype() == kFloat ? Element::float32 : q.dtype() == kBFloat16 ? Element::bfloat16 : Element::float16;
 }
 
 // What a forward and a backward call share.
 LinearArgs arguments_of(const Sizes& s, const Tensor& q, const OptTensor& k, const Tensor& v, double eps, double rho,
                         const OptTensor& head_rho, const OptTensor& key_mask, const OptTensor& query_mask) {
-  TORCH_CHECK_VALUE(std::max(s.d, s.d_v) <= kLargestHeadDim, kOp, ": q and v have ", s.d, " and ", s.d_v,
-                    " channels, expected at most ", kLargestHeadDim, " on this backend; use the eager backend");
+  if (std::max(s.d, s.d_v) > kLargestHeadDim)
+    throw std::invalid_argument(std::string(kOp) + ": q and v have " + std::to_string(s.d) + " and " +
+                                std::to_string(s.d_v) + " channels, expected at most " +
+                                std::to_string(kLargestHeadDim) + " on this backend; use the eager backend");
   LinearArgs a{};
   a.q = rows_of(q), a.k = rows_of(k ? *k : q), a.v = rows_of(v);
   a.query_mask = mask_of(query_mask), a.key_mask = mask_of(key_mask);
@@ -53,9 +52,9 @@ LinearArgs arguments_of(const Sizes& s, const Tensor& q, const OptTensor& k, con
 // Asked of the driver once per GPU and kernel: it takes microseconds.
 LinearDevice device_of(const Tensor& q, Element element, bool aligned, bool backward) {
   static std::mutex mutex;
-  static std::map<std::tuple<int, Element, bool, bool>, LinearDevice> known;
+  static std::map<std::tuple<int32_t, Element, bool, bool>, LinearDevice> known;
   const std::lock_guard<std::mutex> lock(mutex);
-  const auto [at, is_new] = known.try_emplace({q.get_device(), element, aligned, backward});
+  const auto [at, is_new] = known.try_emplace({q.device().index, element, aligned, backward});
   if (is_new) at->second = linear_device(element, aligned, backward);
   return at->second;
 }
@@ -68,9 +67,11 @@ void launch(LinearArgs& a, const Tensor& q, bool backward) {
   const auto try_to = [&] {
     a.plan = linear_plan(a, element, backward, device);
     // Freed before the kernel ends, by a stream that gives it to nobody who does not wait for that.
-    const auto workspace = at::empty({2, a.plan.parts_size()}, q.options().dtype(at::kFloat));
-    a.first_parts = workspace.mutable_data_ptr<float>(), a.second_parts = a.first_parts + a.plan.parts_size();
-    return launch_linear(a, element, aligned, backward, c10::cuda::getCurrentCUDAStream().stream());
+    const Tensor workspace = empty({2, a.plan.parts_size()}, kFloat, q.device());
+    a.first_parts = workspace.data_ptr<float>(), a.second_parts = a.first_parts + a.plan.parts_size();
+    void* stream;
+    succeed(aoti_torch_get_current_cuda_stream(q.device().index, &stream), "name the current stream");
+    return launch_linear(a, element, aligned, backward, stream);
   };
   LaunchFailure failure = try_to();
   // The driver speaks of the whole GPU, of which this context may have a part.
@@ -78,7 +79,7 @@ void launch(LinearArgs& a, const Tensor& q, bool backward) {
     device.resident_blocks /= 2;
     failure = try_to();
   }
-  TORCH_CHECK(!failure.reason, kOp, ": the launch failed: ", failure.reason);
+  if (failure.reason) throw std::runtime_error(std::string(kOp) + ": the launch failed: " + failure.reason);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_fwd(const Tensor& q, const OptTensor& k, const Tensor& v,
@@ -86,17 +87,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_fwd(const Tensor& q, c
                                                               const OptTensor& key_padding_mask,
                                                               const OptTensor& query_padding_mask) {
   const Sizes s = sizes_of(attention_arguments(kOp, q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask));
-  const c10::cuda::CUDAGuard guard(q.device());
-  const auto float32 = q.options().dtype(at::kFloat);
-  Tensor out = at::empty({s.B, s.H, s.d_v}, q.options()), context = at::empty({s.B, s.H, s.d_v}, float32);
-  Tensor central_query = at::empty({s.B, s.H, s.d}, float32), energy_sum = at::empty({s.B, s.H}, float32),
-         score_sum = at::empty({s.B, s.H}, float32);
+  const DeviceGuard guard(q.device().index);
+  const Device gpu = q.device();
+  Tensor out = empty({s.B, s.H, s.d_v}, q.dtype(), gpu), context = empty({s.B, s.H, s.d_v}, kFloat, gpu);
+  Tensor central_query = empty({s.B, s.H, s.d}, kFloat, gpu), energy_sum = empty({s.B, s.H}, kFloat, gpu),
+         score_sum = empty({s.B, s.H}, kFloat, gpu);
   LinearArgs a = arguments_of(s, q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask);
-  a.out = out.mutable_data_ptr(), a.context = context.mutable_data_ptr<float>();
-  a.central_query = central_query.mutable_data_ptr<float>();
-  a.energy_sum = energy_sum.mutable_data_ptr<float>(), a.score_sum = score_sum.mutable_data_ptr<float>();
+  a.out = out.data_ptr(), a.context = context.data_ptr<float>();
+  a.central_query = central_query.data_ptr<float>();
+  a.energy_sum = energy_sum.data_ptr<float>(), a.score_sum = score_sum.data_ptr<float>();
   if (s.B * s.H > 0) launch(a, q, false);
-  return {out, context, central_query, energy_sum, score_sum};
+  return {std::move(out), std::move(context), std::move(central_query), std::move(energy_sum), std::move(score_sum)};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> linear_bwd(const Tensor& dout, const Tensor& q, const OptTensor& k,
@@ -109,17 +110,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_bwd(const Tensor& dout, const 
   const Sizes s =
       sizes_of(linear_backward_arguments(kOp, dout, q, k, v, context_, central_query_, energy_sum_, score_sum_, eps,
                                          rho, head_rho, key_padding_mask, query_padding_mask));
-  const c10::cuda::CUDAGuard guard(q.device());
-  const Tensor context = context_.contiguous(), central_query = central_query_.contiguous();
-  const Tensor energy_sum = energy_sum_.contiguous(), score_sum = score_sum_.contiguous();
+  const DeviceGuard guard(q.device().index);
+  const Tensor context = contiguous(context_), central_query = contiguous(central_query_);
+  const Tensor energy_sum = contiguous(energy_sum_), score_sum = contiguous(score_sum_);
   const auto [want_dq, want_dk_any, want_dv, want_drho_any] = output_mask;
   const bool want_dk = want_dk_any && k, want_drho = want_drho_any && head_rho;
-  const auto float32 = q.options().dtype(at::kFloat);
+  const Device gpu = q.device();
   const auto gradient = [](bool want, const Tensor& t) {
-    return want ? at::empty_like(t) : at::empty({0}, t.options());
+    return want ? empty_like(t) : empty({0}, t.dtype(), t.device());
   };
   Tensor dq = gradient(want_dq, q), dk = gradient(want_dk, k ? *k : q), dv = gradient(want_dv, v);
-  Tensor dhead_rho = want_drho ? at::empty({s.B, s.H}, float32) : at::empty({0}, float32);
+  Tensor dhead_rho = want_drho ? empty({s.B, s.H}, kFloat, gpu) : empty({0}, kFloat, gpu);
   LinearArgs a = arguments_of(s, q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask);
   a.context = context.data_ptr<float>(), a.central_query = central_query.data_ptr<float>();
   a.energy_sum = energy_sum.data_ptr<float>(), a.score_sum = score_sum.data_ptr<float>();
@@ -127,19 +128,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_bwd(const Tensor& dout, const 
   if (want_dq) a.dq = rows_of(dq);
   if (want_dk) a.dk = rows_of(dk);
   if (want_dv) a.dv = rows_of(dv);
-  if (want_drho) a.dhead_rho = dhead_rho.mutable_data_ptr<float>();
-  const auto dscores = at::empty({a.tied && want_dq ? s.B * s.H * s.N : 0}, float32);
-  if (dscores.numel() > 0) a.dscores = dscores.mutable_data_ptr<float>();
+  if (want_drho) a.dhead_rho = dhead_rho.data_ptr<float>();
+  const Tensor dscores = empty({a.tied && want_dq ? s.B * s.H * s.N : 0}, kFloat, gpu);
+  if (dscores.numel() > 0) a.dscores = dscores.data_ptr<float>();
   const bool wanted = want_dq || want_dk || want_dv || want_drho;
   if (wanted && s.B * s.H > 0) launch(a, q, true);
-  return {dq, dk, dv, dhead_rho};
+  return {std::move(dq), std::move(dk), std::move(dv), std::move(dhead_rho)};
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(infsa, CUDA, m) {
-  m.impl("linear_fwd", linear_fwd);
-  m.impl("linear_bwd", linear_bwd);
+STABLE_TORCH_LIBRARY_IMPL(infsa, CUDA, m) {
+  m.impl("linear_fwd", kernel<linear_fwd>);
+  m.impl("linear_bwd", kernel<linear_bwd>);
 }
 
 }  // namespace infsa::cuda

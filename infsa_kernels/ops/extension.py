@@ -1,6 +1,7 @@
-"""The compiled extension `infsa_kernels._C`: loading it, and in words what keeps it from loading."""
+"""The compiled part: the library of kernels and the module `infsa_kernels._C` beside it, and in words what keeps them out."""
 
 import functools
+import platform
 import sys
 import warnings
 from importlib.machinery import EXTENSION_SUFFIXES, PathFinder
@@ -9,26 +10,27 @@ from pathlib import Path
 import torch
 
 PACKAGE = Path(__file__).resolve().parent.parent
+LIBRARY = PACKAGE / "libinfsa_kernels.so"
 
 
 def load() -> str | None:
-    """Loads `_C`, which registers the compiled kernels. Returns why there is none, or None."""
-    try:
-        from .. import _C
-    except ImportError as error:
-        if "cannot import name '_C'" not in str(error):
-            return (
-                f"the compiled extension does not load beside torch {torch.__version__} ({error}); build it again with "
-                f"`{build_command()}`"
-            )
+    """Loads the library, which registers the compiled kernels, and `_C`. Returns in a line why they are not there, or None."""
+    if not LIBRARY.exists():
         if shadowed_package():
             warnings.warn(f"infsa_kernels runs its slower 'eager' backend: {_why_missing()}", stacklevel=4)
         return _why_missing()
-    if _C.torch_version.split("+")[0] != torch.__version__.split("+")[0]:
-        warnings.warn(
-            f"infsa_kernels was built for torch {_C.torch_version} and runs beside torch {torch.__version__}; if anything "
-            f"fails, build it again with `{build_command()}`",
-            stacklevel=4,
+    try:
+        torch.ops.load_library(str(LIBRARY))
+        from .. import _C  # noqa: F401
+    except (ImportError, OSError) as error:
+        found = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if "cannot import name '_C'" in found:
+            files = ", ".join(sorted(file.name for file in PACKAGE.glob("_C.*"))) or "none"
+            found = f"of its module for Python {platform.python_version()}, _C{EXTENSION_SUFFIXES[0]}, there is {files}"
+        return (
+            f"the compiled extension does not load beside torch {torch.__version__} on {platform.system()} "
+            f"{platform.machine()} ({found}); install the wheel for this platform, Python and CUDA, or build it again with "
+            f"`{build_command()}`"
         )
     return None
 
@@ -52,7 +54,7 @@ def shadowed_package() -> Path | None:
     for entry in sys.path:
         spec = PathFinder.find_spec("infsa_kernels", [entry])
         package = Path(spec.origin).resolve().parent if spec and spec.origin else PACKAGE
-        if package != PACKAGE and any((package / f"_C{suffix}").exists() for suffix in EXTENSION_SUFFIXES):
+        if package != PACKAGE and (package / LIBRARY.name).exists():
             return package
     return None
 

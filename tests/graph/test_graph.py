@@ -19,6 +19,7 @@ from infsa_kernels.graph import (
     multi_hop_infsa,
     pagerank,
 )
+from infsa_kernels.memory import kept_memory
 
 TIED = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 
@@ -279,10 +280,12 @@ def test_alignment_with_the_perron_vector():
 def test_nothing_as_large_as_the_matrix_is_held():
     """Allocations of a Katz centrality, counted: N = 8192 would take 256 MiB as a float32 matrix per head."""
     q = torch.randn(1, 2, 8192, 16)
+    infsa_kernels.release_memory()
     with torch.profiler.profile(profile_memory=True) as profiler:
         katz_centrality(TokenGraph(q))
     largest = max(e.nbytes() for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]")
-    assert 0 < largest < 16 * 2**20
+    # The profiler does not see what the CPU kernels keep: all that they took and that is big.
+    assert 0 < largest < 16 * 2**20 and kept_memory() < 16 * 2**20
 
 
 BAD = [

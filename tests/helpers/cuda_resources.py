@@ -2,7 +2,7 @@
 
 `PYTHONPATH=tests python -m helpers.cuda_resources` writes the table.
 
-Read from the machine code in `infsa_kernels._C` by the cuobjdump that comes with Triton or the CUDA toolkit. No GPU is needed.
+Read from the machine code in libinfsa_kernels.so by the cuobjdump that comes with Triton or the CUDA toolkit. No GPU is needed.
 """
 
 import re
@@ -36,9 +36,9 @@ COUNTED = {
 def measured(library: Path | None = None) -> list[dict[str, str]]:
     """A row of COLUMNS for every kernel and architecture of the extension."""
     if library is None:
-        from infsa_kernels import _C
+        from infsa_kernels.ops.extension import LIBRARY
 
-        library = Path(_C.__file__)
+        library = LIBRARY
     usage, code = _resources(_cuobjdump("--dump-resource-usage", library)), _code(_cuobjdump("-sass", library))
     rows = []
     for (arch, name), resources in usage.items():

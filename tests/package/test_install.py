@@ -1,6 +1,8 @@
 """What an installed package does when it is imported, whole, without its extension, and with a broken one."""
 
 import os
+import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -12,8 +14,10 @@ import torch
 
 import infsa_kernels
 from infsa_kernels.ops.backends import SUFFIXES
+from infsa_kernels.ops.extension import LIBRARY
 
 PACKAGE = Path(infsa_kernels.__file__).parent
+compiled = pytest.mark.skipif(not LIBRARY.exists(), reason="no extension was built here (INFSA_NO_EXT=1)")
 
 
 def python(*arguments, path, **options):
@@ -106,12 +110,51 @@ except RuntimeError as error:
 
 
 def test_broken_extension_says_how_to_mend_it(without_extension, tmp_path):
-    """A file that the loader refuses, as one for another torch is, leaves a working package and one readable line."""
+    """A file that the loader refuses, as one for another platform is, leaves a working package and one readable line."""
     shutil.copytree(without_extension, tmp_path, dirs_exist_ok=True)
-    (tmp_path / PACKAGE.name / f"_C{EXTENSION_SUFFIXES[0]}").write_bytes(b"not a shared library")
+    (tmp_path / PACKAGE.name / LIBRARY.name).write_bytes(b"not a shared library")
     (warning,) = python("-c", EVERYTHING, path=tmp_path).stdout.splitlines()
-    assert "the compiled extension does not load beside torch" in warning
+    assert (
+        f"the compiled extension does not load beside torch {torch.__version__} on {platform.system()} {platform.machine()} ("
+        in warning
+    )
+    assert LIBRARY.name in warning and "install the wheel for this platform, Python and CUDA" in warning
     assert "pip install --no-build-isolation --force-reinstall" in warning
+
+
+@compiled
+def test_a_wheel_for_another_python_says_so(without_extension, tmp_path):
+    shutil.copytree(without_extension, tmp_path, dirs_exist_ok=True)
+    shutil.copy(LIBRARY, tmp_path / PACKAGE.name)
+    (tmp_path / PACKAGE.name / "_C.cpython-39-x86_64-linux-gnu.so").touch()
+    (warning,) = python("-c", EVERYTHING, path=tmp_path).stdout.splitlines()
+    assert (
+        f"(of its module for Python {platform.python_version()}, _C{EXTENSION_SUFFIXES[0]}, there is _C.cpython-39"
+        in warning
+    )
+
+
+@compiled
+def test_the_library_has_nothing_of_torch_but_its_stable_interface():
+    """Of the system's libraries, and that of C++, whatever it likes; of torch C functions, and of OpenMP and Python nothing."""
+    listed = subprocess.run(
+        ["nm", "-D", "--undefined-only", LIBRARY], capture_output=True, text=True, check=True
+    ).stdout
+    needed = {line.split()[-1].partition("@")[0] for line in listed.splitlines()}
+    of_torch = {name for name in needed if "torch" in name.lower()}
+    assert of_torch and all(re.fullmatch(r"(aoti_)?torch_\w+", name) for name in of_torch), sorted(of_torch)
+    foreign = {name for name in needed if re.match(r"_ZNK?(2at|3c10|5caffe2|5torch)|_?Py|GOMP|omp_|__kmpc", name)}
+    assert not foreign
+
+
+@compiled
+def test_the_module_has_nothing_of_torch():
+    from infsa_kernels import _C
+
+    listed = subprocess.run(
+        ["nm", "-D", "--undefined-only", _C.__file__], capture_output=True, text=True, check=True
+    ).stdout
+    assert "torch" not in listed and "infsa" in listed
 
 
 @pytest.mark.parametrize("whole", [True, False])
@@ -122,7 +165,7 @@ def test_info(whole, without_extension):
     for line in report.splitlines():
         if "does not run" in line:
             assert len(line.split("does not run: ")[1]) > 10
-    assert ("built for torch" in report) == (whole and any(PACKAGE.glob("_C*.so")))
+    assert ("for every torch from 2.10 on" in report) == (whole and LIBRARY.exists())
 
 
 def test_extension_holds_build_facts_and_the_memory_that_it_keeps_and_no_operator():
