@@ -190,7 +190,11 @@ raw_linear_floor = RawOps(
     tensors=LINEAR,
     stand_ins=STAND_INS,
     more=_more,
-    kernels={"cpu": "csrc/cpu/linear.cpp", "eager": eager.linear_floor},
+    kernels={
+        "cpu": "csrc/cpu/linear.cpp",
+        "triton": "infsa_kernels.triton.linear_varlen_floor",
+        "eager": eager.linear_floor,
+    },
     formula=_formula(reference.linear, per_token=False),
     flops_forward=lambda N, M, H, d, dv, **_: H * (4 * N * d + 2 * M * d + 3 * M * dv),
     flops_backward=lambda N, M, H, d, dv, **_: H * (8 * N * d + 5 * M * d + 3 * M * dv),

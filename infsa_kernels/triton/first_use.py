@@ -51,7 +51,7 @@ UNITS_16, UNITS_32 = 2, 32
 class Variant:
     """What is compiled to machine code of its own, as far as a call decides it."""
 
-    op: str  # "linear", "linear_floor", "pure", "linear_varlen" or "pure_varlen"
+    op: str  # "linear", "linear_floor", "pure" or one of PACKED
     direction: str  # "forward" or "backward"
     dtype: str
     precision: str  # of products of float32
@@ -78,7 +78,7 @@ class Variant:
 
 # In the order of the operators' masks, which those of packed sequences do not have.
 SIDES = ("keys", "queries")
-PACKED = ("linear_varlen", "pure_varlen")
+PACKED = ("linear_varlen", "linear_varlen_floor", "pure_varlen")
 
 # Sequences beside the one whose length is checked: tokens of queries and of keys. An odd number of queries, so that no score is
 # 0; of the pairs of 3 tokens alone Pure makes <dO, O> from the scores.
@@ -306,8 +306,7 @@ def _arguments(variant: Variant, device: torch.device, N, M, random: torch.Gener
     # Rows of a length that the copy engine cannot step over are read through pointers.
     for gap in (0, 1, 2):
         q, k, v = (_amid_nan(x.to(device), gap, variant.token_major, HEADS) for x in rows)
-        numbers = [2.0**-20, 0.125, 1.0] if variant.op == "linear_floor" else [2.0**-20, 1.0]
-        arguments = [q, None if variant.tied else k, v, *numbers, head_rho, *masks]
+        arguments = [q, None if variant.tied else k, v, *_numbers(variant), head_rho, *masks]
         if of(variant.op, "forward", arguments).described == variant.described:
             break
     return arguments
@@ -325,7 +324,12 @@ def _packed_arguments(variant: Variant, device: torch.device, queries, keys, ran
     ]
     head_rho = torch.full((len(queries), heads), 0.75, dtype=torch.float32, device=device)
     k, cu_seqlens[1] = (None, None) if variant.tied else (k, cu_seqlens[1])
-    return [q, k, v, *cu_seqlens, max(queries), max(keys), 2.0**-20, 1.0, head_rho]
+    return [q, k, v, *cu_seqlens, max(queries), max(keys), *_numbers(variant), head_rho]
+
+
+def _numbers(variant: Variant) -> list[float]:
+    """eps, the floor where there is one, and rho."""
+    return [2.0**-20, 0.125, 1.0] if variant.op.endswith("floor") else [2.0**-20, 1.0]
 
 
 def _rows(variant: Variant, N: int, M: int, random: torch.Generator) -> list[Tensor]:

@@ -35,7 +35,7 @@ def small(monkeypatch):
 
 
 def variant(op="pure", direction="forward", dtype="float32", d=16, tied=False, masked="", **rest) -> first_use.Variant:
-    rest |= {"offsets": "int64"} if op.endswith("varlen") else {}
+    rest |= {"offsets": "int64"} if op in first_use.PACKED else {}
     rest = {"dv": d, "precision": "ieee" if dtype == "float32" else "", "token_major": True, "described": False} | rest
     return first_use.Variant(op=op, direction=direction, dtype=dtype, d=d, tied=tied, masked=masked, **rest)
 
@@ -59,7 +59,7 @@ def test_the_shipped_kernels_pass(op, direction, case, small):
 
 
 @interpreted
-@pytest.mark.parametrize("op", ["linear_varlen", "pure_varlen"])
+@pytest.mark.parametrize("op", first_use.PACKED)
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize(
     "case", [{"tied": True}, {"dtype": "bfloat16", "d": 20, "token_major": False}], ids=["tied", "odd"]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers.calls import OPS, check, raw_op
 from helpers.interpreter import needs_interpreter
-from helpers.packed_calls import make, offsets
+from helpers.packed_calls import PACKED_OPS, make, offsets
 from helpers.sweep import some
 from torch.testing import assert_close
 
@@ -52,7 +52,7 @@ def packed(op, *, lengths=LENGTHS, key_lengths=KEY_LENGTHS, heads=2, **options):
 
 
 @interpreted
-@by_op
+@pytest.mark.parametrize("op", PACKED_OPS)
 @by_tie
 @pytest.mark.parametrize("dtype", some(DTYPES, torch.bfloat16, torch.float16), ids=str)
 def test_is_the_loop_over_the_sequences(op, tied, dtype, triton):
@@ -61,7 +61,7 @@ def test_is_the_loop_over_the_sequences(op, tied, dtype, triton):
 
 
 @interpreted
-@by_op
+@pytest.mark.parametrize("op", PACKED_OPS)
 @by_tie
 @pytest.mark.parametrize(("d", "dv"), some([(20, 9), (64, 32), (33, 100)], (20, 9)))
 def test_short_sequences_and_head_dims(op, tied, d, dv, triton):
@@ -82,7 +82,7 @@ EMPTY = {
 
 
 @interpreted
-@by_op
+@pytest.mark.parametrize("op", PACKED_OPS)
 @pytest.mark.parametrize("lengths", EMPTY.values(), ids=EMPTY)
 def test_empty(op, lengths, triton):
     for sizes in ({}, {"d": 0}, {"dv": 0}, {"heads": 0}):
@@ -143,15 +143,16 @@ def test_rho_of_every_sequence(op, triton):
 
 
 @interpreted
-@by_op
+@pytest.mark.parametrize("op", PACKED_OPS)
 @by_tie
 def test_gradients_only_on_demand_and_repeated_runs(op, tied, triton):
     call = packed(op, tied=tied, dtype=torch.bfloat16, lengths=(3, 0, 40), key_lengths=(5, 2, 33))
     q, k, v, *rest = call.raw()
-    out, *statistics = raw_op(f"{op}_varlen_fwd", "triton")(q, k, v, *rest)
-    assert torch.equal(out, raw_op(f"{op}_varlen_fwd", "triton")(q, k, v, *rest)[0])
+    forward, backward = (raw_op(f"{call.raw_name}_{way}", "triton") for way in ("fwd", "bwd"))
+    out, *statistics = forward(q, k, v, *rest)
+    assert torch.equal(out, forward(q, k, v, *rest)[0])
     saved = [out, *statistics] if op == "pure" else statistics
-    backward, arguments = raw_op(f"{op}_varlen_bwd", "triton"), (torch.randn_like(out), q, k, v, *saved, *rest)
+    arguments = torch.randn_like(out), q, k, v, *saved, *rest
     everything = backward(*arguments, [True] * 4)
     for number in range(0, 16, 3):
         wanted = [bool(number >> i & 1) for i in range(4)]

@@ -20,7 +20,15 @@ from infsa_kernels.ops import linear as linear_op
 from infsa_kernels.ops import linear_floor as linear_floor_op
 from infsa_kernels.ops import pure as pure_op
 from infsa_kernels.ops import varlen
-from infsa_kernels.triton import linear, linear_floor, linear_varlen, pure, pure_backward, pure_varlen
+from infsa_kernels.triton import (
+    linear,
+    linear_floor,
+    linear_varlen,
+    linear_varlen_floor,
+    pure,
+    pure_backward,
+    pure_varlen,
+)
 
 TABLE = Path(__file__).parents[1] / "gpu" / "triton_resources.txt"
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
@@ -40,7 +48,7 @@ class Case:
     masked: bool = False
 
     def __str__(self) -> str:
-        form = {"linear_floor": "/floor", "linear_varlen": "/packed", "pure_varlen": "/packed"}.get(self.op, "")
+        form = "/packed" * (self.op in PACKED) + "/floor" * self.op.endswith("floor")
         return (
             f"{self.dtype}/d{self.d}/N{self.N}"
             + form
@@ -79,6 +87,7 @@ def _forward_and_backward(op, q, k, v, rho, mask) -> None:
 # Packed operators: raw, forward and backward.
 PACKED = {
     "linear_varlen": (varlen.raw_linear, linear_varlen.forward, linear_varlen.backward),
+    "linear_varlen_floor": (varlen.raw_linear_floor, linear_varlen_floor.forward, linear_varlen_floor.backward),
     "pure_varlen": (varlen.raw_pure, pure_varlen.forward, pure_varlen.backward),
 }
 
@@ -89,7 +98,8 @@ def _packed_forward_and_backward(op, q, k, v) -> None:
     q, k, v = (None if t is None else t[0].transpose(0, 1) for t in (q, k, v))
     cu_seqlens = torch.empty(4, dtype=torch.int32, device="meta")
     N, rho = q.shape[0], torch.empty(3, q.shape[1], device="meta")
-    rest = cu_seqlens, None if k is None else cu_seqlens, N, N, 1e-6, 1.0, rho
+    numbers = (1e-6, 0.1, 1.0) if op.endswith("floor") else (1e-6, 1.0)
+    rest = cu_seqlens, None if k is None else cu_seqlens, N, N, *numbers, rho
     out, *saved = forward(q, k, v, *rest)
     saved = [out, *saved] if op == "pure_varlen" else saved
     arguments = torch.empty_like(out), q, k, v, *saved, *rest
@@ -104,6 +114,8 @@ def cases() -> list[Case]:
     found += [Case("linear_floor", dtype, 64, 4096, masked=True) for dtype in ("fp16", "fp32")]
     found += [Case("linear_varlen", "bf16", 16, N, tied) for N in (197, 4096) for tied in (False, True)]
     found += [Case("linear_varlen", dtype, 64, 4096) for dtype in ("fp16", "fp32")]
+    found += [Case("linear_varlen_floor", "bf16", 16, N, tied) for N in (197, 4096) for tied in (False, True)]
+    found += [Case("linear_varlen_floor", dtype, 64, 4096) for dtype in ("fp16", "fp32")]
     for d in (64, 128, 256):
         for tied in (False, True):
             found += [Case("pure", "fp16", d, 4000, tied, masked) for masked in (False, True)]

@@ -213,7 +213,7 @@ def test_operators_and_their_backends():
     without_cuda, without_gpu = everything - {"cuda"}, {"cpu", "eager"}
     assert {"linear": everything, "linear_floor": without_cuda, "pure": without_cuda, "pooled_linear": without_gpu} | {
         "linear_varlen": without_cuda,
-        "linear_varlen_floor": without_gpu,
+        "linear_varlen_floor": without_cuda,
         "pure_varlen": without_cuda,
         # Parts of these for tokens in parts, and what puts them together over ranks.
         "linear_steps": without_cuda,

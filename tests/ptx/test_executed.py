@@ -121,12 +121,19 @@ LENGTHS = {"long": ((0, 3, 150, 0, 33), (0, 4, 131, 2, 0)), "short": ((5, 0, 70)
 
 @pytest.mark.parametrize("lengths", some(LENGTHS, "long"))
 @pytest.mark.parametrize(
-    ("op", "dtype", "tied"), some(SHORT, ("linear", "bf16", False), ("pure", "fp16", True), ("pure", "bf16", False))
+    ("op", "dtype", "tied"),
+    some(
+        [*SHORT, ("linear_floor", "bf16", True), ("linear_floor", "fp32", False)],
+        ("linear", "bf16", False),
+        ("linear_floor", "bf16", True),
+        ("pure", "fp16", True),
+        ("pure", "bf16", False),
+    ),
 )
 def test_packed_sequences(op, dtype, tied, lengths):
     """Whose bounds the kernels look up; no program may touch what lies between or behind the parts that others left."""
     lengths, key_lengths = LENGTHS[lengths]
-    d, heads = (16, 3) if op == "linear" else (32, 1)
+    d, heads = (32, 1) if op == "pure" else (16, 3)
     call = packed_calls.make(
         op, dtype=DTYPES[dtype], tied=tied, lengths=lengths, key_lengths=key_lengths, heads=heads, d=d, dv=d,
         rho=torch.rand(heads) + 0.5, eps=1.0,
