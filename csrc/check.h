@@ -35,17 +35,19 @@ class Arguments {
   }
 
   void tensor(const char* name, const OptTensor& t, Dtype dtype, std::string_view letters) {
-    if (!t) return;
-    demand(t->dtype() == dtype, name, "dtype");
-    demand(t->device() == first_.device(), name, "device");
-    demand(t->is_strided() && t->dim() == static_cast<int64_t>(letters.size()), name, "shape");
+    if (t) tensor(name, *t, dtype, letters);
+  }
+  void tensor(const char* name, const Tensor& t, Dtype dtype, std::string_view letters) {
+    demand(t.dtype() == dtype, name, "dtype");
+    demand(t.device() == first_.device(), name, "device");
+    demand(t.is_strided() && t.dim() == static_cast<int64_t>(letters.size()), name, "shape");
     for (size_t i = 0; i < letters.size(); ++i) {
       int64_t& size = sizes_[letters[i]];
-      if (size < 0) size = t->size(i);
-      demand(t->size(i) == size, name, "shape");
+      if (size < 0) size = t.size(i);
+      demand(t.size(i) == size, name, "shape");
     }
     // A storage may have been freed below its tensor, as FSDP does.
-    demand(t->numel() == 0 || t->storage_bytes() >= bytes_to_last(*t), name, "storage");
+    demand(t.numel() == 0 || t.storage_bytes() >= bytes_to_last(t), name, "storage");
   }
 
   void demand(bool right, const char* name, const char* what = "value") const {
