@@ -344,11 +344,10 @@ STABLE_TORCH_LIBRARY_IMPL(infsa, CPU, m) {
            const Statistics saved{context, central_query, energy_sum, score_sum, absolute_sum, value_mean};
            return dense_backward(dout, q, k, v, saved, eps, score_floor, rho, head_rho, key_mask, query_mask,
                                  output_mask);
-          }));
-  m.impl("linear_varlen_fwd",
-         kernel([](const Tensor& q, const OptTensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
-                   const OptTensor& cu_seqlens_k, int64_t max_q, int64_t max_k, double eps, double rho,
-                   const OptTensor& head_rho) {
+         }));
+  m.impl("linear_varlen_fwd", kernel([](const Tensor& q, const OptTensor& k, const Tensor& v,
+                                        const Tensor& cu_seqlens_q, const OptTensor& cu_seqlens_k, int64_t max_q,
+                                        int64_t max_k, double eps, double rho, const OptTensor& head_rho) {
            auto [out, s] = packed_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, eps, {}, rho, head_rho);
            return std::make_tuple(std::move(out), std::move(s.context), std::move(s.central_query),
                                   std::move(s.energy_sum), std::move(s.score_sum));
@@ -379,8 +378,8 @@ STABLE_TORCH_LIBRARY_IMPL(infsa, CPU, m) {
                    const OptTensor& cu_seqlens_k, int64_t max_q, int64_t max_k, double eps, double score_floor,
                    double rho, const OptTensor& head_rho, std::array<bool, 4> output_mask) {
            const Statistics saved{context, central_query, energy_sum, score_sum, absolute_sum, value_mean};
-           return packed_backward(dout, q, k, v, saved, cu_seqlens_q, cu_seqlens_k, max_q, max_k, eps, score_floor,
-                                  rho, head_rho, output_mask);
+           return packed_backward(dout, q, k, v, saved, cu_seqlens_q, cu_seqlens_k, max_q, max_k, eps, score_floor, rho,
+                                  head_rho, output_mask);
          }));
 }
 

@@ -325,10 +325,9 @@ STABLE_TORCH_LIBRARY_IMPL(infsa, CPU, m) {
   m.impl("linear_steps_queries_fwd", kernel<linear_queries_fwd>);
   m.impl("linear_steps_keys_fwd", kernel<linear_keys_fwd<false>>);
   m.impl("linear_steps_keys_floor_fwd", kernel<linear_keys_fwd<true>>);
-  m.impl("linear_steps_keys_bwd",
-         kernel([](const Tensor& dcontext, const Tensor& k, const Tensor& v, const Tensor& context,
-                   const Tensor& central_query, const Tensor& score_sum, double eps, const OptTensor& key_mask,
-                   std::array<bool, 4> output_mask) {
+  m.impl("linear_steps_keys_bwd", kernel([](const Tensor& dcontext, const Tensor& k, const Tensor& v,
+                                            const Tensor& context, const Tensor& central_query, const Tensor& score_sum,
+                                            double eps, const OptTensor& key_mask, std::array<bool, 4> output_mask) {
            return keys_bwd(dcontext, k, v, context, central_query, score_sum, {}, eps, key_mask, output_mask);
          }));
   m.impl("linear_steps_keys_floor_bwd",

@@ -115,8 +115,8 @@ def _keys_bwd(
     pull_back = Launch(
         linear_bwd_keys_kernel, grid.groups * splits, k.device,
         dcontext.stride(), k.stride(), v.stride(), strides(dk, 4), strides(dv, 4), strides(key_padding_mask, 2), strides(None, 2),
-        H, M, splits, split_tokens, NOT_PACKED, scale(k), eps, 1.0, score_floor, dv=dv_size, DV=padded(dv_size), TIED=want_dscores,
-        WANT_Q=want_q, WANT_K=want_dk, WANT_V=want_dv, WANT_RHO=False, **grid.sizes,
+        H, M, splits, split_tokens, NOT_PACKED, scale(k), eps, 1.0, score_floor, dv=dv_size, DV=padded(dv_size),
+        TIED=want_dscores, WANT_Q=want_q, WANT_K=want_dk, WANT_V=want_dv, WANT_RHO=False, **grid.sizes,
     )  # fmt: skip
     pull_back(
         dcontext, k, v, key_padding_mask, None, NOT_PACKED, context, central_query, score_sum.float().contiguous(),
