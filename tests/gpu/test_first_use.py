@@ -62,7 +62,7 @@ def test_the_shipped_kernels_pass(op, direction, case, small):
 @pytest.mark.parametrize("op", first_use.PACKED)
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize(
-    "case", [{"tied": True}, {"dtype": "bfloat16", "d": 20, "token_major": False}], ids=["tied", "odd"]
+    "case", [{"tied": True}, swept({"dtype": "bfloat16", "d": 20, "token_major": False})], ids=["tied", "odd"]
 )
 def test_the_shipped_kernels_pass_packed(op, direction, case, small):
     assert first_use.check(variant(op, direction, **case), CPU) is None

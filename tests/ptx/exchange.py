@@ -197,6 +197,24 @@ def _shuffle(m, i, found):
     return shuffle
 
 
+REDUCTIONS = {"add": np.add, "min": np.minimum, "max": np.maximum}
+
+
+def _reduce(m, i, found):
+    destination, source, members = i.operands
+    kind, reduction = found["t"], REDUCTIONS[found["how"]]
+    value, members, write = m.read(source, kind), m.read(members, "b32"), m.writer(destination, kind)
+
+    def reduce(mask):
+        m.whole_warps(mask, i)
+        if not np.all(np.broadcast_to(members, mask.shape)[mask] == 0xFFFFFFFF):
+            raise NotImplementedError(f"{i}: only reductions of whole warps")
+        of_warps = reduction.reduce(np.broadcast_to(value, mask.shape).reshape(-1, WARP), axis=1, dtype=TYPES[kind])
+        write(np.repeat(of_warps, WARP), mask)
+
+    return reduce
+
+
 def _warp_barrier(m, i, found):
     if i.operands not in (("-1",), ("0xffffffff",)):
         raise NotImplementedError(f"{i}: only barriers of whole warps")
@@ -312,6 +330,7 @@ MADE = {
     r"cp\.async\.commit_group": _copies("commit"),
     r"cp\.async\.(?:wait_group|wait_all)": _copies("wait"),
     r"shfl\.sync\.(?P<how>bfly|idx)\.b32": _shuffle,
+    r"redux\.sync\.(?P<how>add|min|max)\.(?P<t>[su]32)": _reduce,
     r"bar\.warp\.sync": _warp_barrier,
     r"ldmatrix\.sync\.aligned\.m8n8\.x(?P<count>1|2|4)(?P<trans>\.trans)?\.shared\.b16": _load_matrices,
     r"mma\.sync\.aligned\.m16n8k(?P<k>8|16)\.row\.col\.f32\.(?P<kind>f16|bf16|tf32)\.(?P=kind)\.f32": _multiply,

@@ -214,6 +214,20 @@ def test_asynchronous_copies():
             run(COPY.format(wait), numbers(256), torch.empty(64), shared=1024)
 
 
+@pytest.mark.parametrize(("how", "expected"), [("min", torch.amin), ("max", torch.amax), ("add", torch.sum)])
+def test_reductions_of_a_warp(how, expected):
+    body = f"""
+    mov.b32 %r4, -1;
+    ld.global.b32 %r5, [%d2];
+    redux.sync.{how}.s32 %r6, %r5, %r4;
+    st.global.b32 [%d3], %r6;
+    """
+    of_warps = expected((whole() - 20).view(2, 32), 1, keepdim=True).int()
+    assert torch.equal(run(body, whole() - 20, whole()), of_warps.expand(2, 32).reshape(64))
+    with pytest.raises(NotImplementedError, match="whole warps"):
+        run(body.replace("-1", "255"), whole(), whole())
+
+
 def test_a_part_of_a_warp_at_an_instruction_of_all():
     body = """
     setp.lt.u32 %p1, %r0, 40;
