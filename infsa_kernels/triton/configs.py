@@ -79,10 +79,18 @@ class Pure:
     block_n: int  # rows of k and v
     num_warps: int
     num_stages: int
+    # Of a thread, at most. On sm_100 ptxas left to itself aims at more programs than there are registers for, and spills.
+    registers: int | None = None
 
     def options(self, q: Tensor) -> dict:
         options = {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "PRECISION": precision(q)}
+        options |= {"maxnreg": self.registers} if self.registers else {}
         return options | {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+def prepare(q: Tensor, few: bool) -> dict:
+    """Options of what prepares Pure's backward pass; the bound is as above, where it makes no products."""
+    return {"num_warps": 4} | ({"maxnreg": 64} if arch_of(q.device) == "sm_100" and not few else {})
 
 
 def precision(q: Tensor) -> str:
@@ -121,9 +129,9 @@ PURE: dict[tuple[str, str], dict[str, dict[int, Pure]]] = {
     },
     ("sm_100", "descriptors"): {
         "fwd": {64: Pure(128, 64, 8, 3), 128: Pure(128, 64, 8, 2), 256: Pure(128, 64, 8, 2)},
-        "bwd_queries": {64: Pure(64, 64, 4, 2), 128: Pure(128, 64, 8, 2), 256: Pure(64, 32, 8, 2)},
+        "bwd_queries": {64: Pure(64, 64, 4, 2), 128: Pure(128, 64, 8, 2, 168), 256: Pure(64, 32, 8, 2)},
         "bwd_keys": {64: Pure(64, 64, 4, 2), 128: Pure(64, 64, 8, 2), 256: Pure(32, 64, 8, 2)},
-        "bwd_tied": {64: Pure(64, 64, 4, 2), 128: Pure(64, 64, 8, 2), 256: Pure(64, 32, 8, 2)},
+        "bwd_tied": {64: Pure(64, 64, 4, 2, 168), 128: Pure(64, 64, 8, 2), 256: Pure(64, 32, 8, 2)},
     },
     ("sm_80", "pointers"): {
         "fwd": {64: Pure(128, 64, 8, 3), 128: Pure(64, 32, 4, 2), 256: Pure(64, 32, 8, 2)},
@@ -144,7 +152,9 @@ PURE: dict[tuple[str, str], dict[str, dict[int, Pure]]] = {
         "bwd_tied": {64: Pure(64, 64, 4, 2), 128: Pure(64, 16, 8, 2), 256: Pure(32, 16, 8, 1)},
     },
 }
-PURE["sm_100", "pointers"] = PURE["sm_90", "pointers"]
+PURE["sm_100", "pointers"] = PURE["sm_90", "pointers"] | {
+    "bwd_tied": PURE["sm_90", "pointers"]["bwd_tied"] | {128: Pure(64, 32, 8, 2, 168)}
+}
 
 # IEEE float32 products run without tensor cores, and Triton holds whole operand rows of them in registers: small tiles.
 IEEE = {
@@ -177,7 +187,10 @@ for _precision, _kernel in (
 
 # Where sequences are packed, in place of these: the bounds of a sequence take registers that a tile as large has not.
 PACKED: dict[tuple[str, str], dict[str, dict[int, Pure]]] = {
-    ("sm_80", "ieee"): {"bwd_queries": {64: Pure(32, 16, 8, 1)}}
+    ("sm_80", "ieee"): {"bwd_queries": {64: Pure(32, 16, 8, 1)}},
+    ("sm_100", "pointers"): {"bwd_queries": {256: Pure(64, 32, 8, 2, 168)}},
+    ("sm_100", "ieee"): {"fwd": {256: Pure(16, 16, 8, 1, 96)}},
+    ("sm_100", "tf32"): {"bwd_keys": {128: Pure(32, 32, 8, 1, 144)}},
 }
 
 

@@ -273,7 +273,7 @@ def plan_backward(
         pure_bwd_prepare_kernel, B * H * blocks, q.device,
         dout.stride(), out.stride(), q.stride(), *(strides(t, 4) for t in seen[:2]), *(strides(t, 2) for t in seen[2:4]),
         strides(seen[5], 2), H, N, M, blocks, sequences, *counts[3:], ROWS=rows, PRECISION=configs.precision(q), FEW=few,
-        num_warps=4, **sizes,
+        **configs.prepare(q, few), **sizes,
     )  # fmt: skip
     # In float32 the tied kernel's three resident tiles would not fit into registers.
     one_pass = k is None and q.element_size() == 2
