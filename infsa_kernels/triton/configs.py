@@ -79,7 +79,7 @@ class Pure:
     block_n: int  # rows of k and v
     num_warps: int
     num_stages: int
-    # Of a thread, at most. On sm_100 ptxas left to itself aims at more programs than there are registers for, and spills.
+    # Of a thread, at most. For Blackwell ptxas left to itself aims at more programs than there are registers for, and spills.
     registers: int | None = None
 
     def options(self, q: Tensor) -> dict:
@@ -191,6 +191,8 @@ PACKED: dict[tuple[str, str], dict[str, dict[int, Pure]]] = {
     ("sm_100", "pointers"): {"bwd_queries": {256: Pure(64, 32, 8, 2, 168)}},
     ("sm_100", "ieee"): {"fwd": {256: Pure(16, 16, 8, 1, 96)}},
     ("sm_100", "tf32"): {"bwd_keys": {128: Pure(32, 32, 8, 1, 144)}},
+    ("sm_120", "pointers"): {"bwd_tied": {64: Pure(32, 32, 4, 2, 168)}},
+    ("sm_120", "tf32"): {"fwd": {128: Pure(64, 32, 8, 2, 168)}},
 }
 
 
