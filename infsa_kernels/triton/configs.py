@@ -193,6 +193,7 @@ PACKED: dict[tuple[str, str], dict[str, dict[int, Pure]]] = {
     ("sm_100", "tf32"): {"bwd_keys": {128: Pure(32, 32, 8, 1, 144)}},
     ("sm_120", "pointers"): {"bwd_tied": {64: Pure(32, 32, 4, 2, 168)}},
     ("sm_120", "tf32"): {"fwd": {128: Pure(64, 32, 8, 2, 168)}},
+    ("gfx942", "pointers"): {"bwd_keys": {256: Pure(32, 16, 4, 1)}},
 }
 
 
