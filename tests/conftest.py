@@ -19,6 +19,7 @@ import pytest
 import torch
 from helpers import torchvision_shim
 from helpers.backends import DEVICES, backends_of
+from helpers.sweep import leave_out
 
 import infsa_kernels
 
@@ -53,6 +54,7 @@ def pytest_ignore_collect(collection_path, config):
     return f"mark.{part}" not in collection_path.read_text() or None
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
     """Leaves out an operator on a backend that has no kernels of it, and what is for other processes than this one."""
 
@@ -68,6 +70,7 @@ def pytest_collection_modifyitems(config, items):
     here = {part} if part else set(PARTS) - ({"interpreter"} if os.environ.get("TRITON_INTERPRET") != "1" else set())
     config.hook.pytest_deselected(items=[item for item in items if part_of(item) not in here])
     items[:] = [item for item in items if part_of(item) in here]
+    leave_out(items)
 
 
 @pytest.fixture

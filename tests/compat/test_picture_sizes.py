@@ -56,6 +56,7 @@ def test_one_graph_for_all_sizes(form, planned, monkeypatch):
 
 
 @pytest.mark.parametrize("form, example", [*((form, (18, 25)) for form in FORMS), ("linear", (16, 16))])
+@pytest.mark.one_in(2)
 def test_one_export_for_all_sizes(form, example):
     """And any batch, from an example that is of the learned grid as from one that is not."""
     made = model(form)

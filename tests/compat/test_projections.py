@@ -312,6 +312,7 @@ def test_a_projection_compiled_on_its_own_is_called():
 @pytest.mark.parametrize("kind", [Layer, Timm])
 @pytest.mark.parametrize("added", ["forward", "forward_hook"])
 @torch._dynamo.config.patch(skip_nnmodule_hook_guards=False)
+@pytest.mark.one_in(2)
 def test_compiled_whole_before_and_after(kind, added):
     """One graph; and a new one where something is added later, as for torch's own modules (hooks: with the guards that
     torch.compile leaves out by default)."""

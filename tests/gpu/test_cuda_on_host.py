@@ -36,12 +36,14 @@ def check(gpu: Emulated, call: Call, draws=4) -> None:
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("unaligned", [False, True], ids=["aligned", "unaligned"])
 @pytest.mark.parametrize("dtype", some(DTYPES, *DTYPES[:2]), ids=str)
+@pytest.mark.one_in(3)
 def test_rule(gpu, dtype, unaligned, tied):
     check(replace(gpu, unaligned=unaligned), make(dtype=dtype, tied=tied))
 
 
 @gpus
 @pytest.mark.parametrize("d, dv", some(HEAD_DIMS, (17, 9), (64, 64), (8, 256)))
+@pytest.mark.one_in(2)
 def test_head_dims(gpu, d, dv):
     check(gpu, make(N=40, M=33, d=d, dv=dv))
     check(gpu, make(N=40, d=d, dv=dv, tied=True, dtype=torch.float32))
@@ -49,6 +51,7 @@ def test_head_dims(gpu, d, dv):
 
 @gpus
 @pytest.mark.parametrize("N, M", [(1, 1), (1, 300), (257, 2), (197, 197), (255, 256), (1025, 511)])
+@pytest.mark.one_in(2)
 def test_lengths(gpu, N, M):
     check(gpu, make(N=N, M=M, H=1))
     check(gpu, make(N=N, H=1, tied=True))
@@ -58,6 +61,7 @@ def test_lengths(gpu, N, M):
 @pytest.mark.parametrize(
     "sizes", [{"N": 0, "M": 5}, {"N": 5, "M": 0}, {"N": 0, "tied": True}, {"d": 0}, {"dv": 0}], ids=str
 )
+@pytest.mark.one_in(2)
 def test_nothing_to_sum(gpu, sizes):
     check(gpu, make(**{"N": 4, "M": 4, "d": 8, "dv": 8, **sizes}))
 
@@ -91,6 +95,7 @@ def test_strides(gpu):
 
 @gpus
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.one_in(2)
 def test_masks_and_rho(gpu, tied):
     call = make(B=2, N=90, M=90, tied=tied, rho=torch.rand(3) + 0.5)
     masks = {"key_padding_mask": torch.rand(2, 90) < 0.3, "query_padding_mask": torch.rand(2, 90) < 0.3}
@@ -173,6 +178,7 @@ def test_both_ways_run():
 
 
 @gpus
+@pytest.mark.one_in(2)
 def test_same_bits_in_every_order(gpu):
     """Fibers run in another order every time."""
     call = make(B=2, N=300, M=300)

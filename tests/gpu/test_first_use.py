@@ -54,6 +54,7 @@ def variant(op="pure", direction="forward", dtype="float32", d=16, tied=False, m
     ],
     ids=["tied", "masked", "keys", "queries", "odd"],
 )
+@pytest.mark.one_in(4)
 def test_the_shipped_kernels_pass(op, direction, case, small):
     assert first_use.check(variant(op, direction, **case), CPU) is None
 
@@ -64,6 +65,7 @@ def test_the_shipped_kernels_pass(op, direction, case, small):
 @pytest.mark.parametrize(
     "case", [{"tied": True}, swept({"dtype": "bfloat16", "d": 20, "token_major": False})], ids=["tied", "odd"]
 )
+@pytest.mark.one_in(3)
 def test_the_shipped_kernels_pass_packed(op, direction, case, small):
     assert first_use.check(variant(op, direction, **case), CPU) is None
 

@@ -73,6 +73,7 @@ def tiles():
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("kind", ["float32", "tf32", "bfloat16", "float16"] if GPU else ["float32", "tf32"])
 @pytest.mark.parametrize(("op", "d", "N"), tiles())
+@pytest.mark.one_in(4)
 def test_every_tile(op, d, N, kind, tied, masked, device, backend):
     names = ("key_padding_mask", "query_padding_mask") if masked else ()
     masks = {name: torch.rand(2, N, device=device) < 0.3 for name in names}
@@ -182,6 +183,7 @@ def _launches(run) -> int:
 @by_op
 @pytest.mark.only_backend("triton")
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.one_in(2)
 def test_packed_sequences_in_a_graph(op, tied, device, backend):
     """Captured once, and replayed where the sequences begin elsewhere: the CPU has read no offset."""
     lengths = ((700, 0, 33, 3), (1, 600, 0, 135)) if GPU else ((40, 0, 3), (1, 42, 0))
@@ -213,6 +215,7 @@ def test_packed_sequences_in_a_graph(op, tied, device, backend):
 
 @by_op
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.one_in(2)
 def test_every_kernel_once(op, dtype, device, backend):
     """At small odd sizes: what the sanitizer watches."""
     # The last is more than a cluster holds: one grid.

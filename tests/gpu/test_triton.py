@@ -62,6 +62,7 @@ def make(
 @by_op
 @by_tie
 @pytest.mark.parametrize("dtype", some(DTYPES, torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.one_in(4)
 def test_parts_of_a_sequence(op, tied, dtype, triton):
     """The kernels as steps, in blocks, under masks and with a floor: tests/ops/test_steps.py."""
     for masked, floor in itertools.product((False, True), (0.0, 0.3) if op == "linear" else (0.0,)):
@@ -78,6 +79,7 @@ def test_parts_of_a_sequence(op, tied, dtype, triton):
 @by_op
 @by_tie
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.one_in(3)
 def test_against_the_reference(op, tied, dtype, triton):
     layout = "contiguous" if dtype == torch.float32 else "token_major"
     call = make(op, dtype=dtype, tied=tied, layout=layout, N=130, M=97, H=2)
@@ -88,6 +90,7 @@ def test_against_the_reference(op, tied, dtype, triton):
 @by_op
 @by_tie
 @pytest.mark.parametrize("which", some(["keys", "queries", "both", "same"], "both"))
+@pytest.mark.one_in(2)
 def test_masks(op, tied, which, triton):
     for dtype in (torch.float32, torch.float16):
         call = make(op, dtype=dtype, tied=tied, H=2)
@@ -107,6 +110,7 @@ def test_masks(op, tied, which, triton):
 @interpreted
 @by_op
 @by_tie
+@pytest.mark.one_in(2)
 def test_padding_of_whole_tiles(op, tied, triton):
     """At either end, on either side, and all of a sample; NaN there."""
     rows = torch.arange(200)
@@ -154,6 +158,7 @@ def test_tiles_of_padding_are_skipped(tied, triton, monkeypatch):
 @interpreted
 @by_op
 @pytest.mark.parametrize("layout", some(LAYOUTS, "token_major", "every_other_channel", "expanded_token"))
+@pytest.mark.one_in(2)
 def test_layouts(op, layout, triton):
     for dtype, d, dv in ((torch.float32, 20, 9), (torch.bfloat16, 16, 32)):
         call = make(op, dtype=dtype, d=d, dv=dv, layout=layout, N=37, M=29)
@@ -165,6 +170,7 @@ def test_layouts(op, layout, triton):
 @pytest.mark.parametrize(
     ("N", "M"), some([(1, 1), (1, 70), (33, 1), (31, 32), (32, 33), (64, 63), (65, 129)], (1, 1), (33, 1), (32, 33))
 )
+@pytest.mark.one_in(2)
 def test_lengths(op, N, M, triton):
     for dtype in (torch.float32, torch.bfloat16):
         call = make(op, dtype=dtype, B=1, N=N, M=M, H=2)
@@ -176,6 +182,7 @@ def test_lengths(op, N, M, triton):
 @pytest.mark.parametrize(
     ("d", "dv"), some([(1, 1), (3, 5), (64, 64), (33, 100), (128, 16), (160, 256)], (3, 5), (33, 100), (128, 16))
 )
+@pytest.mark.one_in(2)
 def test_head_dims(op, d, dv, triton):
     for dtype in (torch.float32, torch.bfloat16):
         call = make(op, dtype=dtype, B=1, H=2, d=d, dv=dv, N=37, M=29)
@@ -185,6 +192,7 @@ def test_head_dims(op, d, dv, triton):
 @interpreted
 @by_op
 @by_tie
+@pytest.mark.one_in(2)
 def test_large_half_precision_neither_overflows_nor_vanishes(op, tied, triton):
     for size in (3e-3, 1.0, 2000.0):
         call = make(op, dtype=torch.float16, tied=tied, B=1, H=1, d=64, dv=64, N=65, M=65, eps=1e-6, rho=0.9)
@@ -216,6 +224,7 @@ def test_nan_and_inf_propagate(op, value, triton):
 @interpreted
 @by_op
 @by_tie
+@pytest.mark.one_in(2)
 def test_outputs_are_made_only_on_demand(op, tied, triton):
     call = make(op, B=1, H=1, tied=tied, dtype=torch.bfloat16)
     forward, backward = raw_op(f"{op}_fwd", "triton"), raw_op(f"{op}_bwd", "triton")
@@ -244,6 +253,7 @@ def test_empty_sizes_and_repeated_runs(op, triton):
 @pytest.mark.parametrize(
     "sizes", [{"N": 130, "M": 97, "H": 1}, {"N": 30, "M": 20, "H": 2, "d": 20, "dv": 9}], ids=["long", "short"]
 )
+@pytest.mark.one_in(2)
 def test_floor(tied, sizes, triton):
     """In splits and in one program; with masks, NaN under them, and one sample that ignores all keys."""
     for dtype, masked in ((torch.float32, True), (torch.bfloat16, False)):

@@ -71,7 +71,7 @@ CASES = [
     for dtype, dims in (("bf16", (40, 64, 72, 128)), ("fp16", (40, 64, 72, 128)), ("tf32", (64, 128)))
     for d, tied, (N, masked) in itertools.product(dims, (False, True), ((4096, False), (4097, False), (4097, True)))
 ]
-IN_MAKE_TEST = Case("pure", "bf16", 64, 4096), Case("pure", "fp16", 64, 4097)
+IN_MAKE_TEST = Case("pure", "bf16", 64, 4096)
 
 # (kernel, dtype, d) -> why ptxas makes its products wait for one another.
 SERIAL = {
@@ -84,7 +84,7 @@ SERIAL = {
 }
 
 
-@pytest.mark.parametrize("case", some(CASES, *IN_MAKE_TEST), ids=str)
+@pytest.mark.parametrize("case", some(CASES, IN_MAKE_TEST), ids=str)
 def test_products_are_asynchronous_and_waited_for(case):
     found = kernels(case)
     # Tied, one kernel makes all gradients, but for float32; at d = 128 float32's keys have tiles of 32 rows, and wgmma takes 64.
@@ -100,7 +100,7 @@ def test_products_are_asynchronous_and_waited_for(case):
 
 
 def test_each_wait_of_the_forward_kernel_is_missed():
-    (sass,) = (k.sass for k in kernels(IN_MAKE_TEST[0]) if k.name == "pure_fwd_kernel")
+    (sass,) = (k.sass for k in kernels(IN_MAKE_TEST) if k.name == "pure_fwd_kernel")
     waits = list(re.finditer(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x\w+", sass))
     assert len(waits) >= 2
     for wait in waits:

@@ -55,6 +55,7 @@ def packed(op, *, lengths=LENGTHS, key_lengths=KEY_LENGTHS, heads=2, **options):
 @pytest.mark.parametrize("op", PACKED_OPS)
 @by_tie
 @pytest.mark.parametrize("dtype", some(DTYPES, torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.one_in(4)
 def test_is_the_loop_over_the_sequences(op, tied, dtype, triton):
     call = packed(op, tied=tied, dtype=dtype)
     check(call, call.output_gradient(), draws=4)
@@ -64,6 +65,7 @@ def test_is_the_loop_over_the_sequences(op, tied, dtype, triton):
 @pytest.mark.parametrize("op", PACKED_OPS)
 @by_tie
 @pytest.mark.parametrize(("d", "dv"), some([(20, 9), (64, 32), (33, 100)], (20, 9)))
+@pytest.mark.one_in(3)
 def test_short_sequences_and_head_dims(op, tied, d, dv, triton):
     """Linear in one program per sequence and head group; Pure's <dO, O> from few scores."""
     for dtype in (torch.float32, torch.bfloat16):
@@ -84,6 +86,7 @@ EMPTY = {
 @interpreted
 @pytest.mark.parametrize("op", PACKED_OPS)
 @pytest.mark.parametrize("lengths", EMPTY.values(), ids=EMPTY)
+@pytest.mark.one_in(2)
 def test_empty(op, lengths, triton):
     for sizes in ({}, {"d": 0}, {"dv": 0}, {"heads": 0}):
         call = packed(op, lengths=lengths[0], key_lengths=lengths[1], **sizes)
@@ -114,6 +117,7 @@ def test_offsets_bounds_and_layouts(op, triton):
 @interpreted
 @by_op
 @by_tie
+@pytest.mark.one_in(2)
 def test_a_sequence_does_not_feel_its_neighbours(op, tied, triton):
     """Which hold NaN. Alone, Pure's has the same bits; where Linear's are cut depends on how many tokens there are in all."""
     call = packed(op, tied=tied, dtype=torch.bfloat16, lengths=(31, 70, 40), key_lengths=(29, 45, 8), rho=1.0)
@@ -145,6 +149,7 @@ def test_rho_of_every_sequence(op, triton):
 @interpreted
 @pytest.mark.parametrize("op", PACKED_OPS)
 @by_tie
+@pytest.mark.one_in(3)
 def test_gradients_only_on_demand_and_repeated_runs(op, tied, triton):
     call = packed(op, tied=tied, dtype=torch.bfloat16, lengths=(3, 0, 40), key_lengths=(5, 2, 33))
     q, k, v, *rest = call.raw()
@@ -163,6 +168,7 @@ def test_gradients_only_on_demand_and_repeated_runs(op, tied, triton):
 @interpreted
 @by_op
 @pytest.mark.parametrize("wrong", [(-5, 3, 90), (0, 90, 20), (30, 10, 40), (0, 0, 0), (40, 40, 40)], ids=str)
+@pytest.mark.one_in(2)
 def test_wrong_offsets_reach_nothing_outside(op, wrong, triton):
     """On a GPU nobody checks them. The interpreter would end this process where a pointer leaves its tensor far enough; what lies
     before and behind the tokens is not written to, and not read: it is NaN."""

@@ -149,8 +149,8 @@ class Call:
 def rows(arch: str, once: bool = False) -> list[dict[str, str]]:
     """One row per kernel and case; what compiles alike is not repeated.
 
-    ``once``: heads of at most 64, one row per kernel, tile, head dimension and width of the dtype, and only the kernels with a
-    budget for their code disassembled.
+    ``once``: of linear and pure, heads of at most 64, one row per kernel, tile, head dimension and width of the dtype,
+    and only the kernels with a budget for their code disassembled.
     """
     table, seen, case = {}, set(), None
 
@@ -158,7 +158,7 @@ def rows(arch: str, once: bool = False) -> list[dict[str, str]]:
         row = {"arch": arch, "kernel": kernel.fn.__name__.removesuffix("_kernel"), "case": str(case)}
         row["tile"] = _tile(options)
         key = row["kernel"], row["tile"], case.d, DTYPES[case.dtype].itemsize == 4 and case.dtype, case.op in PACKED
-        if once and (key in seen or case.d > 64):
+        if once and (key in seen or case.d > 64 or case.op not in ("linear", "pure")):
             return
         seen.add(key)
         made = compiled(kernel, programs, args, options)

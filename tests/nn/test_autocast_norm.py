@@ -57,6 +57,7 @@ def plain_path(x, num_heads, q_weight, v_weight, out_weight, *, norm_weight, nor
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 @pytest.mark.parametrize("change", [offset, outlier])
 @pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+@pytest.mark.one_in(2)
 def test_error_is_that_of_the_plain_path(change, masked, dtype, device, backend):
 
     def draw():

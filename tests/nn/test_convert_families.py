@@ -104,6 +104,7 @@ def test_converted_model_trains_and_survives_safetensors(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["torchvision ViT", "timm ViT", "transformers ViT", "transformers BERT"])
+@pytest.mark.one_in(2)
 def test_converted_model_compiles_without_a_graph_break(name):
     model = convert(build(name), "linear_infsa", inplace=True).model
     inputs = inputs_of(model)

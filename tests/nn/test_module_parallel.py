@@ -64,7 +64,7 @@ def test_rho_learns(variant, tied):
 @pytest.mark.parametrize(
     ("kind", "variant"),
     [
-        ("attention by inductor", "linear_infsa"),
+        swept(("attention by inductor", "linear_infsa")),
         swept(("attention by inductor", "pure_infsa")),
         ("attention with dropout", "linear_infsa"),
         ("attention with dropout", "pure_infsa"),

@@ -50,6 +50,7 @@ COMPILED += [swept(("inductor", form)) for form in FORMS if form != FORMS[1]]
 
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize(("compiler", "form"), COMPILED, ids=str)
+@pytest.mark.one_in(4)
 def test_dynamic_lengths(op, compiler, form, device, backend):
     """One graph, forward and backward, compiled at most twice (length 1 is a case of its own) for ten lengths."""
     counter = CompileCounterWithBackend(compiler)
@@ -68,6 +69,7 @@ def test_dynamic_lengths(op, compiler, form, device, backend):
 
 
 @pytest.mark.parametrize("op", OPS)
+@pytest.mark.one_in(2)
 def test_public_functions_compile(op, device, backend):
     function = getattr(infsa_kernels, f"{op}_infsa")
     call = make(op, 12, device)
@@ -179,6 +181,7 @@ def test_export_for_training(device, backend):
     assert_close(trained.rho.grad, module.rho.grad)
 
 
+@pytest.mark.one_in(2)
 def test_aot_inductor_package(exported, device, backend, tmp_path):
     module, program, examples = exported
     path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "infsa.pt2"))

@@ -8,6 +8,7 @@ import torch
 from helpers import ranks
 from helpers.calls import OPS, raw_op
 from helpers.framework_calls import DV, D
+from helpers.sweep import swept
 from torch.testing import assert_close
 
 import infsa_kernels
@@ -244,7 +245,7 @@ def on_mesh(check):
             pooled_layer_is_sharded,
             a_floor_is_sharded,
         ],
-        [raw_operators_are_sharded],  # in processes that have called no public operator before
+        swept([raw_operators_are_sharded]),  # in processes that have called no public operator before
     ],
     ids=["public", "raw"],
 )

@@ -43,6 +43,7 @@ def as_function(call: Call):
 
 
 @pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.one_in(2)
 def test_gradcheck(op, option, device, backend):
     function, inputs = as_function(make(op, device, option))
     torch.autograd.gradcheck(
@@ -60,6 +61,7 @@ def test_gradcheck_of_one_input(op, only, device, backend):
 
 
 @pytest.mark.parametrize("option", some(OPTIONS, "plain", "tied_masks", "three_dimensions"))
+@pytest.mark.one_in(4)
 def test_gradgradcheck(op, option, device, backend):
     function, inputs = as_function(make(op, device, option))
     torch.autograd.gradgradcheck(function, inputs, check_batched_grad=True, check_undefined_grad=True)
@@ -67,6 +69,7 @@ def test_gradgradcheck(op, option, device, backend):
 
 @pytest.mark.parametrize("option", OPTIONS[:5])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.one_in(2)
 def test_against_the_reference(op, option, dtype, device, backend):
     call = make(op, device, option, dtype, B=2, H=2, N=45, M=39, d=16, dv=20)
     check(call, output_gradient(call))

@@ -54,6 +54,7 @@ def cases(forms):
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize(("form", "dtype", "layout"), list(cases(FORMS)), ids=str)
 @pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.one_in(4)
 def test_opcheck_public(op, form, dtype, layout, requires_grad, device, backend):
     call = make_call(op, form, dtype, device, layout)
     torch.library.opcheck(*public_arguments(call.leaves() if requires_grad else call))
@@ -62,6 +63,7 @@ def test_opcheck_public(op, form, dtype, layout, requires_grad, device, backend)
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize(("form", "dtype", "layout"), list(cases(RAW_FORMS)), ids=str)
 @pytest.mark.parametrize("requires_grad", some([False, True], False))
+@pytest.mark.one_in(4)
 def test_opcheck_raw(op, form, dtype, layout, requires_grad, device, backend):
     call = make_call(op, form, dtype, device, layout)
     forward, backward = raw_op(f"{op}_fwd", backend).default, raw_op(f"{op}_bwd", backend).default
@@ -95,6 +97,7 @@ def with_gradients(arguments, requires_grad=True):
 
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.one_in(4)
 def test_fakes_tell_the_truth(op, dtype, device, backend):
     """Shape, strides, dtype and device of every output, for every form, layout and choice of gradients."""
     for form in RAW_FORMS:

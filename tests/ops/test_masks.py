@@ -66,6 +66,7 @@ def make(op, device, dtype=torch.float32, tied=False, masks=(None, None), poison
 @pytest.mark.parametrize("poison", [None, float("nan"), swept(float("inf"))], ids=str)
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("masks", MASKS.values(), ids=MASKS)
+@pytest.mark.one_in(4)
 def test_against_the_reference(op, masks, tied, poison, device, backend):
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         call = make(op, device, dtype, tied, masks, poison)

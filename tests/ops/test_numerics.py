@@ -51,6 +51,7 @@ def test_the_two_halves_of_a_tied_gradient_round_once(op, dtype, device, backend
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "token_major"])
+@pytest.mark.one_in(2)
 def test_linear_float16_of_long_sequences(layout, device, backend):
     """The energy sum leaves the range of float16 (65504) long before the sequence ends."""
     call = make("linear", device, N=100_000, d=64, dtype=torch.float16)
@@ -95,6 +96,7 @@ FAR = [(1e9, 1e9), (1e15, 1e2), (1e18, 1.0), (1e18, 1e-18), (1e-18, 1e18), (1e-9
 @both
 @pytest.mark.parametrize("far", [*FAR, (1e9, None), (1e18, None), (1e-9, None)], ids=str)
 @pytest.mark.parametrize("compiled", [name for name in backends_of("cpu") if name != "triton"])
+@pytest.mark.one_in(4)
 def test_range(op, far, compiled):
     """What plain code keeps inside float32 the operators do too, though they multiply before they divide."""
     tied = far[1] is None
@@ -181,6 +183,7 @@ def test_a_removed_side_hides_what_the_other_holds(device, backend):
 
 
 @pytest.mark.parametrize("N", [4097, 8192])
+@pytest.mark.one_in(2)
 def test_frobenius_norm(N, device, backend):
     """N^2 squares in float32, of which a plain float32 sum loses the last two digits."""
     call = make("pure", device, H=1, N=N, d=16)
@@ -238,6 +241,7 @@ def test_a_row_that_is_all_but_zero(floor, device, backend):
 
 @both
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.one_in(2)
 def test_same_bits_in_every_run(op, dtype, device, backend):
     call = make(op, device, N=600, M=530, d=16, dtype=dtype, rho=torch.rand(2, device=device))
     dout = output_gradient(call)

@@ -62,6 +62,7 @@ def random_masks(B, device):
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", some(DTYPES, torch.float32, torch.bfloat16, torch.float64), ids=str)
+@pytest.mark.one_in(4)
 def test_layouts(op, dtype, layout, tied, device, backend):
     for d, dv in ((16, 16), (20, 9)):
         call = make(op, device, d=d, dv=dv, dtype=dtype, tied=tied)
@@ -89,6 +90,7 @@ def test_mixed_layouts(op, dtype, device, backend):
 
 
 @pytest.mark.parametrize("d", some(HEAD_DIMS, *HEAD_DIMS[::2]))
+@pytest.mark.one_in(4)
 def test_head_dims(op, d, device, backend):
     for dtype in (torch.float32, torch.bfloat16):
         for dv, tied in ((d, True), (d, False), (d // 2 + 3, False)):
@@ -97,6 +99,7 @@ def test_head_dims(op, d, device, backend):
 
 
 @pytest.mark.parametrize("N", some(LENGTHS, *LENGTHS[::2]))
+@pytest.mark.one_in(2)
 def test_lengths(op, N, device, backend):
     # With few keys and a small eps, too, the gradient all but cancels.
     eps = 1e-6 if N > 8 else 1.0
@@ -107,6 +110,7 @@ def test_lengths(op, N, device, backend):
 
 @pytest.mark.parametrize("layout", ["contiguous", "token_major"])
 @pytest.mark.parametrize("tokens", some([262_144, 1_000_000], 262_144))
+@pytest.mark.one_in(4)
 def test_long_sequences(op, tokens, layout, device, backend):
     """More than as many chunks as there may be have at their least size. Pure's time grows with the product of N and M."""
     N, M, d = (tokens, tokens - 17, 8) if op == "linear" else (tokens // 128 + 5, tokens // 64 + 3, 16)
@@ -122,6 +126,7 @@ def test_many_heads(op, B, H, device, backend):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.one_in(2)
 def test_kinds_of_rho(op, dtype, device, backend):
     rhos = [0.0, 1, -2.5, *(torch.randn(shape, dtype=accumulation(dtype), device=device) for shape in ((), (1,), (3,)))]
     rhos.append(torch.randn(3, dtype=dtype, device=device))

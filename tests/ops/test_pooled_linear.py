@@ -77,6 +77,7 @@ def test_rule(form, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
 @pytest.mark.parametrize("sizes", SIZES[1:], ids=str)
+@pytest.mark.one_in(3)
 def test_sizes_by_the_rule(sizes, dtype):
     shape, heads, head, v_head, out = sizes
     call = layer(dtype, tied=False, shape=shape, heads=heads, head=head, v_head=v_head, out=out)

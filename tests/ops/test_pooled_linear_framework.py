@@ -50,6 +50,7 @@ RAW_CALLS = [(torch.float64, True, 1e-5), (torch.bfloat16, False, None)]
 
 @pytest.mark.parametrize("name", RAW)
 @pytest.mark.parametrize("dtype, masked, norm_eps", some(RAW_CALLS, RAW_CALLS[0]))
+@pytest.mark.one_in(2)
 def test_opcheck_raw(name, dtype, masked, norm_eps, backend):
     output_mask = [masked, True, masked]
     tensors, rest, cotangents = raw_calls(name, dtype, masked, norm_eps)
@@ -62,6 +63,7 @@ def test_opcheck_raw(name, dtype, masked, norm_eps, backend):
 
 
 @pytest.mark.parametrize("form", some(FORMS, *FORMS[:2]), ids=str)
+@pytest.mark.one_in(2)
 def test_opcheck_public(form):
     call = small(**form)
     overload = "default" if isinstance(call["rho"], torch.Tensor) else "scalar_rho"
@@ -70,6 +72,7 @@ def test_opcheck_public(form):
 
 
 @pytest.mark.parametrize("form", some(FORMS, *FORMS[:2]), ids=str)
+@pytest.mark.one_in(4)
 def test_derivatives_of_two_orders(form):
     call = small(**form)
     names = list(leaves(call))

@@ -33,6 +33,7 @@ def make(device, *, B=2, H=3, N=37, M=29, d=16, dv=24, dtype=torch.float32, tied
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("layout", some(LAYOUTS, "token_major", "every_third_token", "expanded_head", "offset_by_one"))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.one_in(2)
 def test_layouts(dtype, layout, tied, device, backend):
     for d, dv in ((16, 16), (20, 9)):
         call = make(device, d=d, dv=dv, dtype=dtype, tied=tied, eps=1.0)
@@ -227,6 +228,7 @@ def test_empty(sizes, device, backend):
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.one_in(4)
 def test_gradcheck_and_gradgradcheck(form, device, backend):
     call = make_call("linear", form, torch.float64, device).leaves()
     call.score_floor = 0.3
@@ -387,6 +389,7 @@ pooled = pytest.mark.parametrize("op", ["pooled_linear"])
 @pytest.mark.parametrize("norm", ["affine", None])
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.one_in(2)
 def test_pooled_layer(op, dtype, masked, norm, tied, device, backend):
     call = pooled_linear_calls.layer(dtype, tied=tied, norm=norm, masked=masked) | {"score_floor": 0.3, "eps": 1e-2}
     if masked:

@@ -19,6 +19,7 @@ FORMS = ("plain", "tied", "masked", "tied_masked_one_rho")
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.one_in(2)
 def test_parts_are_the_operator(backend, device, op, dtype, form):
     for layout in LAYOUTS:
         check_in_parts(make_call(op, form, dtype, device, layout), backend, layout)
@@ -26,6 +27,7 @@ def test_parts_are_the_operator(backend, device, op, dtype, form):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.one_in(2)
 def test_parts_with_a_floor_are_the_operator(backend, device, dtype, form):
     for layout in LAYOUTS:
         call = replace(make_call("linear", form, dtype, device, layout), score_floor=0.3)

@@ -49,6 +49,7 @@ def loss(function):
 
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("form", some(FORMS, "tied", "head_rho", "tied_masked_one_rho", "three_dimensions"))
+@pytest.mark.one_in(4)
 def test_gradcheck_and_gradgradcheck(op, form, device, backend):
     call = make_call(op, form, torch.float64, device).leaves()
     names, tensors = zip(*call.tensors().items())
@@ -112,6 +113,7 @@ IN_DIMS = [
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("in_dims", IN_DIMS, ids=str)
 @pytest.mark.parametrize("masked", [None, "shared", "mapped"])
+@pytest.mark.one_in(2)
 def test_vmap(op, in_dims, masked, device, backend):
     """Forward and gradients, mapped over any dimension of any argument, equal a loop."""
     size = 3

@@ -22,6 +22,7 @@ by_tie = pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @by_op
 @by_tie
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.one_in(4)
 def test_is_the_loop_over_the_sequences(op, dtype, tied, device, backend):
     # With few keys and a small eps numbers all but cancel, and nothing can be said about their digits.
     for d, dv, rho in (
@@ -49,6 +50,7 @@ def _head_major(t):
 @by_op
 @by_tie
 @pytest.mark.parametrize("layout", [_between_nan, _head_major])
+@pytest.mark.one_in(4)
 def test_layouts(op, layout, tied, device, backend):
     for dtype in (torch.float32, torch.bfloat16):
         call = make(op, device, tied=tied, dtype=dtype, eps=1.0)
@@ -80,6 +82,7 @@ EMPTY = {
 
 @by_op
 @pytest.mark.parametrize("lengths", EMPTY.values(), ids=EMPTY)
+@pytest.mark.one_in(3)
 def test_empty(op, lengths, device, backend):
     for sizes in ({}, {"d": 0}, {"dv": 0}, {"heads": 0}):
         heads = sizes.get("heads", H)
@@ -100,6 +103,7 @@ def test_rho_of_every_sequence(op, device, backend):
 
 @by_op
 @by_tie
+@pytest.mark.one_in(4)
 def test_gradients_of_every_order(op, tied, device, backend):
     lengths = {"lengths": (3, 0, 1, 4), "key_lengths": (2, 1, 0, 5)}
     call = make(
@@ -146,6 +150,7 @@ SMALL = {"lengths": (3, 0, 2), "key_lengths": (2, 2, 0), "d": 4, "dv": 5}
 @by_op
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 @pytest.mark.parametrize("requires_grad", some([False, True], False))
+@pytest.mark.one_in(4)
 def test_opcheck(op, form, requires_grad, device, backend):
     call = make(op, device, **SMALL, **form)
     call = call.leaves() if requires_grad else call
@@ -194,6 +199,7 @@ def test_gradients_only_on_demand(op, device, backend):
 
 
 @by_op
+@pytest.mark.one_in(2)
 def test_compiles_at_most_twice_for_all_lengths(op, device, backend):
     function, counter = make(op).function(), CompileCounterWithBackend("aot_eager")
 

@@ -226,7 +226,7 @@ with infsa_kernels.backend(next(name for name, reason in reasons.items() if reas
 """
 
 
-@pytest.mark.parametrize("flags", [("-W", "error"), ("-OO",)], ids=" ".join)
+@pytest.mark.parametrize("flags", [("-W", "error"), pytest.param(("-OO",), marks=pytest.mark.sweep)], ids=" ".join)
 def test_interpreter_flags(flags):
     """No warning on the way, nothing that needs docstrings or assertions, and names that survive a reload."""
     assert "eps is 0, expected" in python(*flags, "-c", USED, path=PACKAGE.parent).stdout

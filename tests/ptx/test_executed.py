@@ -98,6 +98,7 @@ IN_MAKE_TEST = [
 
 
 @pytest.mark.parametrize(("op", "dtype", "tied", "masks"), some(KINDS, *IN_MAKE_TEST))
+@pytest.mark.one_in(3)
 def test_tiles_and_a_tail(op, dtype, tied, masks):
     sizes = {"N": 600, "M": 530, "H": 3, "d": 16, "dv": 16} if op == "linear" else {}
     if op == "pure" and dtype == "fp32":
@@ -130,6 +131,7 @@ LENGTHS = {"long": ((0, 3, 150, 0, 33), (0, 4, 131, 2, 0)), "short": ((5, 0, 70)
         ("pure", "bf16", False),
     ),
 )
+@pytest.mark.one_in(2)
 def test_packed_sequences(op, dtype, tied, lengths):
     """Whose bounds the kernels look up; no program may touch what lies between or behind the parts that others left."""
     lengths, key_lengths = LENGTHS[lengths]
