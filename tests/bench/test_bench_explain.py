@@ -53,6 +53,7 @@ def test_photographs_of_clothes():
     assert (train.masks >= (train.pictures > 0.1)).all()
 
 
+@pytest.mark.sweep
 def test_everything_at_a_tiny_size(tmp_path, monkeypatch, capsys, digits):
     for name, value in TINY.items():
         monkeypatch.setattr(explain, name, value)

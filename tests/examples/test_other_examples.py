@@ -10,7 +10,6 @@ import text_classifier
 import timm
 import torch
 import transformers
-from helpers.sweep import swept
 
 from infsa_kernels.nn import convert
 
@@ -70,7 +69,8 @@ def test_a_model_that_is_not_there_is_one_error(model, says, folder):
         finetune.main(["--model", model, "--random", "--data", str(folder)])
 
 
-@pytest.mark.parametrize("variant", ["linear_infsa", swept("pure_infsa")])
+@pytest.mark.sweep
+@pytest.mark.parametrize("variant", ["linear_infsa", "pure_infsa"])
 def test_texts_are_told_apart(variant, capsys):
     arguments = ["--variant", variant, "--texts", "120", "--dim", "32", "--epochs", "8", "--rate", "3e-3"]
     text_classifier.main(arguments)

@@ -78,7 +78,7 @@ def test_opcheck_raw(op, form, dtype, layout, requires_grad, device, backend):
 SECOND = [("head_rho", torch.float64), ("tied_masked_one_rho", torch.bfloat16)]
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", some(OPS, "linear"))
 @pytest.mark.parametrize(("form", "dtype"), some(SECOND, SECOND[0]))
 def test_opcheck_second_derivative(op, form, dtype, device):
     """It is the reference's, whatever the backend."""
