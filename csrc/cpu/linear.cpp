@@ -61,10 +61,12 @@ std::vector<double> key_counts(const Floor& floor, const Walk& keys, const Mask&
   return counts;
 }
 
-std::tuple<Tensor, Statistics> forward(const Sizes& s, const Packed& packed, const Tensor& q, const Tensor& k,
-                                       const Tensor& v, double eps, const Floor& floor, double rho,
-                                       const OptTensor& head_rho, const OptTensor& key_padding_mask,
-                                       const OptTensor& query_padding_mask) {
+// A: the accumulation type.
+template <typename A> std::tuple<Tensor, Statistics> forward(const Sizes& s, const Packed& packed, const Tensor& q,
+                                                             const Tensor& k, const Tensor& v, double eps,
+                                                             const Floor& floor, double rho, const OptTensor& head_rho,
+                                                             const OptTensor& key_padding_mask,
+                                                             const OptTensor& query_padding_mask) {
   const auto acc = acc_dtype(q);
   const int64_t floored = floor.has_value();
   Tensor out = empty({s.B, s.H, s.d_v}, q.dtype()), context = empty({s.B, s.H, s.d_v}, acc),
@@ -88,18 +90,18 @@ std::tuple<Tensor, Statistics> forward(const Sizes& s, const Packed& packed, con
   const std::vector<double> counts = key_counts(floor, keys, args.key_mask, s);
   Units units(plan, queries, keys, args);
   std::vector<char> strange(s.B * s.H);
-  const Numbers qbar(central_query), E(energy_sum), R(score_sum), T(absolute_sum), z(context), mean(value_mean),
-      query = plan.numbers(score_query), result = plan.numbers(results);
+  const NumbersOf<A> qbar(central_query), E(energy_sum), R(score_sum), T(absolute_sum), z(context), mean(value_mean),
+      query(score_query), result(results);
   const auto run = [&](int64_t begin, int64_t end) {
     queries.run(LinearPass::forward_queries, args, begin, end, sums, plan.d, nullptr);
     queries.for_heads(begin, end, sums, plan.d, [&](int64_t head, const auto& rows, const auto& weights) {
       const HeadUnits u = units[head];
       const double* sum = rows(0);
-      const double energy = scale * weights(0);
+      const double energy = scale * weights(0), norm = energy + eps * u.q, out_of_units = 1 / u.q;
       strange[head] = !plan.is_factor(energy) || !plan.is_sum(sum, 0, s.d);
-      E.set(head, energy / u.q);
+      E.set(head, energy * out_of_units);
       for (int64_t c = 0; c < s.d; ++c) {
-        qbar.set(head * s.d + c, scale * scale * sum[c] / (energy + eps * u.q) / u.q);
+        qbar.set(head * s.d + c, scale * scale * sum[c] / norm * out_of_units);
         // From qbar as it is saved, as in the backward: scores have the same bits there, and their rounding cancels
         // in r_j / R where few keys share the weight.
         query.set(head * plan.d + c, scale * qbar[head * s.d + c] * u.q);
@@ -113,6 +115,7 @@ std::tuple<Tensor, Statistics> forward(const Sizes& s, const Packed& packed, con
       const double head_scale = rho_of(rho, head_rho, head / s.H, head % s.H);
       const double *sum = rows(0), *values = floor ? rows(1) : nullptr;
       const double scores = weights(0), absolute = floor ? weights(1) : 0, share = floor.value_or(0) * absolute;
+      const double norm = scores + share + eps * u.q * u.k, out_of_units = 1 / u.v;
       strange[head] |= !plan.is_factor(scores) || !plan.is_sum(sum, 0, s.d_v);
       R.set(head, scores / u.q / u.k);
       if (floor) {
@@ -123,11 +126,11 @@ std::tuple<Tensor, Statistics> forward(const Sizes& s, const Packed& packed, con
         double x = sum[c];
         if (floor) {
           const double value = values[c] / counts[head / s.H];
-          mean.set(head * s.d_v + c, value / u.v);
+          mean.set(head * s.d_v + c, value * out_of_units);
           // Every weight is above 0: where a value is infinite so is the result, though its score be 0.
           x = std::isinf(value) && share > 0 && std::isfinite(share) ? value : x + share * value;
         }
-        x = x / (scores + share + eps * u.q * u.k) / u.v;
+        x = x / norm * out_of_units;
         z.set(head * s.d_v + c, x);
         result.set(head * s.d_v + c, head_scale * x);
       }
@@ -143,11 +146,11 @@ std::tuple<Tensor, Statistics> forward(const Sizes& s, const Packed& packed, con
 }
 
 // Fills the gradients.
-void backward(const Sizes& s, const Packed& packed, const Gradients& gradients, const Tensor& dout_, const Tensor& q,
-              const Tensor& k, bool tied, const Tensor& v, const Statistics& saved, double eps, const Floor& floor,
-              double rho, const OptTensor& head_rho, const OptTensor& key_padding_mask,
-              const OptTensor& query_padding_mask) {
-  const auto acc = acc_dtype(q);
+template <typename A> void backward(const Sizes& s, const Packed& packed, const Gradients& gradients,
+                                    const Tensor& dout_, const Tensor& q, const Tensor& k, bool tied, const Tensor& v,
+                                    const Statistics& saved, double eps, const Floor& floor, double rho,
+                                    const OptTensor& head_rho, const OptTensor& key_padding_mask,
+                                    const OptTensor& query_padding_mask) {
   const Tensor dout = contiguous(dout_);
   const auto& [dq, dk, dv, dhead_rho] = gradients;
   const bool want_dq = dq.dim() > 1, want_dk = dk.dim() > 1, want_dv = dv.dim() > 1, want_drho = dhead_rho.dim() > 1;
@@ -179,35 +182,37 @@ void backward(const Sizes& s, const Packed& packed, const Gradients& gradients, 
   const std::vector<double> counts = key_counts(floor, keys, args.key_mask, s);
   Units units(plan, queries, keys, args);
   std::vector<char> strange(s.B * s.H);
-  const Numbers dz(contiguous(dout, acc)), z(contiguous(saved.context)), qbar(contiguous(saved.central_query)),
-      E(contiguous(saved.energy_sum)), R(contiguous(saved.score_sum)), drho(dhead_rho);
-  const Numbers T(floor ? contiguous(saved.absolute_sum) : Tensor()),
+  const NumbersOf<A> dz(contiguous(dout, acc_dtype(q))), z(contiguous(saved.context)),
+      qbar(contiguous(saved.central_query)), E(contiguous(saved.energy_sum)), R(contiguous(saved.score_sum)),
+      drho(dhead_rho), T(floor ? contiguous(saved.absolute_sum) : Tensor()),
       mean(floor ? contiguous(saved.value_mean) : Tensor());
   // score_floor T, and R + score_floor T + eps
   const auto share = [&](int64_t head) { return floor ? *floor * T[head] : 0; };
   const auto norm = [&](int64_t head) { return R[head] + share(head) + eps; };
-  const Numbers query = plan.numbers(score_query), rho_dz = plan.numbers(dcontext), f = plan.numbers(query_vector);
+  const NumbersOf<A> query(score_query), f(query_vector), f_dot(query_dot), rho_dz(dcontext), rho_dz_dot(dcontext_dot),
+      per_score(score_scale), floor_share(floor_weight), floor_slope(floor_gradient);
   const auto prepare = [&](int64_t first, int64_t last) {
     for (int64_t head = first; head < last; ++head) {
       const HeadUnits u = units[head];
       const double head_scale = rho_of(rho, head_rho, head / s.H, head % s.H);
       double dot = 0, towards_mean = 0;
-      for (int64_t c = 0; c < plan.d_v; ++c) {
+      for (int64_t c = 0; c < s.d_v; ++c) {
         const int64_t at = head * s.d_v + c;
-        if (c < s.d_v) dot += dz[at] * z[at];
-        if (c < s.d_v && floor) towards_mean += dz[at] * (mean[at] - z[at]);
-        rho_dz.set(head * plan.d_v + c, c < s.d_v ? head_scale * dz[at] * u.dout : 0);
+        dot += dz[at] * z[at];
+        if (floor) towards_mean += dz[at] * (mean[at] - z[at]);
+        rho_dz.set(head * plan.d_v + c, head_scale * dz[at] * u.dout);
       }
-      for (int64_t c = 0; c < plan.d; ++c)
-        query.set(head * plan.d + c, c < s.d ? scale * qbar[head * s.d + c] * u.q : 0);
+      for (int64_t c = s.d_v; c < plan.d_v; ++c) rho_dz.set(head * plan.d_v + c, 0);
+      for (int64_t c = 0; c < s.d; ++c) query.set(head * plan.d + c, scale * qbar[head * s.d + c] * u.q);
+      for (int64_t c = s.d; c < plan.d; ++c) query.set(head * plan.d + c, 0);
       strange[head] = !plan.is_factor(E[head]) || !plan.is_factor(R[head]);
-      plan.numbers(dcontext_dot).set(head, head_scale * dot * u.dout * u.v);
-      const double per_score = 1 / norm(head) / u.q / u.k * u.score;
-      plan.numbers(score_scale).set(head, per_score);
+      rho_dz_dot.set(head, head_scale * dot * u.dout * u.v);
+      const double of_score = 1 / norm(head) / u.q / u.k * u.score;
+      per_score.set(head, of_score);
       if (floor) {
         strange[head] |= !plan.is_factor(T[head]);
-        plan.numbers(floor_weight).set(head, share(head) / norm(head) / counts[head / s.H] * u.score);
-        plan.numbers(floor_gradient).set(head, *floor * head_scale * towards_mean * u.dout * u.v * per_score);
+        floor_share.set(head, share(head) / norm(head) / counts[head / s.H] * u.score);
+        floor_slope.set(head, *floor * head_scale * towards_mean * u.dout * u.v * of_score);
       }
       if (want_drho) drho.set(head, rho * dot);
     }
@@ -221,12 +226,13 @@ void backward(const Sizes& s, const Packed& packed, const Gradients& gradients, 
       const double* sum = rows(0);
       const double factor = scale * scale * scale / ((E[head] + eps) * u.q);
       double dot = 0;
-      for (int64_t c = 0; c < plan.d; ++c) {
-        f.set(head * plan.d + c, c < s.d ? factor * sum[c] : 0);
-        if (c < s.d) dot += factor * sum[c] * qbar[head * s.d + c] * u.q;
+      for (int64_t c = 0; c < s.d; ++c) {
+        f.set(head * plan.d + c, factor * sum[c]);
+        dot += factor * sum[c] * qbar[head * s.d + c] * u.q;
       }
-      strange[head] |= !plan.is_sum(f, head * plan.d, (head + 1) * plan.d);
-      plan.numbers(query_dot).set(head, dot / scale);
+      for (int64_t c = s.d; c < plan.d; ++c) f.set(head * plan.d + c, 0);
+      strange[head] |= !plan.is_sum(f, head * plan.d, head * plan.d + s.d);
+      f_dot.set(head, dot / scale);
     });
     queries.run(LinearPass::backward_queries, args, begin, end, nullptr, 0, dscores);
   };
@@ -253,7 +259,8 @@ std::tuple<Tensor, Statistics> dense_forward(const Tensor& q, const OptTensor& k
                                              const OptTensor& key_mask, const OptTensor& query_mask) {
   const Arguments arguments = attention_arguments(kOp, q, k, v, eps, rho, head_rho, key_mask, query_mask);
   demand_floor(arguments, floor);
-  return forward(sizes_of(arguments), {}, q, k ? *k : q, v, eps, floor, rho, head_rho, key_mask, query_mask);
+  const auto run = acc_dtype(q) == kDouble ? forward<double> : forward<float>;
+  return run(sizes_of(arguments), {}, q, k ? *k : q, v, eps, floor, rho, head_rho, key_mask, query_mask);
 }
 
 Gradients dense_backward(const Tensor& dout, const Tensor& q, const OptTensor& k, const Tensor& v,
@@ -269,8 +276,9 @@ Gradients dense_backward(const Tensor& dout, const Tensor& q, const OptTensor& k
     arguments.tensor("value_mean", saved.value_mean, acc_dtype(q), "BHv");
   }
   const Gradients gradients = new_gradients(output_mask, q, k, v, head_rho);
-  backward(sizes_of(arguments), {}, gradients, dout, q, k ? *k : q, !k, v, saved, eps, floor, rho, head_rho, key_mask,
-           query_mask);
+  const auto run = acc_dtype(q) == kDouble ? backward<double> : backward<float>;
+  run(sizes_of(arguments), {}, gradients, dout, q, k ? *k : q, !k, v, saved, eps, floor, rho, head_rho, key_mask,
+      query_mask);
   return gradients;
 }
 
@@ -281,8 +289,8 @@ std::tuple<Tensor, Statistics> packed_forward(const Tensor& q, const OptTensor& 
   const PackedArguments p(kPackedOp, q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, eps, rho, head_rho);
   demand_floor(p.a, floor);
   const Tensor queries = as_batch(q, p.queries), keys = k ? as_batch(*k, p.keys) : queries;
-  return forward(p.sizes(), {&p.queries, &p.keys}, queries, keys, as_batch(v, p.keys), eps, floor, rho, head_rho, {},
-                 {});
+  const auto run = acc_dtype(q) == kDouble ? forward<double> : forward<float>;
+  return run(p.sizes(), {&p.queries, &p.keys}, queries, keys, as_batch(v, p.keys), eps, floor, rho, head_rho, {}, {});
 }
 
 Gradients packed_backward(const Tensor& dout, const Tensor& q, const OptTensor& k, const Tensor& v,
@@ -305,8 +313,9 @@ Gradients packed_backward(const Tensor& dout, const Tensor& q, const OptTensor& 
   const auto& [dq, dk, dv, dhead_rho] = gradients;
   const Tensor queries = as_batch(q, p.queries), keys = k ? as_batch(*k, p.keys) : queries;
   const Gradients written{as_batch(dq, p.queries), as_batch(dk, p.keys), as_batch(dv, p.keys), dhead_rho};
-  backward(p.sizes(), {&p.queries, &p.keys}, written, dout, queries, keys, !k, as_batch(v, p.keys), saved, eps, floor,
-           rho, head_rho, {}, {});
+  const auto run = acc == kDouble ? backward<double> : backward<float>;
+  run(p.sizes(), {&p.queries, &p.keys}, written, dout, queries, keys, !k, as_batch(v, p.keys), saved, eps, floor, rho,
+      head_rho, {}, {});
   return gradients;
 }
 

@@ -80,8 +80,23 @@ class Buffer {
   Piece piece_;
 };
 
-// Numbers of the accumulation type, float32 or float64, read and written as float64: those of a tensor that outlives
-// them, or that is theirs.
+// Numbers of the accumulation type A, read and written as float64: those of a tensor that outlives them, or that is
+// theirs.
+template <typename A> class NumbersOf {
+ public:
+  explicit NumbersOf(const Tensor& t) : data_(t.defined() ? static_cast<A*>(t.data_ptr()) : nullptr) {}
+  explicit NumbersOf(Tensor&& t) : NumbersOf(static_cast<const Tensor&>(t)) { owner_ = std::move(t); }
+  explicit NumbersOf(const Buffer& buffer) : data_(buffer.as<A>()) {}
+
+  double operator[](int64_t i) const { return data_[i]; }
+  void set(int64_t i, double x) const { data_[i] = static_cast<A>(x); }
+
+ private:
+  Tensor owner_;
+  A* data_;
+};
+
+// The same of either type, float32 or float64, which each access looks up.
 class Numbers {
  public:
   explicit Numbers(const Tensor& t)
