@@ -27,6 +27,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..ops import extension
 from . import configs
 from .tiles import describable
 
@@ -203,7 +204,7 @@ def check(variant: Variant, device: torch.device) -> str | None:
         Exception: whatever compiling, loading or running it raised.
     """
     raw = _raw(variant)
-    kernels, plain = importlib.import_module(raw.kernels["triton"]), raw.kernels["eager"]
+    kernels, plain = importlib.import_module(raw.kernels["triton"], extension.NAME), raw.kernels["eager"]
     for number, lengths in enumerate(_lengths(variant, device)):
         arguments = _arguments(variant, device, *lengths, torch.Generator("cpu").manual_seed(number))
         if variant.direction == "backward":
@@ -220,7 +221,7 @@ def check(variant: Variant, device: torch.device) -> str | None:
 
 def _raw(variant: Variant):
     """The raw operators of a variant."""
-    return {raw.name: raw for raw in importlib.import_module("infsa_kernels.ops.register").RAW_OPS}[variant.op]
+    return {raw.name: raw for raw in importlib.import_module(".ops.register", extension.NAME).RAW_OPS}[variant.op]
 
 
 def _run(variant: Variant, module, arguments: list) -> list[Tensor]:
