@@ -63,10 +63,11 @@ test-newest: $(VENV)/built ## adapters beside the newest and the oldest releases
 	$(PYTHON) -m venv $(VENV)-newest $(VENV)-oldest
 	for bin in $(VENV)-newest/bin $(VENV)-oldest/bin; do \
 	  $$bin/pip install -q $(TORCH) "setuptools>=77" || exit 1; \
-	  INFSA_NO_EXT=1 $$bin/pip install -q -c $(VENV)/torch.txt --upgrade --upgrade-strategy eager --no-build-isolation -e ".[attribution,test]" kernels \
-	    || exit 1; \
+	  INFSA_NO_EXT=1 $$bin/pip install -q -c $(VENV)/torch.txt --upgrade --upgrade-strategy eager --no-build-isolation \
+	    -e ".[attribution,test]" kernels || exit 1; \
 	done
-	$(VENV)-oldest/bin/pip install -q -c $(VENV)/torch.txt $$(grep -oE '"($(either_host))>=[0-9.]+' pyproject.toml | sed 's/"//; s/>/=/') "kernels<0.17"
+	$(VENV)-oldest/bin/pip install -q -c $(VENV)/torch.txt $$(grep -oE '"($(either_host))>=[0-9.]+' pyproject.toml | sed 's/"//; s/>/=/') \
+	  "kernels<0.17"
 	code=0; for bin in $(VENV)-newest/bin $(VENV)-oldest/bin; do \
 	  echo "== $$bin =="; $$bin/pip list | grep -E "^(torch|$(either_host)) "; \
 	  RUN_BY="make test-newest" $$bin/python tests/run.py $(host_tests) $(TEST_ARGS) || code=1; \

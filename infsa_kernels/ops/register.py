@@ -30,7 +30,7 @@ from .plans import Plans, kind_of
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# Where a backend's kernels in Python are registered; the compiled ones register themselves.
+# Where a backend's kernels in Python are registered; extension.py registers the compiled ones.
 KEYS = {"eager": ("CompositeExplicitAutograd",), "triton": ("CUDA", "CPU")}
 
 
