@@ -160,12 +160,11 @@ def kernels():
 
 
 def test_what_kernel_builder_reads_is_valid(kernel, kernels):
-    from kernels._rust import Build, Digest, DigestAlgorithm, Metadata
-
-    Build.open(kernel)
+    data = pytest.importorskip("kernels._rust", reason="kernels is older than 0.17, and has no reader of build.toml")
+    data.Build.open(kernel)
     for variant in (kernel / "build").iterdir():
-        said, files = Metadata.read_from_file(variant / "metadata.json"), variant
-        said.digest.validate(Digest.hash_variant(DigestAlgorithm.SHA256, files))
+        said = data.Metadata.read_from_file(variant / "metadata.json").digest
+        said.validate(data.Digest.hash_variant(data.DigestAlgorithm.SHA256, variant))
 
 
 LOADED = """
