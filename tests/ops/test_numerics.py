@@ -113,6 +113,16 @@ def test_range(op, far, compiled):
 
 
 @pytest.mark.parametrize("compiled", [name for name in backends_of("cpu") if name != "triton"])
+def test_a_gradient_that_vanishes_on_the_way(compiled):
+    """dq is of order 1e-31, and float32 holds it; the gradient of the energies' sum, a factor of it, is of order 1e-45."""
+    call = make("linear", "cpu", N=31, M=31, d=4, eps=1e26)
+    call.q *= 1e13
+    call.k *= 1e13
+    with infsa_kernels.backend(compiled):
+        check(call, output_gradient(call) * 1e-10)
+
+
+@pytest.mark.parametrize("compiled", [name for name in backends_of("cpu") if name != "triton"])
 def test_the_norm_of_large_scores(compiled):
     """Squares of 1e36 and more: float32 holds the norm, and the scores' shares of it."""
     call = make("pure", "cpu", N=300, M=260, d=64)
