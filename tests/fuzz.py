@@ -306,9 +306,10 @@ def demanded(call: Call, dout, truth: dict[str, torch.Tensor]) -> set[str]:
 
 
 def has_vanishing_rows(q: torch.Tensor) -> bool:
-    """Whether the square of a norm leaves float32, so that the row counts as one of zeros (docs/linear.md)."""
-    norms = q.double().norm(dim=-1) if q.dtype != torch.float64 else torch.ones(())
-    return bool(((norms > 0) & (norms < 2.0**-63)).any())
+    """Whether the square of a norm leaves the accumulation type, so that the row counts as one of zeros (docs/linear.md)."""
+    scale = 2.0**600  # else the norm of subnormal numbers is 0 here, too
+    norms, least = (q.double() * scale).norm(dim=-1), 2.0**-511 if q.dtype == torch.float64 else 2.0**-63
+    return bool(((norms > 0) & (norms < least * scale)).any())
 
 
 def hold(found: dict[str, torch.Tensor], measure: Callable[[int], dict[str, Expected]]) -> None:

@@ -98,7 +98,7 @@ template <typename A> std::tuple<Tensor, Statistics> forward(const Sizes& s, con
       const HeadUnits u = units[head];
       const double* sum = rows(0);
       const double energy = scale * weights(0), norm = energy + eps * u.q, out_of_units = 1 / u.q;
-      strange[head] = !plan.is_factor(energy) || !plan.is_sum(sum, 0, s.d);
+      strange[head] = !plan.is_factor(energy) || !plan.is_sum(sum, s.d);
       E.set(head, energy * out_of_units);
       for (int64_t c = 0; c < s.d; ++c) {
         qbar.set(head * s.d + c, scale * scale * sum[c] / norm * out_of_units);
@@ -116,10 +116,10 @@ template <typename A> std::tuple<Tensor, Statistics> forward(const Sizes& s, con
       const double *sum = rows(0), *values = floor ? rows(1) : nullptr;
       const double scores = weights(0), absolute = floor ? weights(1) : 0, share = floor.value_or(0) * absolute;
       const double norm = scores + share + eps * u.q * u.k, out_of_units = 1 / u.v;
-      strange[head] |= !plan.is_factor(scores) || !plan.is_sum(sum, 0, s.d_v);
+      strange[head] |= !plan.is_factor(scores) || !plan.is_sum(sum, s.d_v);
       R.set(head, scores / u.q / u.k);
       if (floor) {
-        strange[head] |= !plan.is_factor(absolute) || !plan.is_sum(values, 0, s.d_v);
+        strange[head] |= !plan.is_factor(absolute) || !plan.is_sum(values, s.d_v);
         T.set(head, absolute / u.q / u.k);
       }
       for (int64_t c = 0; c < s.d_v; ++c) {
@@ -226,12 +226,15 @@ template <typename A> void backward(const Sizes& s, const Packed& packed, const 
       const double* sum = rows(0);
       const double factor = scale * scale * scale / ((E[head] + eps) * u.q);
       double dot = 0;
+      Largest largest;
       for (int64_t c = 0; c < s.d; ++c) {
-        f.set(head * plan.d + c, factor * sum[c]);
-        dot += factor * sum[c] * qbar[head * s.d + c] * u.q;
+        const double x = factor * sum[c];
+        largest.of(x);
+        f.set(head * plan.d + c, x);
+        dot += x * qbar[head * s.d + c] * u.q;
       }
       for (int64_t c = s.d; c < plan.d; ++c) f.set(head * plan.d + c, 0);
-      strange[head] |= !plan.is_sum(f, head * plan.d, head * plan.d + s.d);
+      strange[head] |= !plan.is_sum(largest);
       f_dot.set(head, dot / scale);
     });
     queries.run(LinearPass::backward_queries, args, begin, end, nullptr, 0, dscores);

@@ -76,12 +76,11 @@ struct Plan {
 
   // Normalisers divide products of two rows; sums of products may be larger.
   bool is_factor(double x) const { return within(x, kMostFactor, wide); }
-  template <typename X> bool is_sum(const X& x, int64_t begin, int64_t end) const {
-    double most = 0;
-    for (int64_t i = begin; i < end; ++i) {
-      if (!(std::abs(x[i]) <= most)) most = std::abs(x[i]);
-    }
-    return within(most, kMostSum, wide);
+  bool is_sum(const Largest& x) const { return within(x.size, kMostSum, wide); }
+  bool is_sum(const double* x, int64_t n) const {
+    Largest largest;
+    for (int64_t i = 0; i < n; ++i) largest.of(x[i]);
+    return is_sum(largest);
   }
 
  private:

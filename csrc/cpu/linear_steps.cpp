@@ -69,7 +69,7 @@ Tensor linear_queries_fwd(const Tensor& q, const OptTensor& query_padding_mask) 
       const double* sum = sums_of(0);
       const double norm_sum = weights_of(0);
       const HeadUnits u = units[head];
-      strange[head] = !plan.is_factor(scale * norm_sum) || !plan.is_sum(sum, 0, s.d);
+      strange[head] = !plan.is_factor(scale * norm_sum) || !plan.is_sum(sum, s.d);
       double* of_head = to + head * (s.d + 1);
       for (int64_t c = 0; c < s.d; ++c) of_head[c] = scale * sum[c] / u.q * scale / u.q;
       of_head[s.d] = scale * norm_sum / u.q;
@@ -120,7 +120,7 @@ template <bool kFloor> Tensor linear_keys_fwd(const Tensor& k, const Tensor& v, 
       double* of_head = to + head * kKinds * (s.d_v + 1);
       for (int64_t kind = 0; kind < kKinds; ++kind) {
         const double *sum = sums_of(kind), weights = weights_of(kind);
-        strange[head] |= !plan.is_factor(weights) || !plan.is_sum(sum, 0, s.d_v);
+        strange[head] |= !plan.is_factor(weights) || !plan.is_sum(sum, s.d_v);
         for (int64_t c = 0; c < s.d_v; ++c) *of_head++ = (kind ? sum[c] : sum[c] / u.q / u.k) / u.v;
         *of_head++ = weights / u.q / u.k;
       }
@@ -227,7 +227,7 @@ KeyGradients keys_bwd(const Tensor& dcontext_, const Tensor& k, const Tensor& v,
     keys.for_heads(begin, end, sums, plan.d, [&](int64_t head, const auto& sums_of, const auto&) {
       const double* sum = sums_of(0);
       const HeadUnits u = units[head];
-      strange[head] |= !plan.is_sum(sum, 0, s.d);
+      strange[head] |= !plan.is_sum(sum, s.d);
       double* of_head = dcentral.data_ptr<double>() + head * s.d;
       for (int64_t c = 0; c < s.d; ++c) of_head[c] = scale * sum[c] * u.q / u.dout / u.v / u.score;
     });
@@ -293,13 +293,15 @@ Tensor linear_queries_bwd(const Tensor& dcentral_query, const OptTensor& dscores
       for (int64_t c = 0; c < plan.d; ++c) query.set(head * plan.d + c, c < s.d ? per_score * qbar[head * s.d + c] : 0);
       const double factor = scale * scale / (E[head] + eps) * u.dout;
       double dot = 0;
+      Largest largest;
       for (int64_t c = 0; c < plan.d; ++c) {
         const double x = c < s.d ? factor * dqbar[head * s.d + c] : 0;
+        largest.of(x);
         f.set(head * plan.d + c, x);
         if (c < s.d) dot += x * qbar[head * s.d + c] * u.q;
       }
       plan.numbers(query_dot).set(head, dot / scale);
-      strange[head] = !plan.is_factor(E[head]) || !plan.is_sum(f, head * plan.d, (head + 1) * plan.d);
+      strange[head] = !plan.is_factor(E[head]) || !plan.is_sum(largest);
     }
     const int64_t unit_bytes = s.N * plan.heads * plan.acc_bytes;
     queries.run(LinearPass::backward_queries, args, begin, end, nullptr, 0,

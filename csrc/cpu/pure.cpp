@@ -33,7 +33,7 @@ void forward(Call& call, double eps, const Tensor& out, const Tensor& norm) {
   const Numbers F_of(norm);
   const int64_t stride = d_v <= kFewColumns ? d_v : round_up(d_v, call.kernels.lanes);
   const int64_t row_bytes = stride * norm.element_size(), head_bytes = round_up(N * row_bytes, 64);
-  const Cut cells = cut(call, head_bytes, !call.symmetric);
+  const Cut cells = cut(call, head_bytes, kForwardCells, !call.symmetric);
   const int64_t n = cells.n, squares_per_head = n * cells.rounds;
   std::vector<double> squares(call.heads() * squares_per_head);  // of P, by cell
   std::vector<double> largest(call.heads() * n);                 // of P v, by chunk
@@ -101,7 +101,7 @@ template <typename Dot> void backward(Call& call, double eps, const Tensor& dout
     char* dk = k_bytes ? sums + q_bytes : nullptr;
     return PureSums{nullptr, dq, dk, v_bytes ? sums + q_bytes + k_bytes : nullptr};
   };
-  const Cut cells = cut(call, q_bytes + k_bytes + v_bytes, false);
+  const Cut cells = cut(call, q_bytes + k_bytes + v_bytes, kBackwardCells, false);
   const int64_t n = cells.n;
   std::vector<double> dots(call.heads() * n), v_dv(call.heads() * n);  // <dout, out> and <v, dv>, by chunk
 

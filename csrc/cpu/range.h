@@ -16,6 +16,15 @@ inline bool within(double x, int most, bool wide) {
   return x == 0 || (std::isfinite(x) && std::abs(std::ilogb(x)) <= (wide ? 6 * most : most));
 }
 
+// The largest of some numbers, before they are rounded to the accumulation type, where all may be 0. NaN where one is.
+struct Largest {
+  double size = 0;
+
+  void of(double x) {
+    if (!(std::abs(x) <= size)) size = std::abs(x);
+  }
+};
+
 // What brings numbers up to `largest` to order one; 0 where nothing does, since one is not finite.
 inline double unit_of(double largest, bool wide) {
   const int limit = wide ? 1000 : 120;

@@ -25,11 +25,15 @@ def remove(x: Tensor, mask: Tensor | None) -> Tensor:
 
 def unit(x: Tensor) -> Tensor:
     """The power of two that brings the rows (B, H, L, d) of a head to order one: (B, H, 1, 1), from 2^-60 to 2^60, so that two of
-    them multiply within float32. Times it x has the same digits, and its squares and products stay in range."""
+    them multiply within float32. Times it x has the same digits, and its squares and products stay in range.
+
+    It is 1 where the largest element is from 2^-15 to 2^15: made smaller, those at the other end of the range would lose digits.
+    """
     if x.numel() == 0:
         return x.new_ones(*x.shape[:2], 1, 1)
     largest = torch.linalg.vector_norm(x, torch.inf, (-2, -1), keepdim=True)
-    return torch.nan_to_num(torch.frexp(largest).mantissa / largest, nan=1.0).clamp_(2.0**-60, 2.0**60)
+    scale = torch.nan_to_num(torch.frexp(largest).mantissa / largest, nan=1.0).clamp_(2.0**-60, 2.0**60)
+    return scale.masked_fill_(torch.logical_and(scale >= 2.0**-15, scale <= 2.0**15), 1)
 
 
 def direction(u: Tensor, norm: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Precision, range, NaN and Inf, determinism and memory."""
 
+import os
 import subprocess
 import sys
 
@@ -110,6 +111,16 @@ def test_range(op, far, compiled):
             call.v, dout = torch.randn_like(call.v) * size, output_gradient(call)
             with infsa_kernels.backend(compiled):
                 check(call, dout)
+
+
+@pytest.mark.parametrize("compiled", [name for name in backends_of("cpu") if name != "triton"])
+def test_a_gradient_that_vanishes_on_the_way(compiled):
+    """dq is of order 1e-31, and float32 holds it; the gradient of the energies' sum, a factor of it, is of order 1e-45."""
+    call = make("linear", "cpu", N=31, M=31, d=4, eps=1e26)
+    call.q *= 1e13
+    call.k *= 1e13
+    with infsa_kernels.backend(compiled):
+        check(call, output_gradient(call) * 1e-10)
 
 
 @pytest.mark.parametrize("compiled", [name for name in backends_of("cpu") if name != "triton"])
@@ -283,11 +294,17 @@ def test_same_bits_for_every_number_of_threads(op, sizes, compiled):
                     assert torch.equal(result, other)
 
 
-MEMORY = """
-import resource, sys, torch, infsa_kernels
+MEMORY = r"""
+import re, resource, sys, torch, infsa_kernels
 backend, N = sys.argv[1], int(sys.argv[2])
 q, k, v = (torch.randn(1, 1, N, 64).requires_grad_() for _ in range(3))
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+def peak():
+    try:  # of this process alone: Linux's ru_maxrss has that of the process which started it, too
+        return int(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1])
+    except FileNotFoundError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+
 with infsa_kernels.backend(backend):
     small = [t[:, :, :64] for t in (q, k, v)]
     torch.ops.infsa.pure(*small).sum().backward()
@@ -303,15 +320,19 @@ print(forward - before, peak() - before)
 
 @pytest.mark.parametrize("name", backends_of("cpu"))
 def test_pure_needs_no_matrix(name):
-    """At N = 8192 one head's scores would take 256 MiB."""
+    """Of one head at N = 8192 the scores alone would be 256 MiB."""
     N = 8192
-    run = subprocess.run([sys.executable, "-c", MEMORY, name, str(N)], capture_output=True, text=True, check=True)
+    # What is freed goes back at once, as of real sizes it does.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
+    command = [sys.executable, "-c", MEMORY, name, str(N)]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     tensor_kib = N * 64 * 4 // 1024
     forward, both_directions = (int(kib) for kib in run.stdout.split())
-    allowed = 64 * 1024
-    assert forward < tensor_kib + allowed
+    # Beyond results and gradients: in torch operations up to nine of the blocks of 16 MiB that they go by.
+    working = {"cpu": 64, "eager": 9 * 16}[name] * 1024
+    assert forward < tensor_kib + working
     # out, dout and the three gradients
-    assert both_directions < 5 * tensor_kib + allowed
+    assert both_directions < 5 * tensor_kib + working
 
 
 @both
