@@ -216,13 +216,13 @@ def _parts(values: list[float], reduce) -> list[float]:
 def table(data: str, runs: list[dict]) -> str:
     """Means over the seeds, +- half their range; the largest gradient norm of all seeds."""
     sample = pictures.load(data)
-    seeds = ", ".join(map(str, sorted({run["seed"] for run in runs})))
+    seeds = sorted({run["seed"] for run in runs})
     layers, epochs = SIZES["depth"], EPOCHS[data]
     lines = [
         f"{sample.source}: {len(sample.train[0])} pictures, {epochs} epochs in batches of {RECIPE['batch']}; "
         f"{len(sample.test[0])} others for accuracy",
         f"InfViT, {layers} layers, D = {SIZES['embed_dim']}, {SIZES['num_heads']} heads, 16 patches and a class token; AdamW, "
-        f"no clipping; seeds: {seeds}; means, +- half the range",
+        f"no clipping; seeds: {', '.join(map(str, seeds))}; means, +- half the range",
         "",
         f"{'':24}{'accuracy, %':>14}{'test loss':>16}{'largest norm':>14}{'median':>8}   "
         f"{'dead pairs, %, by layer':<26}{'dead heads':>10}{'parameters':>12}",
@@ -242,8 +242,9 @@ def table(data: str, runs: list[dict]) -> str:
         known = not math.isnan(dead["dead_pairs"][0])
         by_layer = "  ".join(f"{100 * share:4.1f}" for share in dead["dead_pairs"]) if known else ""
         never = f"{100 * statistics.fmean(dead['dead_heads']):.0f}" if known else ""
+        few = f" (of {len(mine)})" if len(mine) < len(seeds) else ""
         lines.append(
-            f"{name:24}{_spread([100 * run['accuracy'] for run in mine], 1):>14}"
+            f"{name + few:24}{_spread([100 * run['accuracy'] for run in mine], 1):>14}"
             f"{_spread([run['loss'] for run in mine], 3):>16}{largest:14.3g}{median:8.2g}   "
             f"{by_layer:<26}{never:>10}{mine[0]['parameters']:>12,}"
         )
