@@ -17,7 +17,7 @@ bin := $(VENV)/bin
 lock_of = $(wildcard requirements/torch-$(subst $() ,.,$(wordlist 1,2,$(subst ., ,$(subst torch==,,$(1))))).txt)
 csrc := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help bench bench-all bench-vs bench-extreme bench-explain bench-train report test test-all test-newest fuzz test-wheel test-gpu-build lock lint format sanitize gpu-check clean
+.PHONY: help bench bench-all bench-vs bench-extreme bench-explain bench-train report test test-all test-newest fuzz test-wheel test-gpu-build lock hub lint format sanitize gpu-check clean
 
 help: ## every target in a line
 	@sed -n 's/^\([a-z][a-z-]*\):[^#]*## \(.*\)/  \1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{ printf "%-18s%s\n", $$1, $$2 }'
@@ -53,20 +53,21 @@ test-all: $(VENV)/built ## the complete sweeps, which `make test` leaves out
 	RUN_BY="make test-all" $(bin)/python tests/run.py -m sweep $(TEST_ARGS)
 
 # Adapters and models beside the newest releases of the libraries they fit, and beside the oldest that pyproject.toml allows.
-# Both use the torch and the extension of VENV.
-hosts := accelerate captum grad-cam peft quantus timm torchao torchvision transformers
+# Both use the torch and the extension of VENV. kernels, with what it brings, is nowhere else; the oldest transformers takes 0.16.
+hosts := accelerate captum grad-cam kernels peft quantus timm torchao torchvision transformers
 host_tests := $(addprefix tests/nn/test_,convert.py convert_families.py timm.py transformers.py vit.py vit_timm.py)
-host_tests += tests/compat tests/explain/test_explain_adapters.py tests/package/test_docs.py
+host_tests += tests/compat tests/explain/test_explain_adapters.py tests/package/test_docs.py tests/package/test_hub.py
 either_host := $(subst $() ,|,$(hosts))
 test-newest: $(VENV)/built ## adapters beside the newest and the oldest releases of their libraries
 	tail -n 1 $(VENV)/constraints.txt > $(VENV)/torch.txt
 	$(PYTHON) -m venv $(VENV)-newest $(VENV)-oldest
 	for bin in $(VENV)-newest/bin $(VENV)-oldest/bin; do \
 	  $$bin/pip install -q $(TORCH) "setuptools>=77" || exit 1; \
-	  INFSA_NO_EXT=1 $$bin/pip install -q -c $(VENV)/torch.txt --upgrade --upgrade-strategy eager --no-build-isolation -e ".[attribution,test]" \
-	    || exit 1; \
+	  INFSA_NO_EXT=1 $$bin/pip install -q -c $(VENV)/torch.txt --upgrade --upgrade-strategy eager --no-build-isolation \
+	    -e ".[attribution,test]" kernels || exit 1; \
 	done
-	$(VENV)-oldest/bin/pip install -q -c $(VENV)/torch.txt $$(grep -oE '"($(either_host))>=[0-9.]+' pyproject.toml | sed 's/"//; s/>/=/')
+	$(VENV)-oldest/bin/pip install -q -c $(VENV)/torch.txt $$(grep -oE '"($(either_host))>=[0-9.]+' pyproject.toml | sed 's/"//; s/>/=/') \
+	  "kernels<0.17"
 	code=0; for bin in $(VENV)-newest/bin $(VENV)-oldest/bin; do \
 	  echo "== $$bin =="; $$bin/pip list | grep -E "^(torch|$(either_host)) "; \
 	  RUN_BY="make test-newest" $$bin/python tests/run.py $(host_tests) $(TEST_ARGS) || code=1; \
@@ -102,6 +103,10 @@ test-wheel: $(VENV)/built ## one wheel beside several versions of torch
 # The GPU extension, built, imported and taken apart on a machine that has nvcc and needs no GPU.
 test-gpu-build: $(GPU_VENV)/built ## the GPU extension, built and taken apart where there is nvcc
 	cd $(GPU_VENV) && bin/python -m pytest -c ../pyproject.toml ../tests/gpu/test_gpu_build.py ../tests/package/test_build.py
+
+# The package as `kernels` and `kernel-builder upload` take it, with the library that was built here (docs/hub.md).
+hub: $(VENV)/built ## a kernel of the Hugging Face hub in build/infsa-kernels
+	$(bin)/python -m hub.layout
 
 lint: $(VENV)/built ## what style asks for
 	$(bin)/ruff check . && $(bin)/ruff format --check .

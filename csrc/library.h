@@ -17,3 +17,15 @@ INFSA_EXPORT size_t kept_memory();
 INFSA_EXPORT size_t most_kept_memory();
 
 }  // namespace infsa::cpu
+
+// Names of C, for Python's ctypes, through which no exception may go: false is a failure, and *answer what it says. The
+// text lasts until the thread's next call.
+extern "C" {
+
+// Registers the kernels for the operators of a namespace, which have their schemas from Python: infsa, or the name that
+// a version on the Hugging Face hub has to itself (docs/hub.md).
+INFSA_EXPORT bool infsa_register(const char* name_space, const char** answer);
+
+// What the function of infsa::cpu with this name returns, as text: for a package without the extension module.
+INFSA_EXPORT bool infsa_ask(const char* function, const char** answer);
+}

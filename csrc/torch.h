@@ -199,7 +199,7 @@ void call(Result (*function)(Arguments...), StableIValue* stack, uint64_t given)
   call(function, stack, std::index_sequence_for<Arguments...>());
 }
 
-// A function as STABLE_TORCH_LIBRARY_IMPL takes it: m.impl("linear_fwd", kernel<linear_fwd>); or a lambda that captures
+// A function as INFSA_LIBRARY_IMPL takes it: m.impl("linear_fwd", kernel<linear_fwd>); or a lambda that captures
 // nothing, by kernel([](...) { ... }).
 template <auto function> void kernel(StableIValue* stack, uint64_t arguments, uint64_t) {
   call(function, stack, arguments);
@@ -210,4 +210,20 @@ template <typename Lambda> auto kernel(const Lambda& lambda) {
   return +[](StableIValue* stack, uint64_t arguments, uint64_t) { call(+own, stack, arguments); };
 }
 
+// What infsa_register of library.h will do.
+struct Registration {
+  const char* key;
+  void (*function)(torch::stable::detail::StableLibrary&);
+  const char* file;
+  uint32_t line;
+};
+bool register_later(const Registration& registration);
+
 }  // namespace infsa
+
+// STABLE_TORCH_LIBRARY_IMPL for namespaces that are named later; once in a file.
+#define INFSA_LIBRARY_IMPL(KEY, m)                                          \
+  static void register_kernels(torch::stable::detail::StableLibrary&);      \
+  [[maybe_unused]] static const bool kernels_are_known =                    \
+      infsa::register_later({#KEY, &register_kernels, __FILE__, __LINE__}); \
+  static void register_kernels(torch::stable::detail::StableLibrary& m)

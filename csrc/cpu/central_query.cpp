@@ -191,7 +191,7 @@ std::tuple<Tensor, Tensor, Tensor> central_query_bwd(const Tensor& dcentral_quer
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(infsa, CPU, m) {
+INFSA_LIBRARY_IMPL(CPU, m) {
   m.impl("central_query_fwd", kernel<central_query_fwd>);
   m.impl("central_query_bwd", kernel<central_query_bwd>);
 }

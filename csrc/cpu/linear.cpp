@@ -324,7 +324,7 @@ Gradients packed_backward(const Tensor& dout, const Tensor& q, const OptTensor& 
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(infsa, CPU, m) {
+INFSA_LIBRARY_IMPL(CPU, m) {
   m.impl("linear_fwd", kernel([](const Tensor& q, const OptTensor& k, const Tensor& v, double eps, double rho,
                                  const OptTensor& head_rho, const OptTensor& key_mask, const OptTensor& query_mask) {
            auto [out, s] = dense_forward(q, k, v, eps, {}, rho, head_rho, key_mask, query_mask);

@@ -323,7 +323,7 @@ Tensor linear_queries_bwd(const Tensor& dcentral_query, const OptTensor& dscores
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(infsa, CPU, m) {
+INFSA_LIBRARY_IMPL(CPU, m) {
   m.impl("linear_steps_queries_fwd", kernel<linear_queries_fwd>);
   m.impl("linear_steps_keys_fwd", kernel<linear_keys_fwd<false>>);
   m.impl("linear_steps_keys_floor_fwd", kernel<linear_keys_fwd<true>>);

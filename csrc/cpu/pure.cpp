@@ -293,7 +293,7 @@ Gradients pure_varlen_bwd(const Tensor& dout, const Tensor& q, const OptTensor& 
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(infsa, CPU, m) {
+INFSA_LIBRARY_IMPL(CPU, m) {
   m.impl("pure_fwd", kernel<pure_fwd>);
   m.impl("pure_bwd", kernel<pure_bwd>);
   m.impl("pure_blocks_fwd", kernel<pure_block_fwd>);

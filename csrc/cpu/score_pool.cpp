@@ -342,7 +342,7 @@ std::tuple<Tensor, Tensor, Tensor> score_pool_floor_bwd(const Tensor& dpooled, c
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(infsa, CPU, m) {
+INFSA_LIBRARY_IMPL(CPU, m) {
   m.impl("score_pool_fwd", kernel<score_pool_fwd>);
   m.impl("score_pool_bwd", kernel<score_pool_bwd>);
   m.impl("score_pool_floor_fwd", kernel<score_pool_floor_fwd>);

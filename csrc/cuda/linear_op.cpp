@@ -138,7 +138,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_bwd(const Tensor& dout, const 
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(infsa, CUDA, m) {
+INFSA_LIBRARY_IMPL(CUDA, m) {
   m.impl("linear_fwd", kernel<linear_fwd>);
   m.impl("linear_bwd", kernel<linear_bwd>);
 }

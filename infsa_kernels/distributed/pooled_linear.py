@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from ..ops import backends, central_query, linear_steps, score_pool, score_pool_floor
 from ..ops import pooled_linear as dense
+from ..ops.extension import torch_ops
 from ..ops.register import public
 from .collectives import Group, name_of, sum_over_ranks
 
@@ -84,7 +85,7 @@ def _mean_over_ranks(mean: Tensor, weights: Tensor, eps: float, group: str) -> t
 
 
 def _backward_of(raw, name):
-    return getattr(torch.ops.infsa, f"{raw.name}_bwd{backends.SUFFIXES[name]}").default
+    return getattr(torch_ops, f"{raw.name}_bwd{backends.SUFFIXES[name]}").default
 
 
 def _wanted(gradients, wanted, others):

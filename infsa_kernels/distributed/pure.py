@@ -13,6 +13,7 @@ from ..eager.pure import FEW_SCORES, output_like
 from ..ops import backends, check, pure_blocks, qkv
 from ..ops import pure as dense
 from ..ops.autograd import no_derivative, without_autocast
+from ..ops.extension import torch_ops
 from ..ops.register import library, public
 from ..torch_private import process_group
 from . import heads, ring
@@ -90,7 +91,7 @@ class _Rows(torch.autograd.Function):
     def forward(ctx, q, k, v, head_rho, key_padding_mask, query_padding_mask, eps, rho, group, method, backend):
         ctx.constants = eps, rho, group, method, backend
         masks = key_padding_mask, query_padding_mask
-        out, norm = torch.ops.infsa.sharded_pure_fwd(q, k, v, eps, rho, head_rho, *masks, group, method, backend)
+        out, norm = torch_ops.sharded_pure_fwd(q, k, v, eps, rho, head_rho, *masks, group, method, backend)
         ctx.save_for_backward(q, k, v, head_rho, *masks, out, norm)
         return out
 
@@ -100,7 +101,7 @@ class _Rows(torch.autograd.Function):
         q, k, v, head_rho, *masks, out, norm = ctx.saved_tensors
         eps, rho, *where = ctx.constants
         wanted = list(ctx.needs_input_grad[:4])
-        gradients = torch.ops.infsa.sharded_pure_bwd(
+        gradients = torch_ops.sharded_pure_bwd(
             dout, q, k, v, out, norm, eps, rho, head_rho, *masks, *where, wanted
         )  # fmt: skip
         return *(t if want else None for t, want in zip(gradients, wanted)), *[None] * 7
@@ -147,7 +148,7 @@ def _parts(group, method, backend, q, v, masks):
     if chosen(method, whole, H) == "ring":
         return ring, pure_blocks.choose_blocks(q, backend), ring.Ring(group, whole.keys)
     suffix = backends.SUFFIXES[backend]
-    ops = _DenseOps(*(getattr(torch.ops.infsa, f"pure_{way}{suffix}").default for way in ("fwd", "bwd")))
+    ops = _DenseOps(*(getattr(torch_ops, f"pure_{way}{suffix}").default for way in ("fwd", "bwd")))
     return heads, ops, heads.Heads(group, whole.queries, whole.keys, H)
 
 
@@ -217,7 +218,7 @@ for _name, _schema, _kernel, _fake, _formula in (
     ),
 ):
     library.define(_name + _schema)
-    _op = getattr(torch.ops.infsa, _name).default
+    _op = getattr(torch_ops, _name).default
     torch.library.register_fake(_op.name(), _fake, lib=library)
     register_flop_formula(_op.overloadpacket)(_formula)
     library.impl(_op, without_autocast(_kernel), "CompositeExplicitAutograd")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..eager.common import acc_dtype
 from ..ops import qkv
+from ..ops.extension import torch_ops
 from ..ops.pure import pure, pure_infsa_scores, raw
 from .checks import check_columns, check_count
 
@@ -85,7 +86,7 @@ class TokenGraph:
         # Autocast would round q and k once more: a solver's residuals would be those of another matrix.
         device = self.q.device.type
         with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
-            return torch.ops.infsa.pure(self.q, self.k, x.to(self.q.dtype), self.eps, 1.0, *masks)
+            return torch_ops.pure(self.q, self.k, x.to(self.q.dtype), self.eps, 1.0, *masks)
 
     def rmatmul(self, x: Tensor) -> Tensor:
         """A^T x for x (B, H, N, c): (B, H, M, c). Differentiable in q, k and x."""

@@ -6,6 +6,7 @@ refused, never dropped. Written for transformers 4.57 and 5.
 
 import functools
 import inspect
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -90,9 +91,14 @@ def register() -> None:
         >>> register()
         >>> model = transformers.ViTModel(transformers.ViTConfig(attn_implementation="infsa_linear"))
     """
-    for name, variant in VARIANT_OF.items():
-        AttentionInterface.register(name, functools.partial(_attend, variant))
+    for name in VARIANT_OF:
+        AttentionInterface.register(name, attention_function(name))
         AttentionMaskInterface.register(name, padding_mask)
+
+
+def attention_function(name: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """What :func:`register` registers by a name of VARIANT_OF, and transformers by itself from a kernel of the hub."""
+    return functools.partial(_attend, VARIANT_OF[name])
 
 
 def padding_mask(*, mask_function, attention_mask: Tensor | None = None, kv_length: int, kv_offset: int = 0, **kwargs):

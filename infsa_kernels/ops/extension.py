@@ -1,5 +1,6 @@
 """The compiled part: the library of kernels and the module `infsa_kernels._C` beside it, and in words what keeps them out."""
 
+import ctypes
 import functools
 import platform
 import sys
@@ -9,8 +10,16 @@ from pathlib import Path
 
 import torch
 
-PACKAGE = Path(__file__).resolve().parent.parent
+# The folder is resolved, not the file: in the cache of the Hugging Face hub every file is a link to another place.
+PACKAGE = Path(__file__).parent.parent.resolve()
 LIBRARY = PACKAGE / "libinfsa_kernels.so"
+
+# What this package is imported as. Another name than ours is that of one version on the hub, which has it to itself, and several
+# may be in one process: so it is the namespace of their operators (docs/hub.md).
+NAME = __name__.removesuffix(".ops.extension")
+IS_OURS = NAME.rpartition(".")[2] == "infsa_kernels"
+NAMESPACE = "infsa" if IS_OURS else NAME
+torch_ops = getattr(torch.ops, NAMESPACE)
 
 
 def load() -> str | None:
@@ -21,8 +30,9 @@ def load() -> str | None:
         return _why_missing()
     try:
         torch.ops.load_library(str(LIBRARY))
+        _register_kernels()
         from .. import _C  # noqa: F401
-    except (ImportError, OSError) as error:
+    except (AttributeError, ImportError, OSError) as error:
         found = str(error).splitlines()[0] if str(error) else type(error).__name__
         if "cannot import name '_C'" in found:
             files = ", ".join(sorted(file.name for file in PACKAGE.glob("_C.*"))) or "none"
@@ -33,6 +43,15 @@ def load() -> str | None:
             f"`{build_command()}`"
         )
     return None
+
+
+def _register_kernels() -> None:
+    """The kernels of the library that is loaded as those of our operators, whose schemas register.py defines."""
+    wrong = ctypes.c_char_p()
+    register = ctypes.CDLL(str(LIBRARY)).infsa_register
+    register.restype = ctypes.c_bool
+    if not register(NAMESPACE.encode(), ctypes.byref(wrong)):
+        raise OSError(wrong.value.decode())
 
 
 def in_source_folder() -> bool:
@@ -53,7 +72,7 @@ def shadowed_package() -> Path | None:
         return None
     for entry in sys.path:
         spec = PathFinder.find_spec("infsa_kernels", [entry])
-        package = Path(spec.origin).resolve().parent if spec and spec.origin else PACKAGE
+        package = Path(spec.origin).parent.resolve() if spec and spec.origin else PACKAGE
         if package != PACKAGE and (package / LIBRARY.name).exists():
             return package
     return None
@@ -70,4 +89,6 @@ def _why_missing() -> str:
             f"the compiled extension was not built in the source folder {PACKAGE.parent}; build it there with "
             f"`{build_command()}`, unless INFSA_NO_EXT=1 was to leave it out"
         )
+    if not IS_OURS:
+        return f"the variant {PACKAGE.name} of the hub has no compiled kernels"
     return "the compiled extension was not built (INFSA_NO_EXT=1)"

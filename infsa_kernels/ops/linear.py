@@ -125,7 +125,7 @@ raw = RawOps(
     kernels={
         "cpu": "csrc/cpu/linear.cpp",
         "cuda": "csrc/cuda/linear_op.cpp",
-        "triton": "infsa_kernels.triton.linear",
+        "triton": ".triton.linear",
         "eager": eager,
     },
     formula=qkv.formula(reference.linear),

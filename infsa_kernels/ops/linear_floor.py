@@ -56,7 +56,7 @@ raw = RawOps(
     stand_ins={"k": "q"},
     kernels={
         "cpu": "csrc/cpu/linear.cpp",
-        "triton": "infsa_kernels.triton.linear_floor",
+        "triton": ".triton.linear_floor",
         "eager": eager,
     },
     formula=_formula,

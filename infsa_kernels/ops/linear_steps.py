@@ -150,7 +150,7 @@ def _flops(per_token, *at):
     return formula
 
 
-kernels = {"cpu": "csrc/cpu/linear_steps.cpp", "triton": "infsa_kernels.triton.linear_steps", "eager": eager}
+kernels = {"cpu": "csrc/cpu/linear_steps.cpp", "triton": ".triton.linear_steps", "eager": eager}
 _ON = define(
     "linear_steps",
     Steps,

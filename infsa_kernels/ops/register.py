@@ -21,26 +21,27 @@ from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils.flop_counter import register_flop_formula
 
 from ..torch_private import OpOverload, below_autocast
-from . import autograd, backends, check, sharding
+from . import autograd, backends, check, extension, sharding
 from .backends import SUFFIXES
 from .check import Signature
+from .extension import torch_ops
 from .plans import Plans, kind_of
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# Where a backend's kernels in Python are registered; the compiled ones register themselves.
+# Where a backend's kernels in Python are registered; extension.py registers the compiled ones.
 KEYS = {"eager": ("CompositeExplicitAutograd",), "triton": ("CUDA", "CPU")}
 
 
 def _library() -> torch.library.Library:
     try:
-        return torch.library.Library("infsa", "DEF")
+        return torch.library.Library(extension.NAMESPACE, "DEF")
     except RuntimeError as error:
         before = re.search(r"Previous registration of TORCH_LIBRARY was registered at (.+?):\d+;", str(error))
         if not before:
             raise
-        here, there = (Path(file).resolve().parent.parent for file in (__file__, before[1]))
+        here, there = (Path(file).parent.parent.resolve() for file in (__file__, before[1]))
         if here == there:
             told = (
                 f"infsa_kernels was imported from {here} before in this process, and its modules were dropped or reloaded "
@@ -73,7 +74,7 @@ class RawOps:
             and DTensor divide the work. The gradient of an argument without "B" is a sum over the batch.
         kernels: by backend, where its kernels are: a C++ file, or a Python module (or object) with ``forward(*arguments)`` and
             ``backward(*arguments, gradients)``, which fills the gradients that are not None. A module that is given by its name
-            is imported on first use, where the backend can run.
+            in this package is imported on first use, where the backend can run.
         formula: forward's differentiable outputs, as a tuple, in differentiable torch operations, for second derivatives.
         flops_forward, flops_backward: FLOPs from the sizes by letter.
         like: new outputs that are not laid out contiguously, from forward's arguments by name.
@@ -104,7 +105,7 @@ class RawOps:
             ):
                 name, rest = schema.split("(", 1)
                 library.define(f"{name}{suffix}({rest}")
-                op = getattr(torch.ops.infsa, name + suffix).default
+                op = getattr(torch_ops, name + suffix).default
                 torch.library.register_fake(op.name(), fake, lib=library)
                 torch.library.register_vmap(op, self._vmap(op, signature), lib=library)
                 register_flop_formula(op.overloadpacket, get_raw=True)(_flop_formula(flops, signature, counts))
@@ -211,7 +212,7 @@ class RawOps:
         direction = "forward" if signature is self.forward else "backward"
         if backend == "triton" and _first_use().failure(self.name, direction, arguments):
             return self.kernels["eager"]
-        return importlib.import_module(kernels)
+        return importlib.import_module(kernels, extension.NAME)
 
     def _vmap(self, op, signature):
         """The batching rule: the mapped dimension folds into the batch, unless it reaches a tensor without one."""
@@ -276,7 +277,7 @@ class RawOps:
 
 @functools.cache
 def _first_use() -> ModuleType:
-    return importlib.import_module("infsa_kernels.triton.first_use")
+    return importlib.import_module(".triton.first_use", extension.NAME)
 
 
 def _flop_formula(flops, signature, counts):
@@ -310,7 +311,7 @@ class PublicOp:
         library.define(
             schema.replace(f"{name}(", f"{name}.scalar_rho(", 1).replace("Tensor? rho=None", "float rho=1.0")
         )
-        self.composite, packet = composite, getattr(torch.ops.infsa, name)
+        self.composite, packet = composite, getattr(torch_ops, name)
         self._tensor_rho, self._scalar_rho = packet.default, packet.scalar_rho
         self.overloads = packet, packet.default, packet.scalar_rho
         call = _naming_real_tensors(self.signature, composite)

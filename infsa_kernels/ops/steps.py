@@ -11,8 +11,9 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from . import autograd, backends
+from . import autograd, backends, extension
 from .check import Signature
+from .extension import torch_ops
 from .register import KEYS, library
 
 Ops = TypeVar("Ops", bound=tuple)
@@ -46,7 +47,7 @@ def define(
         for step, (schema, tensors, fake, flops, stand_ins, more) in zip(kind._fields, steps):
             signature = Signature(f"{name}_{step}{schema}", tensors, stand_ins, more)
             library.define(f"{name}_{step}{suffix}{schema}")
-            op = getattr(torch.ops.infsa, f"{name}_{step}{suffix}").default
+            op = getattr(torch_ops, f"{name}_{step}{suffix}").default
             torch.library.register_fake(op.name(), _checked(signature, fake, suffix), lib=library)
             register_flop_formula(op.overloadpacket)(flops)
             library.impl(op, autograd.no_derivative(op, signature, instead), "Autograd", with_keyset=True)
@@ -69,7 +70,7 @@ def _checked(signature, function, *before):
 
 def _in_python(kernels, step):
     def call(*arguments):
-        module = importlib.import_module(kernels) if isinstance(kernels, str) else kernels
+        module = importlib.import_module(kernels, extension.NAME) if isinstance(kernels, str) else kernels
         return getattr(module, step)(*arguments)
 
     return call

@@ -171,7 +171,7 @@ raw_linear = RawOps(
     more=_more,
     kernels={
         "cpu": "csrc/cpu/linear.cpp",
-        "triton": "infsa_kernels.triton.linear_varlen",
+        "triton": ".triton.linear_varlen",
         "eager": eager.linear,
     },
     formula=_formula(reference.linear, per_token=False),
@@ -192,7 +192,7 @@ raw_linear_floor = RawOps(
     more=_more,
     kernels={
         "cpu": "csrc/cpu/linear.cpp",
-        "triton": "infsa_kernels.triton.linear_varlen_floor",
+        "triton": ".triton.linear_varlen_floor",
         "eager": eager.linear_floor,
     },
     formula=_formula(reference.linear, per_token=False),
@@ -212,7 +212,7 @@ raw_pure = RawOps(
     more=_more,
     kernels={
         "cpu": "csrc/cpu/pure.cpp",
-        "triton": "infsa_kernels.triton.pure_varlen",
+        "triton": ".triton.pure_varlen",
         "eager": eager.pure,
     },
     formula=_formula(reference.pure, per_token=True),

@@ -30,6 +30,9 @@ from torch import Tensor
 from . import configs
 from .tiles import describable
 
+# Whatever this package is imported as.
+_PARENT = __package__.rpartition(".")[0]
+
 # Where a kernel that fails is to be reported.
 REPORT = "please report it with the output of `python -m infsa_kernels.info --check`"
 
@@ -203,7 +206,7 @@ def check(variant: Variant, device: torch.device) -> str | None:
         Exception: whatever compiling, loading or running it raised.
     """
     raw = _raw(variant)
-    kernels, plain = importlib.import_module(raw.kernels["triton"]), raw.kernels["eager"]
+    kernels, plain = importlib.import_module(raw.kernels["triton"], _PARENT), raw.kernels["eager"]
     for number, lengths in enumerate(_lengths(variant, device)):
         arguments = _arguments(variant, device, *lengths, torch.Generator("cpu").manual_seed(number))
         if variant.direction == "backward":
@@ -220,7 +223,7 @@ def check(variant: Variant, device: torch.device) -> str | None:
 
 def _raw(variant: Variant):
     """The raw operators of a variant."""
-    return {raw.name: raw for raw in importlib.import_module("infsa_kernels.ops.register").RAW_OPS}[variant.op]
+    return {raw.name: raw for raw in importlib.import_module(".ops.register", _PARENT).RAW_OPS}[variant.op]
 
 
 def _run(variant: Variant, module, arguments: list) -> list[Tensor]:

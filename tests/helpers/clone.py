@@ -1,6 +1,6 @@
 """A clone of this repository that compiles in a second, and a Python to install it into.
 
-Its library is empty, and its module holds build facts, as the real one does, and no memory.
+Its library has no kernels, and its module holds build facts, as the real one does, and no memory.
 """
 
 import os
@@ -34,6 +34,10 @@ PyMODINIT_FUNC PyInit__C() {
 }
 """
 
+LIBRARY = """
+extern "C" __attribute__((visibility("default"))) bool infsa_register(const char*, const char**) { return true; }
+"""
+
 
 def environment(**more) -> dict[str, str]:
     """This process's, without what would reach into the clone or out of it."""
@@ -64,7 +68,7 @@ def make(folder: Path) -> Path:
     (folder / "csrc/cuda").mkdir()
     (folder / "csrc/module.cpp").write_text(MODULE)
     (folder / "csrc/facts.h").write_text(f'#define TORCH "{torch.__version__}"\n#define COMPILER "that of the tests"\n')
-    (folder / "csrc/cpu/nothing.cpp").write_text("int nothing() { return 0; }\n")
+    (folder / "csrc/cpu/nothing.cpp").write_text(LIBRARY)
     (folder / "csrc/cuda/nothing.cu").write_text("int nothing_cuda() { return 0; }\n")
     (folder / "csrc/cuda/nothing_op.cpp").write_text("int nothing_op() { return 0; }\n")
     return folder

@@ -201,7 +201,7 @@ def test_kernels_are_where_the_operator_says(raw):
             assert known == (backend in raw.kernels and built[backend]), (backend, way)
     for where in raw.kernels.values():
         if isinstance(where, str):
-            assert (ROOT / where).is_file() if where.startswith("csrc") else find_spec(where)
+            assert (ROOT / where).is_file() if where.startswith("csrc") else find_spec(where, "infsa_kernels")
 
 
 def usable(device):
