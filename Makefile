@@ -5,6 +5,8 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 GPU_VENV ?= .venv-gpu
 GPU_TORCH ?= torch==2.14.1
+NEON_VENV ?= .venv-neon
+NEON_TORCH ?= torch==2.10.0
 LOCKED_TORCH ?= 2.11.0 2.13.0 2.14.1
 BENCH_ARGS ?=
 MINUTES ?= 1
@@ -17,7 +19,7 @@ bin := $(VENV)/bin
 lock_of = $(wildcard requirements/torch-$(subst $() ,.,$(wordlist 1,2,$(subst ., ,$(subst torch==,,$(1))))).txt)
 csrc := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help bench bench-all bench-vs bench-extreme bench-explain bench-train report test test-all test-newest fuzz test-wheel test-gpu-build lock hub lint format sanitize gpu-check clean
+.PHONY: help bench bench-all bench-vs bench-extreme bench-explain bench-train report test test-all test-newest fuzz test-wheel test-neon test-gpu-build lock hub lint format sanitize gpu-check clean
 
 help: ## every target in a line
 	@sed -n 's/^\([a-z][a-z-]*\):[^#]*## \(.*\)/  \1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{ printf "%-18s%s\n", $$1, $$2 }'
@@ -100,6 +102,15 @@ test-wheel: $(VENV)/built ## one wheel beside several versions of torch
 	  bin/python ../tests/ops/test_invariants.py 0 > calls.txt && tail -n 1 calls.txt || { code=1; tail -n 3 calls.txt; }; cd ..; \
 	done; exit $$code
 
+# The CPU kernels as AArch64 machine code: setup.py's own build beside torch's wheel for AArch64, held to the rule, in an emulator.
+# The second line says which kernels these are, and fails where they do not load. Torch 2.13's wheel asks for CUDA.
+neon_tests := tests/ops/test_pooled_linear.py tests/ops/test_operators.py
+neon_tests += -k "cpu-cpu and (head_dims or kinds_of_rho or mixed_layouts or statistics or test_rule)"
+test-neon: $(NEON_VENV)/torch $(VENV)/torch ## the CPU kernels on AArch64, by an emulator
+	PATH="$(CURDIR)/$(bin):$$PATH" $(NEON_VENV)/bin/python setup.py -q build --build-base build/neon --build-lib build/neon/lib
+	PYTHONPATH=build/neon/lib $(NEON_VENV)/bin/python -P -m infsa_kernels.info | grep "^extension .*CPU kernels for portable"
+	PYTHONPATH=build/neon/lib $(NEON_VENV)/bin/python -P -m pytest -p no:cacheprovider $(neon_tests) $(TEST_ARGS)
+
 # The GPU extension, built, imported and taken apart on a machine that has nvcc and needs no GPU.
 test-gpu-build: $(GPU_VENV)/built ## the GPU extension, built and taken apart where there is nvcc
 	cd $(GPU_VENV) && bin/python -m pytest -c ../pyproject.toml ../tests/gpu/test_gpu_build.py ../tests/package/test_build.py
@@ -133,7 +144,7 @@ gpu-check: ## proves and measures everything on a GPU
 	$(GPU_PYTHON) -m bench.gpu_check $(GPU_ARGS)
 
 clean: ## removes what was built
-	rm -rf build dist *.egg-info $(VENV) $(VENV)-newest $(VENV)-oldest $(VENV)-lock $(VENV)-wheel-* $(GPU_VENV) infsa_kernels/*.so
+	rm -rf build dist *.egg-info $(VENV) $(VENV)-newest $(VENV)-oldest $(VENV)-lock $(VENV)-wheel-* $(GPU_VENV) $(NEON_VENV) infsa_kernels/*.so
 
 # torchvision asks for one version of torch: the constraint makes pip look for the torchvision of the torch that is here. A CUDA
 # build of torch brings a Triton of its own choice, which stays.
@@ -143,6 +154,10 @@ $(VENV)/torch: $(call lock_of,$(TORCH))
 	$(bin)/pip install -q -c $(VENV)/constraints.txt $(TORCH) "setuptools>=77" ninja
 	$(bin)/python -c "import triton" 2> /dev/null || cat $^ /dev/null > $(VENV)/constraints.txt
 	$(bin)/python -c "from importlib.metadata import version as v; print('torch==' + v('torch'))" >> $(VENV)/constraints.txt
+	touch $@
+
+$(NEON_VENV)/torch: tests/aarch64_venv.sh
+	tests/aarch64_venv.sh $(NEON_VENV) $(NEON_TORCH) $(PYTHON)
 	touch $@
 
 $(GPU_VENV)/built: pyproject.toml setup.py $(csrc) $(shell find infsa_kernels -name '*.py')

@@ -20,7 +20,7 @@ constexpr const char *kOp = "infsa::pure", *kPackedOp = "infsa::pure_varlen";
 
 bool same_mask(const OptTensor& a, const OptTensor& b) {
   if (!a || !b) return !a && !b;
-  return a->data_ptr() == b->data_ptr() && a->strides() == b->strides();
+  return a->data_ptr() == b->data_ptr() && a->strides().equals(b->strides());  // no == in torch 2.10
 }
 
 void clear(void* sums, Range rows, int64_t row_bytes) {
