@@ -27,19 +27,21 @@ def backward(
     dout = dout.to(u.dtype)  # (B, H, dv)
     central_query = central_query * u_unit[..., None]
     R, per_score = (t[..., None] for t in split((score_sum + eps) * u_unit * k_unit))
+    dcontext = effective_rho(rho, head_rho, 1) * dout
+    dcontext_unit = unit(dcontext[..., None, :])[..., 0]
     # What takes dq and dk back from these units and R's.
     s = scale(q)
-    s_u, s_k = (s * (per_score * x_unit[..., None])[..., None] for x_unit in (u_unit, k_unit))
+    s_u, s_k = (s * (per_score * x_unit[..., None] / dcontext_unit)[..., None] for x_unit in (u_unit, k_unit))
     dq, dk, dv, dhead_rho = gradients
 
     # z = rho sum_j a_j v_j,  a_j = r_j / R,  r_j = ReLU(qbar . kappa_j)
     scores = _scores(kappa, central_query, key_padding_mask)
-    dcontext = effective_rho(rho, head_rho, 1) * dout
     if dv is not None:
         dv.copy_(remove((scores / R * per_score)[..., None] * dcontext[..., None, :], key_padding_mask))
     if dhead_rho is not None:
         dhead_rho.copy_(rho * (dout * context).sum(-1))
     if dq is not None or dk is not None:
+        dcontext = dcontext * dcontext_unit
         dscores = ((v_acc @ dcontext[..., None]).squeeze(-1) - (dcontext * context).sum(-1, keepdim=True)) / R
         dscores = dscores.masked_fill(scores <= 0, 0)  # (B, H, M)
         dkappa = remove(s_k * dscores[..., None] * central_query[..., None, :], key_padding_mask)

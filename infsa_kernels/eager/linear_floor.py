@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .common import effective_rho, remove, rows, scale, split
+from .common import effective_rho, remove, rows, scale, split, unit
 from .linear import central_query_of, inputs, query_gradient
 
 
@@ -37,12 +37,14 @@ def backward(
     central_query = central_query * u_unit[..., None]
     norm = score_sum + score_floor * absolute_sum + eps
     R, per_score = (t[..., None] for t in split(norm * u_unit * k_unit))
-    s_k = scale(q) * (per_score * k_unit[..., None])[..., None]
+    dcontext = effective_rho(rho, head_rho, 1) * dout
+    dcontext_unit = unit(dcontext[..., None, :])[..., 0]
+    s = scale(q)
+    s_u, s_k = (s * (per_score * x_unit[..., None] / dcontext_unit)[..., None] for x_unit in (u_unit, k_unit))
     dq, dk, dv, dhead_rho = gradients
 
     # z = rho sum_j a_j v_j,  a_j = (ReLU(t_j) + floor T / M) / R,  t_j = qbar . kappa_j,  T = sum_j |t_j|
     products = _products(kappa, central_query, key_padding_mask)
-    dcontext = effective_rho(rho, head_rho, 1) * dout
     if dv is not None:
         share = (score_floor * absolute_sum / norm)[..., None] / _count(v_acc, key_padding_mask)
         weights = torch.relu(products) / R * per_score + share
@@ -50,6 +52,7 @@ def backward(
     if dhead_rho is not None:
         dhead_rho.copy_(rho * (dout * context).sum(-1))
     if dq is not None or dk is not None:
+        dcontext = dcontext * dcontext_unit
         dscores = ((v_acc @ dcontext[..., None]).squeeze(-1) - (dcontext * context).sum(-1, keepdim=True)) / R
         dabsolute = score_floor * (dcontext * (value_mean - context)).sum(-1, keepdim=True) / R
         dproducts = dscores.masked_fill(products <= 0, 0) + torch.sign(products) * dabsolute  # (B, H, M)
@@ -58,7 +61,6 @@ def backward(
         dk.copy_(dkappa)
     if dq is not None:
         dcentral = (dproducts[..., None, :] @ kappa).squeeze(-2)
-        s_u = scale(q) * (per_score * u_unit[..., None])[..., None]
         du = remove(s_u * query_gradient(dcentral, u, central_query, (energy_sum + eps) * u_unit), query_padding_mask)
         dq.copy_(du + dkappa if k is None else du)
 

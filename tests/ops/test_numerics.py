@@ -123,6 +123,18 @@ def test_a_gradient_that_vanishes_on_the_way(compiled):
         check(call, output_gradient(call) * 1e-10)
 
 
+@pytest.mark.parametrize("score_floor", [0.0, 0.1])
+@pytest.mark.parametrize("compiled", [name for name in backends_of("cpu") if name != "triton"])
+def test_products_of_values_and_gradients_that_vanish(compiled, score_floor):
+    """dout . v is of order 1e-42, where float32 has three digits; divided by the sum of the scores it is an ordinary number."""
+    call = make("linear", "cpu", N=31, M=31, d=4, eps=1e-13, score_floor=score_floor)
+    call.q *= 1e-6
+    call.k *= 1e-6
+    call.v *= 1e-30
+    with infsa_kernels.backend(compiled):
+        check(call, output_gradient(call) * 1e-12)
+
+
 @pytest.mark.parametrize("compiled", [name for name in backends_of("cpu") if name != "triton"])
 def test_the_norm_of_large_scores(compiled):
     """Squares of 1e36 and more: float32 holds the norm, and the scores' shares of it."""
