@@ -214,6 +214,7 @@ def stuck_and_lost_rank():
     os._exit(0)
 
 
+@pytest.mark.sweep
 def test_a_lost_rank_is_an_error_on_the_others(tmp_path):
     ranks.run([stuck_and_lost_rank], 2, tmp_path / "store")
 

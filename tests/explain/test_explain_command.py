@@ -36,6 +36,7 @@ def arguments(photo, *more, sizes=SIZES % "", model="infsa_kernels.nn:InfViT"):
     ]
 
 
+@pytest.mark.sweep
 def test_a_picture_of_every_kind(photo, capsys):
     main(arguments(photo, "--heads", "1", sizes=SIZES % ', "variant": "pure_infsa"'))
     written = photo.parent / "out" / "photo.png"

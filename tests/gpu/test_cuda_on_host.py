@@ -145,6 +145,7 @@ def test_waves_of_a_grid(resident):
 
 
 @pytest.mark.parametrize("resident", some([3, 4], 3))
+@pytest.mark.sweep
 def test_waves_of_several_blocks_each(resident):
     """A unit at a time on all blocks: partial sums of several waves are on their way at once, and some blocks are slow."""
     gpu = Emulated(resident, AMPERE, wave_bytes=1)
@@ -152,6 +153,7 @@ def test_waves_of_several_blocks_each(resident):
         check(gpu, make(H=7, N=1500, M=1600, d=8, dv=16, tied=tied), draws=2)
 
 
+@pytest.mark.sweep
 def test_blocks_of_a_cluster_wait_for_each_other():
     """Eight blocks read each other's shared memory, slow ones from fast ones that have nothing left to do."""
     assert plan(1, 1, 500, 450, 256, 256)["splits"] == 8

@@ -172,6 +172,7 @@ def on_mesh(check):
     check(torch.distributed.device_mesh.init_device_mesh("cpu", (WORLD,)))
 
 
+@pytest.mark.sweep
 def test_two_processes(tmp_path):
     checks = data_parallel, fully_sharded, sharded_heads_and_batch
     ranks.run([functools.partial(on_mesh, check) for check in checks], WORLD, tmp_path / "store")

@@ -60,6 +60,7 @@ def test_model_computes_the_reference(build, name):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.one_in(3)
 def test_padded_batch_equals_single_texts(name, side):
     model = bert(name)
     ids = torch.arange(18).reshape(2, 9) * 5 % 50

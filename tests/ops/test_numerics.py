@@ -9,6 +9,7 @@ import torch
 from helpers.backends import backends_of
 from helpers.calls import DTYPES, OPS, REFERENCE, Call, call_of_one_key, check, expected, output_gradient, raw_op
 from helpers.layouts import LAYOUTS
+from helpers.sweep import swept
 
 import infsa_kernels
 from infsa_kernels.testing import FORWARD, GRADIENT, assert_within
@@ -330,7 +331,7 @@ print(forward - before, peak() - before)
 """
 
 
-@pytest.mark.parametrize("name", backends_of("cpu"))
+@pytest.mark.parametrize("name", [swept(name) if name == "eager" else name for name in backends_of("cpu")])
 def test_pure_needs_no_matrix(name):
     """Of one head at N = 8192 the scores alone would be 256 MiB."""
     N = 8192

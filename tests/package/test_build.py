@@ -109,6 +109,7 @@ def test_nothing_is_compiled_twice(folder):
     assert compiled(folder) == {"nothing"}
 
 
+@pytest.mark.sweep
 def test_another_torch_or_compiler_compiles_everything(folder):
     """They are where the old ones were: the command lines are the same, and a package manager's files may be older than ours."""
     (note,) = folder.glob("build/temp*/made_from.json")
@@ -190,6 +191,7 @@ runpy.run_path("setup.py", run_name="__main__")
 
 
 @pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.sweep
 def test_cuda_without_its_sources_is_an_error(tmp_path, whole):
     """As from a source distribution made beside a CPU build of torch, when that still had no .cu."""
     folder = clone.make(tmp_path)
@@ -213,6 +215,7 @@ def sdist(folder, target) -> Path:
     return made
 
 
+@pytest.mark.sweep
 def test_a_source_distribution_has_every_source_and_no_cuda_in_its_version(tmp_path):
     """Of this repository, beside whatever torch is here."""
     folder = tmp_path / "repository"

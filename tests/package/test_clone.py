@@ -31,6 +31,7 @@ def test_readme_installs_in_place():
     assert INSTALL in COMMANDS and "infsa_kernels.info" in COMMANDS
 
 
+@pytest.mark.sweep
 def test_in_place_the_extension_is_found_everywhere(folder, python, tmp_path):
     clone.install(python, "-e", ".", cwd=folder)
     for cwd in (folder, tmp_path):

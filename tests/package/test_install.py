@@ -109,6 +109,7 @@ except RuntimeError as error:
     assert "backend 'cpu' cannot run this call: the compiled extension was not built" in message
 
 
+@pytest.mark.sweep
 def test_broken_extension_says_how_to_mend_it(without_extension, tmp_path):
     """A file that the loader refuses, as one for another platform is, leaves a working package and one readable line."""
     shutil.copytree(without_extension, tmp_path, dirs_exist_ok=True)
@@ -123,6 +124,7 @@ def test_broken_extension_says_how_to_mend_it(without_extension, tmp_path):
 
 
 @compiled
+@pytest.mark.sweep
 def test_a_wheel_for_another_python_says_so(without_extension, tmp_path):
     shutil.copytree(without_extension, tmp_path, dirs_exist_ok=True)
     shutil.copy(LIBRARY, tmp_path / PACKAGE.name)
@@ -185,6 +187,7 @@ def imported_twice(path, *lines) -> str:
 FORGET = "for name in [n for n in sys.modules if n.startswith('infsa_kernels')]: del sys.modules[name]"
 
 
+@pytest.mark.sweep
 def test_a_second_copy_is_refused_with_both_places(without_extension):
     message = imported_twice(without_extension, FORGET, f"sys.path.insert(0, {str(PACKAGE.parent)!r})")
     assert message.startswith(
