@@ -38,7 +38,7 @@ def tests(args) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     options = ["-k", "(cuda-triton or cuda-cuda) and not float64 or sanitizer or our_kernels"]
     if args.dry_run:
-        options = ["--part", "interpreter", "-k", "test_every_tile and linear"]
+        options = ["-k", "test_every_tile and linear"]
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *options]
     processes = {}
     for name in TESTS[: 1 if args.dry_run else None]:
