@@ -12,8 +12,9 @@
 namespace infsa::cpu::INFSA_ISA {
 namespace linear {
 
-// How the kernels are compiled: T the dtype in memory, kVecs the vectors per row (0: known at run time), kPacked
-// through tiles of the accumulation type, which takes any d and any stride between channels.
+// How the kernels are compiled: T the dtype in memory, kVecs the vectors per row where rows of a group lie one behind
+// another (0: known at run time, rows anywhere), kPacked through tiles of the accumulation type, which takes any d and
+// any stride between channels.
 template <typename T_, bool kOneHead_, int kVecs_, bool kPacked_> struct Variant {
   using T = T_;
   using A = Acc<T>;
@@ -21,10 +22,13 @@ template <typename T_, bool kOneHead_, int kVecs_, bool kPacked_> struct Variant
   static constexpr int kVecs = kVecs_;
 };
 
-// Rows of one group: vectors of T, `stride` elements apart.
-template <typename T> struct Group {
+// Rows of one group: vectors of T, a constant number of elements apart where kStride is not 0, so that the compiler
+// needs one address for all of them.
+template <typename T, int kStride = 0> struct Group {
   T* data;
   int64_t stride;
+
+  INFSA_INLINE T* row(int64_t r) const { return data + r * (kStride ? kStride : stride); }
 };
 
 // The units of a group's rows: `stride` apart, 0 where they share a head.
@@ -39,59 +43,57 @@ template <typename A> struct RowUnits {
 template <typename T> INFSA_INLINE void pack(Group<T> from, int64_t channel, int64_t rows, int64_t d,
                                              Group<Acc<T>> tile, RowUnits<Acc<T>> unit) {
   for (int64_t r = 0; r < rows; ++r)
-    load_row(from.data + r * from.stride, channel, d, unit[r], tile.data + r * tile.stride);
+    load_row(from.row(r), channel, d, unit[r], tile.row(r));
 }
 
 // ... and back.
 template <typename T> INFSA_INLINE void unpack(Group<Acc<T>> tile, int64_t rows, int64_t d, Group<T> to,
                                                int64_t channel, RowUnits<Acc<T>> unit) {
   for (int64_t r = 0; r < rows; ++r)
-    store_row(to.data + r * to.stride, channel, d, unit[r], tile.data + r * tile.stride);
+    store_row(to.row(r), channel, d, unit[r], tile.row(r));
 }
 
-// Asks for the rows that come about kAhead bytes later in the walk over tokens. The hardware's prefetchers stop at each
-// 4 KB page, and the arithmetic of one group fills the out-of-order window long before it reaches the next page by
-// itself.
-template <typename V> struct Prefetch {
-  using T = typename V::T;
-  static constexpr int64_t kAhead = 8 << 10, kLine = 64 / sizeof(T);
-  int64_t size, offset;
+// The group that a walk over tokens reaches kAhead bytes later: the hardware's prefetchers stop at each 4 KB page, and the
+// arithmetic of one group fills the out-of-order window long before it reaches the next page by itself.
+template <typename T> struct Ahead {
+  static constexpr int64_t kAhead = 64 << 10;
+  int64_t offset;
 
-  Prefetch(const Rows& rows, const LinearTask& task, int64_t d) : size(d) {
-    const int64_t token_bytes = task.heads * d * int64_t(sizeof(T)) + 1;
-    offset = (kAhead / token_bytes + 1) * rows.token;
-  }
+  Ahead(const Rows& rows, const LinearTask& task, int64_t d)
+      : offset((kAhead / (task.heads * d * int64_t(sizeof(T)) + 1) + 1) * rows.token) {}
 
-  INFSA_INLINE void operator()(Group<T> x, int64_t rows) const {
-    if constexpr (!V::kPacked) {
-      const int64_t n = V::kVecs ? V::kVecs * kLanes<Acc<T>> : size;
-      for (int64_t r = 0; r < rows; ++r) {
-        for (int64_t c = 0; c < n; c += kLine) __builtin_prefetch(x.data + r * x.stride + offset + c);
-      }
-    }
+  template <int kStride> INFSA_INLINE Group<T, kStride> operator()(Group<T, kStride> x) const {
+    return {x.data + offset, x.stride};
   }
 };
 
+// Asks for the line in which vector c of row r begins. Into the second-level cache, and one by one between the vectors of
+// a loop whose own loads hit: requests in a burst, or beside loads that miss, wait for the few buffers that a first-level
+// cache has for lines under way, and the arithmetic waits with them (on Zen 4 half of the time).
+template <typename T, int kStride> INFSA_INLINE void prefetch(Group<T, kStride> x, int64_t r, int64_t c) {
+  if (c * kLanes<Acc<T>> * sizeof(T) % 64 == 0) __builtin_prefetch(x.row(r) + c * kLanes<Acc<T>>, 0, 2);
+}
+
 // Lane r: row r . vector r, the vectors `vector_stride` apart (0: the same for all).
-template <typename E, typename A>
-INFSA_INLINE Vec<A> dots(Group<E> x, const A* vector, int64_t vector_stride, int64_t rows, int64_t vecs) {
+template <typename E, int kStride, typename A>
+INFSA_INLINE Vec<A> dots(Group<E, kStride> x, const A* vector, int64_t vector_stride, int64_t rows, int64_t vecs) {
   return sum_rows<A>([&](int r) INFSA_LAMBDA {
     Vec<A> sum{};
     if (r < rows) {
       for (int64_t c = 0; c < vecs; ++c)
-        sum += load(x.data + r * x.stride + c * kLanes<A>) * load(vector + r * vector_stride + c * kLanes<A>);
+        sum += load(x.row(r) + c * kLanes<A>) * load(vector + r * vector_stride + c * kLanes<A>);
     }
     return sum;
   });
 }
 
 // Lane r: ||row r||.
-template <typename A, typename E> INFSA_INLINE Vec<A> norms(Group<E> x, int64_t rows, int64_t vecs) {
+template <typename A, typename E, int kStride> INFSA_INLINE Vec<A> norms(Group<E, kStride> x, int64_t rows, int64_t vecs) {
   return sqrt(sum_rows<A>([&](int r) INFSA_LAMBDA {
     Vec<A> sum{};
     if (r < rows) {
       for (int64_t c = 0; c < vecs; ++c) {
-        const Vec<A> e = load(x.data + r * x.stride + c * kLanes<A>);
+        const Vec<A> e = load(x.row(r) + c * kLanes<A>);
         sum += e * e;
       }
     }
@@ -99,39 +101,45 @@ template <typename A, typename E> INFSA_INLINE Vec<A> norms(Group<E> x, int64_t 
   }));
 }
 
-// sums (of its head) += weight r * row r.
-template <bool kOneHead, typename E, typename A>
-INFSA_INLINE void add_weighted(A* sums, int64_t sums_stride, Group<E> x, Vec<A> weight, int64_t rows, int64_t vecs) {
+// sums (of its head) += weight r * row r; calls each(r, c) at its vector c.
+template <bool kOneHead, typename E, int kStride, typename A, typename Each>
+INFSA_INLINE void add_weighted(A* sums, int64_t sums_stride, Group<E, kStride> x, Vec<A> weight, int64_t rows,
+                               int64_t vecs, const Each& each) {
   A w[kLanes<A>];
   store(w, weight);
   if constexpr (kOneHead) {
     for (int64_t c = 0; c < vecs; ++c) {
       // Four chains: one alone would wait for each addition before it.
       Vec<A> sum[4] = {load(sums + c * kLanes<A>)};
-      for (int64_t r = 0; r < rows; ++r) sum[r % 4] += w[r] * load(x.data + r * x.stride + c * kLanes<A>);
+      for (int64_t r = 0; r < rows; ++r) {
+        each(r, c);
+        sum[r % 4] += w[r] * load(x.row(r) + c * kLanes<A>);
+      }
       store(sums + c * kLanes<A>, (sum[0] + sum[1]) + (sum[2] + sum[3]));
     }
   } else {
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t c = 0; c < vecs; ++c) {
+        each(r, c);
         A* sum = sums + r * sums_stride + c * kLanes<A>;
-        store(sum, load(sum) + w[r] * load(x.data + r * x.stride + c * kLanes<A>));
+        store(sum, load(sum) + w[r] * load(x.row(r) + c * kLanes<A>));
       }
     }
   }
 }
 
 // The same, and plain (of its head) += row r.
-template <bool kOneHead, typename E, typename A>
-INFSA_INLINE void add_weighted_and_plain(A* sums, A* plain, int64_t sums_stride, Group<E> x, Vec<A> weight,
-                                         int64_t rows, int64_t vecs) {
+template <bool kOneHead, typename E, int kStride, typename A, typename Each>
+INFSA_INLINE void add_weighted_and_plain(A* sums, A* plain, int64_t sums_stride, Group<E, kStride> x, Vec<A> weight,
+                                         int64_t rows, int64_t vecs, const Each& each) {
   A w[kLanes<A>];
   store(w, weight);
   if constexpr (kOneHead) {
     for (int64_t c = 0; c < vecs; ++c) {
       Vec<A> sum[4] = {load(sums + c * kLanes<A>)}, all[4] = {load(plain + c * kLanes<A>)};
       for (int64_t r = 0; r < rows; ++r) {
-        const Vec<A> e = load(x.data + r * x.stride + c * kLanes<A>);
+        each(r, c);
+        const Vec<A> e = load(x.row(r) + c * kLanes<A>);
         sum[r % 4] += w[r] * e;
         all[r % 4] += e;
       }
@@ -141,8 +149,9 @@ INFSA_INLINE void add_weighted_and_plain(A* sums, A* plain, int64_t sums_stride,
   } else {
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t c = 0; c < vecs; ++c) {
+        each(r, c);
         const int64_t at = r * sums_stride + c * kLanes<A>;
-        const Vec<A> e = load(x.data + r * x.stride + c * kLanes<A>);
+        const Vec<A> e = load(x.row(r) + c * kLanes<A>);
         store(sums + at, load(sums + at) + w[r] * e);
         store(plain + at, load(plain + at) + e);
       }
@@ -150,14 +159,17 @@ INFSA_INLINE void add_weighted_and_plain(A* sums, A* plain, int64_t sums_stride,
   }
 }
 
-// row r = weight r * vector r.
-template <typename E, typename A> INFSA_INLINE void write_rank_one(Group<E> out, Vec<A> weight, const A* vector,
-                                                                   int64_t vector_stride, int64_t rows, int64_t vecs) {
+// row r = weight r * vector r; calls each(r, c) at its vector c.
+template <typename E, int kStride, typename A, typename Each>
+INFSA_INLINE void write_rank_one(Group<E, kStride> out, Vec<A> weight, const A* vector, int64_t vector_stride,
+                                 int64_t rows, int64_t vecs, const Each& each) {
   A w[kLanes<A>];
   store(w, weight);
   for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t c = 0; c < vecs; ++c)
-      store(out.data + r * out.stride + c * kLanes<A>, w[r] * load(vector + r * vector_stride + c * kLanes<A>));
+    for (int64_t c = 0; c < vecs; ++c) {
+      each(r, c);
+      store(out.row(r) + c * kLanes<A>, w[r] * load(vector + r * vector_stride + c * kLanes<A>));
+    }
   }
 }
 

@@ -37,6 +37,7 @@ template <typename V, int kKinds = 1> struct Pass {
   using T = typename V::T;
   using A = typename V::A;
   static constexpr int64_t lanes = kLanes<A>;
+  static constexpr int kStride = V::kVecs * lanes;
   const LinearArgs& args;
   const LinearTask& task;
   const int64_t d, d_v;  // in whole vectors
@@ -52,11 +53,12 @@ template <typename V, int kKinds = 1> struct Pass {
         d_v_tile_data(d_tile_data + lanes * d) {}
   Pass(const LinearArgs& args, const LinearTask& task) : Pass(args, task, {task.heads, args.d, args.d_v, kKinds}) {}
 
-  // Vectors of a row, and what lies between the vectors that a group's rows go with: constants where they can be.
+  // Vectors of a row, its length, and what lies between the vectors that a group's rows go with: constants where they
+  // can be.
   INFSA_INLINE int64_t d_vecs() const { return V::kVecs ? V::kVecs : d / lanes; }
   INFSA_INLINE int64_t d_v_vecs() const { return V::kVecs ? V::kVecs : d_v / lanes; }
-  INFSA_INLINE int64_t d_stride() const { return V::kOneHead ? 0 : d; }
-  INFSA_INLINE int64_t d_v_stride() const { return V::kOneHead ? 0 : d_v; }
+  INFSA_INLINE int64_t d_stride() const { return V::kOneHead ? 0 : d_vecs() * lanes; }
+  INFSA_INLINE int64_t d_v_stride() const { return V::kOneHead ? 0 : d_v_vecs() * lanes; }
   INFSA_INLINE Group<A> d_tile() const { return {d_tile_data, d}; }
   INFSA_INLINE Group<A> d_v_tile() const { return {d_v_tile_data, d_v}; }
 
@@ -65,7 +67,7 @@ template <typename V, int kKinds = 1> struct Pass {
     return static_cast<const A*>(all) + (task.batch * args.H + task.head) * size;
   }
   // The group of rows that starts at token n, head h.
-  INFSA_INLINE Group<T> group(const Rows& rows, int64_t n, int64_t h) const {
+  INFSA_INLINE Group<T, kStride> group(const Rows& rows, int64_t n, int64_t h) const {
     return {static_cast<T*>(rows.data) + task.batch * rows.batch + (task.head + h) * rows.head + n * rows.token,
             V::kOneHead ? rows.token : rows.head};
   }
@@ -131,18 +133,23 @@ template <typename V, Weight kWeight> void forward(const LinearArgs& args, const
   constexpr bool kNorm = kWeight == Weight::norm, kFloor = kWeight == Weight::floored_score;
   const Pass<V, kFloor ? 2 : 1> pass(args, task);
   const int64_t width = kNorm ? pass.d : pass.d_v, y_size = kNorm ? args.d : args.d_v;
-  const int64_t y_vecs = kNorm ? pass.d_vecs() : pass.d_v_vecs();
+  const int64_t y_vecs = kNorm ? pass.d_vecs() : pass.d_v_vecs(), stride = kNorm ? pass.d_stride() : pass.d_v_stride();
   const A* vector = pass.of_heads(args.score_query, pass.d);
   A *sums = pass.sums, *plain = sums + task.heads * width, *weight_sums = kFloor ? plain + task.heads * width : plain;
   A* absolute_sums = weight_sums + row_length<A>(task.heads);
-  const Prefetch<V> prefetch_x(x_rows, task, args.d), prefetch_y(y_rows, task, y_size);
+  const Ahead<typename V::T> x_ahead(x_rows, task, args.d), y_ahead(y_rows, task, y_size);
 
   pass.for_blocks(
       mask, width,
       [&](int64_t n, int64_t h, int64_t rows) INFSA_LAMBDA {
-        auto x_group = pass.group(x_rows, n, h), y_group = pass.group(y_rows, n, h);
-        prefetch_x(x_group, rows);
-        if (!kNorm) prefetch_y(y_group, rows);
+        const auto x_group = pass.group(x_rows, n, h), y_group = pass.group(y_rows, n, h);
+        const auto next_x = x_ahead(x_group), next_y = y_ahead(y_group);
+        const auto each = [&](int64_t r, int64_t c) INFSA_LAMBDA {
+          if constexpr (!V::kPacked) {
+            prefetch(next_y, r, c);
+            if constexpr (!kNorm) prefetch(next_x, r, c);
+          }
+        };
         const auto sum = [&](auto x, auto y) INFSA_LAMBDA {
           Vec<A> weight;
           if constexpr (kNorm) {
@@ -154,9 +161,10 @@ template <typename V, Weight kWeight> void forward(const LinearArgs& args, const
           }
           store(weight_sums + h, load(weight_sums + h) + weight);
           if constexpr (kFloor) {
-            add_weighted_and_plain<V::kOneHead>(sums + h * width, plain + h * width, width, y, weight, rows, y_vecs);
+            add_weighted_and_plain<V::kOneHead>(sums + h * width, plain + h * width, stride, y, weight, rows, y_vecs,
+                                                each);
           } else {
-            add_weighted<V::kOneHead>(sums + h * width, width, y, weight, rows, y_vecs);
+            add_weighted<V::kOneHead>(sums + h * width, stride, y, weight, rows, y_vecs, each);
           }
         };
         if constexpr (V::kPacked) {
@@ -181,15 +189,20 @@ template <typename V, bool kFloor> void backward_keys(const LinearArgs& args, co
   const A* floor_gradient = kFloor ? pass.of_heads(args.floor_gradient, 1) : nullptr;
   A* dscores = static_cast<A*>(task.dscores);
   const bool want_dscores = task.sums || args.dk.data;
-  const Prefetch<V> prefetch_k(args.k, task, args.d), prefetch_v(args.v, task, args.d_v);
+  const Ahead<typename V::T> k_ahead(args.k, task, args.d), v_ahead(args.v, task, args.d_v);
 
   pass.for_blocks(
       args.key_mask, pass.d,
       [&](int64_t n, int64_t h, int64_t rows) INFSA_LAMBDA {
         const auto at = [&](const Rows& r) INFSA_LAMBDA { return pass.group(r, n, h); };
         const A *h_score_query = score_query + h * pass.d, *h_dcontext = dcontext + h * pass.d_v;
-        prefetch_k(at(args.k), rows);
-        if (want_dscores) prefetch_v(at(args.v), rows);
+        const auto each_k = [&, next = k_ahead(at(args.k))](int64_t r, int64_t c) INFSA_LAMBDA {
+          if constexpr (!V::kPacked) prefetch(next, r, c);
+        };
+        const auto each_v = [&, next = v_ahead(at(args.v))](int64_t r, int64_t c) INFSA_LAMBDA {
+          if constexpr (!V::kPacked) prefetch(next, r, c);
+        };
+        const auto nothing = [](int64_t, int64_t) INFSA_LAMBDA {};
         // Outputs go last and each through v's tile, which nobody needs by then; k's is read once more for the sums.
         const Group<A> d_tile = pass.d_tile(), d_v_tile = pass.d_v_tile();
 
@@ -211,13 +224,14 @@ template <typename V, bool kFloor> void backward_keys(const LinearArgs& args, co
               else
                 store_first(to, dscore, rows);
             }
-            if (task.sums) add_weighted<V::kOneHead>(pass.sums + h * pass.d, pass.d, k, dscore, rows, pass.d_vecs());
+            if (task.sums)
+              add_weighted<V::kOneHead>(pass.sums + h * pass.d, pass.d_stride(), k, dscore, rows, pass.d_vecs(), each_k);
             if (args.dk.data) {
               if constexpr (V::kPacked) {
-                write_rank_one(d_tile, dscore, h_score_query, pass.d_stride(), rows, pass.d_vecs());
+                write_rank_one(d_tile, dscore, h_score_query, pass.d_stride(), rows, pass.d_vecs(), nothing);
                 unpack(d_tile, rows, args.d, at(args.dk), args.dk.channel, pass.units(args.unit.dk, h));
               } else {
-                write_rank_one(at(args.dk), dscore, h_score_query, pass.d_stride(), rows, pass.d_vecs());
+                write_rank_one(at(args.dk), dscore, h_score_query, pass.d_stride(), rows, pass.d_vecs(), nothing);
               }
             }
           }
@@ -225,10 +239,10 @@ template <typename V, bool kFloor> void backward_keys(const LinearArgs& args, co
             Vec<A> weight = relu(score) * pass.per_row(score_scale, h);
             if constexpr (kFloor) weight += pass.per_row(floor_weight, h);
             if constexpr (V::kPacked) {
-              write_rank_one(d_v_tile, weight, h_dcontext, pass.d_v_stride(), rows, pass.d_v_vecs());
+              write_rank_one(d_v_tile, weight, h_dcontext, pass.d_v_stride(), rows, pass.d_v_vecs(), nothing);
               unpack(d_v_tile, rows, args.d_v, at(args.dv), args.dv.channel, pass.units(args.unit.dv, h));
             } else {
-              write_rank_one(at(args.dv), weight, h_dcontext, pass.d_v_stride(), rows, pass.d_v_vecs());
+              write_rank_one(at(args.dv), weight, h_dcontext, pass.d_v_stride(), rows, pass.d_v_vecs(), each_v);
             }
           }
         };
@@ -254,13 +268,13 @@ template <typename V> void backward_queries(const LinearArgs& args, const Linear
   const A *score_query = pass.of_heads(args.score_query, pass.d),
           *query_vector = pass.of_heads(args.query_vector, pass.d), *query_dot = pass.of_heads(args.query_dot, 1);
   const A* dscores = static_cast<const A*>(task.dscores);
-  const Prefetch<V> prefetch_q(args.q, task, args.d);
+  const Ahead<typename V::T> q_ahead(args.q, task, args.d);
 
   pass.for_blocks(
       args.query_mask, pass.d,
       [&](int64_t n, int64_t h, int64_t rows) INFSA_LAMBDA {
         const auto q_group = pass.group(args.q, n, h), dq_group = pass.group(args.dq, n, h);
-        prefetch_q(q_group, rows);
+        const auto next_q = q_ahead(q_group);
         const auto differentiate = [&](auto q, auto dq) INFSA_LAMBDA {
           const Vec<A> norm = norms<A>(q, rows, vecs);
           const Vec<A> dot = dots(q, query_vector + h * pass.d, stride, rows, vecs);
@@ -274,11 +288,12 @@ template <typename V> void backward_queries(const LinearArgs& args, const Linear
           }
           for (int64_t r = 0; r < rows; ++r) {
             for (int64_t c = 0; c < vecs; ++c) {
+              if constexpr (!V::kPacked) prefetch(next_q, r, c);
               const int64_t in_head = h * pass.d + r * stride + c * lanes;
               Vec<A> out =
-                  norm_of[r] * load(query_vector + in_head) + along_of[r] * load(q.data + r * q.stride + c * lanes);
+                  norm_of[r] * load(query_vector + in_head) + along_of[r] * load(q.row(r) + c * lanes);
               if (dscores) out += dscore_of[r] * load(score_query + in_head);
-              store(dq.data + r * dq.stride + c * lanes, out);
+              store(dq.row(r) + c * lanes, out);
             }
           }
         };
@@ -316,10 +331,13 @@ template <typename V> void run_variant(LinearPass pass, const LinearArgs& args, 
 template <typename T, bool kOneHead>
 void choose_variant(LinearPass pass, const LinearArgs& args, const LinearTask& task) {
   constexpr int64_t lanes = kLanes<Acc<T>>;
-  bool packed = args.d % lanes || args.d_v % lanes || args.unit.q;
+  bool packed = args.d % lanes || args.d_v % lanes || args.unit.q, dense = args.d == args.d_v;
   const Rows* const all[] = {&args.q, &args.k, &args.v, &args.dq, &args.dk, &args.dv};
-  for (const Rows* rows : all) packed |= rows->data && rows->channel != 1;
-  const int64_t vecs = args.d == args.d_v ? args.d / lanes : 0;
+  for (const Rows* rows : all) {
+    packed |= rows->data && rows->channel != 1;
+    dense &= !rows->data || (kOneHead ? rows->token : rows->head) == args.d;
+  }
+  const int64_t vecs = dense ? args.d / lanes : 0;
   if (packed) return run_variant<Variant<T, kOneHead, 0, true>>(pass, args, task);
   if (vecs == 1) return run_variant<Variant<T, kOneHead, 1, false>>(pass, args, task);
   if (vecs == 4) return run_variant<Variant<T, kOneHead, 4, false>>(pass, args, task);
