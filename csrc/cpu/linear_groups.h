@@ -42,19 +42,17 @@ template <typename A> struct RowUnits {
 // Copies rows that are no whole vectors (odd d, strided channels) or not in their units to a tile that is, ...
 template <typename T> INFSA_INLINE void pack(Group<T> from, int64_t channel, int64_t rows, int64_t d,
                                              Group<Acc<T>> tile, RowUnits<Acc<T>> unit) {
-  for (int64_t r = 0; r < rows; ++r)
-    load_row(from.row(r), channel, d, unit[r], tile.row(r));
+  for (int64_t r = 0; r < rows; ++r) load_row(from.row(r), channel, d, unit[r], tile.row(r));
 }
 
 // ... and back.
 template <typename T> INFSA_INLINE void unpack(Group<Acc<T>> tile, int64_t rows, int64_t d, Group<T> to,
                                                int64_t channel, RowUnits<Acc<T>> unit) {
-  for (int64_t r = 0; r < rows; ++r)
-    store_row(to.row(r), channel, d, unit[r], tile.row(r));
+  for (int64_t r = 0; r < rows; ++r) store_row(to.row(r), channel, d, unit[r], tile.row(r));
 }
 
-// The group that a walk over tokens reaches kAhead bytes later: the hardware's prefetchers stop at each 4 KB page, and the
-// arithmetic of one group fills the out-of-order window long before it reaches the next page by itself.
+// The group that a walk over tokens reaches kAhead bytes later: the hardware's prefetchers stop at each 4 KB page, and
+// the arithmetic of one group fills the out-of-order window long before it reaches the next page by itself.
 template <typename T> struct Ahead {
   static constexpr int64_t kAhead = 64 << 10;
   int64_t offset;
@@ -67,9 +65,9 @@ template <typename T> struct Ahead {
   }
 };
 
-// Asks for the line in which vector c of row r begins. Into the second-level cache, and one by one between the vectors of
-// a loop whose own loads hit: requests in a burst, or beside loads that miss, wait for the few buffers that a first-level
-// cache has for lines under way, and the arithmetic waits with them (on Zen 4 half of the time).
+// Asks for the line in which vector c of row r begins. Into the second-level cache, and one by one between the vectors
+// of a loop whose own loads hit: requests in a burst, or beside loads that miss, wait for the few buffers that a
+// first-level cache has for lines under way, and the arithmetic waits with them (on Zen 4 half of the time).
 template <typename T, int kStride> INFSA_INLINE void prefetch(Group<T, kStride> x, int64_t r, int64_t c) {
   if (c * kLanes<Acc<T>> * sizeof(T) % 64 == 0) __builtin_prefetch(x.row(r) + c * kLanes<Acc<T>>, 0, 2);
 }
@@ -88,7 +86,8 @@ INFSA_INLINE Vec<A> dots(Group<E, kStride> x, const A* vector, int64_t vector_st
 }
 
 // Lane r: ||row r||.
-template <typename A, typename E, int kStride> INFSA_INLINE Vec<A> norms(Group<E, kStride> x, int64_t rows, int64_t vecs) {
+template <typename A, typename E, int kStride>
+INFSA_INLINE Vec<A> norms(Group<E, kStride> x, int64_t rows, int64_t vecs) {
   return sqrt(sum_rows<A>([&](int r) INFSA_LAMBDA {
     Vec<A> sum{};
     if (r < rows) {

@@ -225,7 +225,8 @@ template <typename V, bool kFloor> void backward_keys(const LinearArgs& args, co
                 store_first(to, dscore, rows);
             }
             if (task.sums)
-              add_weighted<V::kOneHead>(pass.sums + h * pass.d, pass.d_stride(), k, dscore, rows, pass.d_vecs(), each_k);
+              add_weighted<V::kOneHead>(pass.sums + h * pass.d, pass.d_stride(), k, dscore, rows, pass.d_vecs(),
+                                        each_k);
             if (args.dk.data) {
               if constexpr (V::kPacked) {
                 write_rank_one(d_tile, dscore, h_score_query, pass.d_stride(), rows, pass.d_vecs(), nothing);
@@ -290,8 +291,7 @@ template <typename V> void backward_queries(const LinearArgs& args, const Linear
             for (int64_t c = 0; c < vecs; ++c) {
               if constexpr (!V::kPacked) prefetch(next_q, r, c);
               const int64_t in_head = h * pass.d + r * stride + c * lanes;
-              Vec<A> out =
-                  norm_of[r] * load(query_vector + in_head) + along_of[r] * load(q.row(r) + c * lanes);
+              Vec<A> out = norm_of[r] * load(query_vector + in_head) + along_of[r] * load(q.row(r) + c * lanes);
               if (dscores) out += dscore_of[r] * load(score_query + in_head);
               store(dq.row(r) + c * lanes, out);
             }
