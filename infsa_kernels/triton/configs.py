@@ -5,12 +5,18 @@ the loads that stay in flight; Pure's as the largest tile that compiles without 
 matrix instructions asynchronous: at 128 x 128 under a cap of 128 registers ptxas waits after each of them.
 """
 
+import contextlib
 import functools
+from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
 import triton
 from torch import Tensor
+
+# Multiprocessors of the largest GPU of each kind: what is supposed where there is none to ask.
+MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "sm_120": 170, "gfx942": 304}
 
 
 @functools.cache
@@ -26,18 +32,30 @@ def arch_of(device: torch.device) -> str:
     return {9: "sm_90", 10: "sm_100"}.get(major, "sm_120")
 
 
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Of this GPU, or of the part of it that the process has."""
+    if device.type != "cuda":
+        return MULTIPROCESSORS[arch_of(device)]
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 @dataclass(frozen=True)
 class Linear:
     heads: int  # G, heads of one program
     tokens: int  # BT, tokens at a time
     num_warps: int
-    programs: int  # wanted on the whole GPU at once
+    programs: int  # that run at once on the whole GPU
 
     def splits(self, tokens: int, groups: int) -> tuple[int, int]:
         """How many runs of how many tokens a sequence is cut into, by shape alone."""
         steps = triton.cdiv(tokens, self.tokens)
         split_tokens = triton.cdiv(steps, min(max(1, self.programs // groups), steps)) * self.tokens
         return triton.cdiv(tokens, split_tokens), split_tokens
+
+    def folds(self, splits: int, d: int, readers: int) -> bool:
+        """Whether one more launch adds up what so many splits leave; else each of ``readers`` programs does."""
+        return splits > 1 and readers * splits * self.heads * (d + 1) * 4 > self.programs * PARTS.get()
 
     def sizes(self, d: int) -> dict[str, int]:
         """What every kernel of Linear is told."""
@@ -49,15 +67,50 @@ class Linear:
 WHOLE = 512
 # Programs below which a short sequence takes one head each instead of a 128-byte line of heads, to fill the GPU.
 FEW = 256
-# One wave: 6 programs of 128 threads and at most 80 registers on each multiprocessor of the largest GPU of the kind.
-PROGRAMS = {"sm_80": 648, "sm_90": 792, "sm_100": 888, "sm_120": 1020, "gfx942": 1216}
+# Bytes of partial sums that a program reads itself, where all run that fit. Those of a multiprocessor share its 64 bytes a cycle
+# from the L2 cache: 6 that read as much take 2 us, and a launch that adds up for all of them no longer.
+PARTS = ContextVar("PARTS", default=32 << 10)
 
 
-def linear(q: Tensor, v: Tensor, tokens: int, floored: bool = False, samples: int | None = None) -> Linear:
+@contextlib.contextmanager
+def always_folding() -> Iterator[None]:
+    """In this block, and this thread, partial sums are added up by a launch of their own in every call."""
+    before = PARTS.set(0)
+    try:
+        yield
+    finally:
+        PARTS.reset(before)
+
+
+# Programs of Linear's kernels over keys that one multiprocessor holds, by their registers: the fewest of each kind in
+# triton_resources.txt, of heads up to 64. Those over queries are cut alike though more would fit: a tied Q is then in the L2
+# cache where it is read again. (16-bit, float32) each: plain, with a floor, packed, packed with a floor.
+RESIDENT = {
+    ("sm_80", "forward"): ((4, 5), (4, 6), (4, 4), (4, 5)),
+    ("sm_80", "backward"): ((5, 4), (4, 4), (4, 4), (4, 4)),
+    ("sm_90", "forward"): ((6, 6), (5, 7), (5, 4), (4, 7)),
+    ("sm_90", "backward"): ((5, 4), (5, 3), (5, 4), (4, 4)),
+    ("sm_100", "forward"): ((6, 5), (4, 7), (5, 5), (5, 7)),
+    ("sm_100", "backward"): ((5, 3), (5, 3), (5, 4), (5, 4)),
+    ("sm_120", "forward"): ((6, 4), (4, 7), (6, 4), (4, 6)),
+    ("sm_120", "backward"): ((4, 3), (4, 3), (5, 4), (4, 4)),
+    ("gfx942", "forward"): ((6, 7), (6, 8), (7, 7), (6, 8)),
+    ("gfx942", "backward"): ((7, 7), (6, 6), (7, 6), (6, 7)),
+}
+
+
+def resident(arch: str, direction: str, element_size: int, floored: bool, packed: bool) -> int:
+    """Programs of Linear that run at once on a multiprocessor."""
+    return RESIDENT[arch, direction][2 * packed + floored][element_size == 4]
+
+
+def linear(
+    q: Tensor, v: Tensor, tokens: int, direction: str, floored: bool = False, samples: int | None = None
+) -> Linear:
     """16 elements of each tensor per thread: more cost registers, fewer leave too few loads in flight.
 
     ``tokens``: of the longest sequence. ``samples``: packed sequences, where q is not a batch of as many.
-    ``floored``: the forward pass with a floor, whose second sum of values makes float32 spill at 16.
+    ``floored``: with a floor, whose second sum of values makes float32 spill at 16 in the forward pass.
     """
     H, d = q.shape[1], q.shape[3]
     B = q.shape[0] if samples is None else samples
@@ -68,8 +121,11 @@ def linear(q: Tensor, v: Tensor, tokens: int, floored: bool = False, samples: in
         heads = max(1, min(triton.next_power_of_2(H), 128 // (D * q.element_size())))
     # Short sequences wait for memory, not for bandwidth: one large tile.
     num_warps = 8 if short else 4
-    programs = 1 if short else PROGRAMS[arch_of(q.device)]
-    elements = 8 if floored and q.element_size() == 4 else 16
+    programs = 1
+    if not short:
+        each = resident(arch_of(q.device), direction, q.element_size(), floored, samples is not None)
+        programs = multiprocessors(q.device) * each
+    elements = 8 if floored and direction == "forward" and q.element_size() == 4 else 16
     return Linear(heads, max(1, num_warps * 32 * elements // (heads * D)), num_warps, programs)
 
 
@@ -169,8 +225,8 @@ def _tf32(pointers: dict[str, dict[int, Pure]]) -> dict[str, dict[int, Pure]]:
     return {kernel: {64: pointers[kernel][128], 128: pointers[kernel][256], 256: IEEE[kernel][256]} for kernel in IEEE}
 
 
-PURE |= {(arch, "ieee"): IEEE for arch in PROGRAMS}
-PURE |= {(arch, "tf32"): _tf32(PURE[arch, "pointers"]) for arch in PROGRAMS}
+PURE |= {(arch, "ieee"): IEEE for arch in MULTIPROCESSORS}
+PURE |= {(arch, "tf32"): _tf32(PURE[arch, "pointers"]) for arch in MULTIPROCESSORS}
 for _arch in ("sm_80", "sm_120"):
     PURE[_arch, "tf32"]["bwd_queries"][64] = PURE[_arch, "tf32"]["bwd_keys"][64] = Pure(64, 32, 4, 2)
 PURE["sm_120", "tf32"]["bwd_queries"][128] = Pure(32, 32, 8, 2)

@@ -9,6 +9,7 @@ A verdict on the numbers is kept on disk, for this GPU, driver, torch, Triton, a
 not check again. `INFSA_TRITON=1` trusts every kernel unchecked, `INFSA_TRITON=0` uses none.
 """
 
+import contextlib
 import functools
 import hashlib
 import importlib
@@ -41,6 +42,9 @@ CHECKED = ("cuda",)
 
 # Runs of one call, whose bits have to be equal.
 RUNS = 3
+
+# Of Linear's calls the one whose partial sums are added up by a launch of their own.
+FOLDING = 2
 
 # Batch and heads of a call, and the rows of NaN on either side of every head.
 HEADS, MARGIN = (2, 4), 8
@@ -214,7 +218,8 @@ def check(variant: Variant, device: torch.device) -> str | None:
         expected = _run(variant, plain, [_one_head(variant, x) for x in arguments])
         first = None
         for _ in range(RUNS):
-            results = _run(variant, kernels, arguments)
+            with configs.always_folding() if number == FOLDING else contextlib.nullcontext():
+                results = _run(variant, kernels, arguments)
             if reason := _wrong(variant, results, expected, first):
                 return f"{reason}, at {lengths[0]} queries and {lengths[1]} keys"
             first = results
@@ -273,7 +278,8 @@ def _lengths(variant: Variant, device: torch.device) -> list[tuple]:
 def _lengths_of_one(variant: Variant, device: torch.device) -> list[tuple[int, int]]:
     if not variant.op.startswith("pure"):
         # Short sequences are one program's, long ones are cut into runs. An odd number of queries, so that no score is 0.
-        odd = 3 * 32 + 1, 2 * configs.WHOLE + 1
+        # Dense ones once more, with a launch of its own for their partial sums, as far longer ones have.
+        odd = 3 * 32 + 1, *[2 * configs.WHOLE + 1] * (1 if variant.packed else 2)
         return [(N, N if variant.tied else N - 1) for N in odd]
     like = torch.empty(1, 1, 1, max(variant.d, variant.dv), dtype=getattr(torch, variant.dtype), device=device)
     kernels = ("fwd",)

@@ -6,6 +6,7 @@
 A program walks over a run of tokens ("split") of G heads, [BT, G, D] of them at a time, and keeps its sums in registers of that
 shape: nothing crosses a thread inside the loop but the dot products over D, and the reduction over tokens happens once.
 Splits leave partial sums in scratch; whoever needs the total adds them up in their order, so the bits never depend on timing.
+Where all programs would read many of them, a launch between (linear_fold.py) leaves them the total as the one part of it.
 The total over the keys is taken by the program of a head group that arrives last, which an integer ticket tells it: the one
 atomic here, it touches no number. Short sequences take one program per head group and one launch.
 
@@ -24,6 +25,7 @@ from ..eager.common import scale
 from . import configs
 from .launch import SIZES, Launch, countable, maker, padded, planned, relu, strides
 from .linear_backward import backward, split
+from .linear_fold import Fold
 from .packed import Packing, span_of, tiles_of_sequence
 from .tokens import (
     effective_rho,
@@ -209,12 +211,16 @@ def plan_forward(
     countable("infsa::linear" if packing is None else packing.op, q, v)
     k = q if k is None else k
     samples = B if packing is None else packing.sequences
-    config = configs.linear(q, v, max(N, M) if packing is None else packing.longest, score_floor is not None, samples)
+    longest = max(N, M) if packing is None else packing.longest
+    config = configs.linear(q, v, longest, "forward", score_floor is not None, None if packing is None else samples)
     head_groups = triton.cdiv(H, config.heads)
     (splits, split_tokens), (key_splits, key_split_tokens) = split(config, B * head_groups, N, M, packing)
     whole = splits == key_splits == 1 if packing is None else packing.longest <= configs.WHOLE
     sequences = None if packing is None else samples
     sizes = config.sizes(d)
+    folds = packing is None and config.folds(splits, d, B * head_groups * key_splits)
+    fold = Fold(B, H, splits, d, q.device) if folds else None
+    parts = splits if fold is None else 1
     sum_queries_of_splits = Launch(
         linear_fwd_queries_kernel, B * head_groups * splits, q.device,
         q.stride(), strides(query_padding_mask, 2), H, N, splits, split_tokens, sequences, **sizes,
@@ -245,6 +251,8 @@ def plan_forward(
             central_parts, energy_parts, context_parts, score_parts = [new() for new in scratch]
             tickets = new_tickets()
             sum_queries_of_splits(q, query_padding_mask, cu_seqlens_q, central_parts, energy_parts, tickets)
+            if fold is not None:
+                central_parts, energy_parts = fold(central_parts, energy_parts)
         if score_floor is not None:
             absolute_sum, value_mean = of_floor = [new() for new in floor_results]
             found += of_floor
@@ -253,7 +261,7 @@ def plan_forward(
         sum_keys(
             q, k, v, query_padding_mask, key_padding_mask, head_rho, cu_seqlens_q, cu_seqlens_k,
             out, context, central_query, energy_sum, score_sum,
-            central_parts, energy_parts, splits, context_parts, score_parts, tickets,
+            central_parts, energy_parts, parts, context_parts, score_parts, tickets,
             absolute_sum, value_mean, absolute_parts, value_parts, key_counts(score_floor, key_padding_mask),
         )  # fmt: skip
         return out, *found

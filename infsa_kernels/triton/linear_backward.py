@@ -8,6 +8,7 @@ from ..eager import linear as eager
 from ..eager.common import scale
 from . import configs
 from .launch import SIZES, Launch, countable, padded, planned, relu, strides
+from .linear_fold import Fold
 from .packed import Packing, tiles_of_all, tiles_of_sequence
 from .tokens import (
     dot_of_heads,
@@ -190,7 +191,8 @@ def plan_backward(
     tied = k is None
     k = q if tied else k
     samples = B if packing is None else packing.sequences
-    config = configs.linear(q, v, max(N, M) if packing is None else packing.longest, samples=samples)
+    longest = max(N, M) if packing is None else packing.longest
+    config = configs.linear(q, v, longest, "backward", score_floor is not None, None if packing is None else samples)
     groups = B * triton.cdiv(H, config.heads)
     (splits, split_tokens), (key_splits, key_split_tokens) = split(config, groups, N, M, packing)
     sequences = None if packing is None else samples
@@ -203,7 +205,10 @@ def plan_backward(
         dv=dv_size, DV=padded(dv_size), WANT_Q=want_q, WANT_K=dk is not None, WANT_V=dv is not None,
         WANT_RHO=dhead_rho is not None, **sizes,
     )  # fmt: skip
+    fold, parts = None, key_splits
     if want_q:
+        if packing is None and config.folds(key_splits, d, groups * splits):
+            fold, parts = Fold(B, H, key_splits, d, q.device), 1
         queries = Launch(
             linear_bwd_queries_kernel, groups * splits, q.device,
             q.stride(), dq.stride(), strides(query_padding_mask, 2), strides(key_padding_mask, 2),
@@ -226,6 +231,8 @@ def plan_backward(
             dout, k, v, key_padding_mask, head_rho, cu_seqlens_k, context, central_query, score_sum,
             absolute_sum, value_mean, key_counts(score_floor, key_padding_mask), dk, dv, dhead_rho, dscores, dcentral_parts,
         )  # fmt: skip
+        if fold is not None:
+            dcentral_parts, _ = fold(dcentral_parts)
         if want_q:
             queries(
                 q,
@@ -238,7 +245,7 @@ def plan_backward(
                 energy_sum,
                 dscores,
                 dcentral_parts,
-                key_splits,
+                parts,
             )
 
     return run

@@ -21,7 +21,7 @@ NOT_PACKED = None
 def queries_fwd(q, query_padding_mask):
     if not _trusted("forward", q, q, query_padding_mask):
         return eager.queries_fwd(q, query_padding_mask)
-    (B, H, N, d), grid = q.shape, _Grid(q, q)
+    (B, H, N, d), grid = q.shape, _Grid(q, q, "forward")
     splits, split_tokens = grid.splits
     central, energy = (q.new_empty(B, H, splits, size, dtype=torch.float32) for size in (d, 1))
     sum_queries = Launch(
@@ -46,7 +46,7 @@ def keys_floor_fwd(k, v, central_query, key_padding_mask):
 
 
 def _keys_fwd(k, v, central_query, key_padding_mask, floored):
-    (B, H, M, d), dv, grid = k.shape, v.shape[3], _Grid(k, v, floored)
+    (B, H, M, d), dv, grid = k.shape, v.shape[3], _Grid(k, v, "forward", floored)
     splits, split_tokens = grid.splits
     eps, s = 1e-6, scale(k)
     # The kernel makes qbar s^2 / (s sum e + eps) of sums: these give qbar.
@@ -102,7 +102,7 @@ def _keys_bwd(
     dcontext, k, v, context, central_query, score_sum, score_floor, absolute_sum, value_mean, key_count, eps, key_padding_mask,
     output_mask,
 ):  # fmt: skip
-    (B, H, M, d), dv_size, grid = k.shape, v.shape[3], _Grid(k, v)
+    (B, H, M, d), dv_size, grid = k.shape, v.shape[3], _Grid(k, v, "backward", score_floor is not None)
     splits, split_tokens = grid.splits
     want_dk, want_dv, want_dcentral, want_dscores = output_mask
     dk = torch.empty_like(k) if want_dk else None
@@ -136,7 +136,7 @@ def queries_bwd(dcentral_query, dscores, dscores_unit, q, central_query, energy_
         return eager.queries_bwd(
             dcentral_query, dscores, dscores_unit, q, central_query, energy_sum, eps, query_padding_mask
         )
-    (_, H, N, _), grid = q.shape, _Grid(q, q)
+    (_, H, N, _), grid = q.shape, _Grid(q, q, "backward")
     splits, split_tokens = grid.splits
     dq = torch.empty_like(q)
     pull_back = Launch(
@@ -155,9 +155,9 @@ def queries_bwd(dcentral_query, dscores, dscores_unit, q, central_query, energy_
 class _Grid:
     """How a step's tokens, (B, H, N, d), are divided over programs."""
 
-    def __init__(self, x, v, floored=False):
+    def __init__(self, x, v, direction, floored=False):
         B, H, N, d = x.shape
-        config = configs.linear(x, v, N, floored)
+        config = configs.linear(x, v, N, direction, floored)
         self.groups, self._like = B * triton.cdiv(H, config.heads), x
         self.splits = config.splits(N, self.groups)
         self.sizes = config.sizes(d)

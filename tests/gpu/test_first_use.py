@@ -14,7 +14,7 @@ from helpers.sweep import swept
 pytest.importorskip("triton")
 
 import infsa_kernels
-from infsa_kernels.triton import configs, first_use, linear, pure, pure_varlen
+from infsa_kernels.triton import configs, first_use, linear, linear_fold, pure, pure_varlen
 
 CPU = torch.device("cpu")
 MODULES = {"linear": linear, "pure": pure}
@@ -30,7 +30,8 @@ def small(monkeypatch):
     tiles = {kernel: {256: configs.Pure(32, 32, 4, 1)} for kernel in ("fwd", "bwd_queries", "bwd_keys", "bwd_tied")}
     monkeypatch.setattr(configs, "PURE", dict.fromkeys(configs.PURE, tiles))
     monkeypatch.setattr(configs, "WHOLE", 32)
-    monkeypatch.setattr(configs, "PROGRAMS", {"sm_90": 12})
+    monkeypatch.setattr(configs, "resident", lambda *kind: 1)
+    monkeypatch.setattr(configs, "multiprocessors", lambda device: 12)
     monkeypatch.setattr(first_use, "HEADS", (1, 2))
 
 
@@ -154,6 +155,18 @@ def plant(fault, monkeypatch):
 def test_a_wrong_kernel_fails(fault, small, monkeypatch):
     plant(fault, monkeypatch)
     assert PLANTED[fault] in first_use.check(variant(), CPU)
+
+
+@interpreted
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_a_wrong_sum_of_the_partial_sums_fails(direction, small, monkeypatch):
+    right = linear_fold.Fold.__call__
+
+    def wrong(fold, parts, *more):
+        return right(fold, parts * 1.001, *more)
+
+    monkeypatch.setattr(linear_fold.Fold, "__call__", wrong)
+    assert "at 65 queries" in first_use.check(variant("linear", direction, d=64), CPU)
 
 
 @interpreted

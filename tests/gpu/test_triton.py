@@ -42,7 +42,8 @@ def triton(monkeypatch):
     from infsa_kernels.triton import configs
 
     monkeypatch.setattr(configs, "WHOLE", 32)
-    monkeypatch.setattr(configs, "PROGRAMS", {"sm_90": 12})
+    monkeypatch.setattr(configs, "resident", lambda *kind: 1)
+    monkeypatch.setattr(configs, "multiprocessors", lambda device: 12)
     with infsa_kernels.backend("triton"):
         yield
 

@@ -90,7 +90,9 @@ def check_budgets(row: dict[str, str]) -> None:
         assert int(row["barriers"]) <= (2 if handed_over else 0), f"{name}: a barrier in the loop"
         widths = {load.split(":")[0] for load in row["loads"].split(",")}
         narrow = ({"8", "16", "32"} if "masked" in row["case"] else set()) | ({"32"} if handed_over else set())
-        assert "128" in widths and widths <= {"128"} | narrow, f"{name}: loads of {row['loads']} in the loop"
+        if row["kernel"] == "linear_fold":  # forward, whose last loop is that over the sums of energies
+            narrow = widths & {"32"}
+        assert widths & {"128", *narrow} and widths <= {"128"} | narrow, f"{name}: loads of {row['loads']} in the loop"
 
 
 LENGTHS = sorted({rows * columns + 1 for rows in range(14, 65, 3) for columns in range(14, 65, 7)})[::3]
@@ -105,7 +107,8 @@ def test_lengths_share_their_kernels(op, heads, d, most):
     assert len(compilations([Call(op, 8, N, heads, d) for N in LENGTHS])) <= most
 
 
-@pytest.mark.parametrize(("op", "most"), [("linear", 7), ("pure", 9)])
+# Two of Linear's add up the partial sums of long sequences with few heads, forward and backward.
+@pytest.mark.parametrize(("op", "most"), [("linear", 9), ("pure", 9)])
 def test_batches_and_heads_share_their_kernels(op, most):
     lengths = 16, 50, 196, 197, 256, 577, 785, 1024, 1025, 4096, 4097, 9217, 16384, 65536
     calls = [Call(op, B, N, H, 64) for B in (1, 2, 3, 8, 16) for N in lengths for H in (1, 3, 6, 12, 16)]

@@ -1,11 +1,13 @@
 """What is decided before a Triton kernel starts: grids, sizes that are refused, the device. On meta tensors, so at any size."""
 
 import ast
+import itertools
 from pathlib import Path
 
 import pytest
 import torch
 from helpers.calls import OPS
+from helpers.triton_resources import read
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton")
@@ -13,7 +15,7 @@ pytest.importorskip("triton")
 from infsa_kernels.eager import pure as eager
 from infsa_kernels.ops import linear as linear_op
 from infsa_kernels.ops import pure as pure_op
-from infsa_kernels.triton import configs, launch, linear, linear_backward, pure, pure_backward, pure_tied
+from infsa_kernels.triton import configs, launch, linear, linear_backward, linear_fold, pure, pure_backward, pure_tied
 
 RAW = {"linear": linear_op.raw, "pure": pure_op.raw}
 by_op = pytest.mark.parametrize("op", OPS)
@@ -34,7 +36,7 @@ class Recorder:
 @pytest.fixture
 def kernels(monkeypatch):
     recorder = Recorder()
-    for module in (linear, linear_backward, pure, pure_backward, pure_tied):
+    for module in (linear, linear_backward, linear_fold, pure, pure_backward, pure_tied):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, recorder)
     return recorder
@@ -77,6 +79,107 @@ def test_long_sequences_keep_every_token_countable(op, kernels):
         splits, split_tokens = config.splits(1 << 30, groups)
         assert (splits - 1) * split_tokens < 1 << 30 <= splits * split_tokens
         assert splits * split_tokens + config.tokens <= LIMIT  # the farthest token a program ever names
+
+
+# As sold and as cut: a slice of an H100, one for PCIe, for SXM; an A100; RTX 4060 and 5090; and what no table knows.
+DEVICES = [
+    ("sm_90", 16),
+    ("sm_90", 114),
+    ("sm_90", 132),
+    ("sm_80", 108),
+    ("sm_120", 24),
+    ("sm_120", 170),
+    ("sm_100", 1),
+]
+
+
+@pytest.mark.parametrize(("arch", "size"), DEVICES)
+@pytest.mark.parametrize("H", [1, 4, 64])
+def test_linear_fills_the_gpu_once(arch, size, H, monkeypatch, kernels):
+    """With as many programs as its multiprocessors hold, by the registers in the table of what the kernels compile to."""
+    monkeypatch.setattr(configs, "arch_of", lambda device: arch)
+    monkeypatch.setattr(configs, "multiprocessors", lambda device: size)
+    N = 1 << 24  # so many steps that rounding hardly shows
+    fits = {
+        direction: min(
+            int(row["per_SM"])
+            for row in read()[1]
+            if row["arch"] == arch
+            and row["kernel"] == f"linear_{direction}_keys"
+            and row["tile"].endswith("/w4")
+            and row["case"].startswith(("bf16", "fp16"))
+            and not {"packed", "floor", "d256"} & set(row["case"].split("/"))
+        )
+        for direction in ("fwd", "bwd")
+    }
+    run("linear", 1, H, N)
+    found = iter([programs for programs, _ in kernels.grids])
+    for direction in ("fwd", "bwd"):
+        programs, each = next(found), max(1, size * fits[direction] // H)
+        assert 0.95 * each * H <= programs <= each * H
+        if programs * (programs // H) * 17 * 4 > size * fits[direction] * (32 << 10):
+            assert next(found) == H
+        if direction == "bwd" or each > 1:  # a whole head group in one program needs no second launch forward
+            assert next(found) == programs
+    assert next(found, None) is None
+
+
+def test_what_fits_on_a_multiprocessor_is_what_the_table_says():
+    of_direction = {"forward": "linear_fwd_keys", "backward": "linear_bwd_keys"}
+    rows = [row for row in read()[1] if row["tile"].endswith("/w4") and "/d256" not in row["case"]]
+    for (arch, direction), by_kind in configs.RESIDENT.items():
+        found = {}
+        for row in rows:
+            if (row["arch"], row["kernel"]) == (arch, of_direction[direction]):
+                kind = 2 * ("/packed" in row["case"]) + ("/floor" in row["case"]), row["case"].startswith("fp32")
+                found[kind] = min(found.get(kind, 99), int(row["per_SM"]))
+        assert found == {(kind, wide): by_kind[kind][wide] for kind in range(4) for wide in (False, True)}
+    assert {arch for arch, _ in configs.RESIDENT} == set(configs.MULTIPROCESSORS)
+
+
+# Bytes of partial sums that the programs of the second launch read, H100 SXM, d = 16 in bfloat16: docs/triton.md has these.
+READ = {
+    # H, N: forward, and with a launch of its own; backward
+    (64, 65536): (10.4, 10.4, 6.9, 6.9),
+    (16, 65536): (38.0, 0.4, 25.6, 0.3),
+    (4, 65536): (126.9, 0.4, 67.1, 0.3),
+    (1, 65536): (17.8, 17.8, 16.8, 16.8),
+    (64, 4096): (8.0, 8.0, 4.2, 4.2),
+    (4, 4096): (4.5, 4.5, 4.2, 4.2),
+}
+
+
+@pytest.mark.parametrize(("H", "N"), READ)
+def test_partial_sums_that_are_read(H, N, kernels, monkeypatch):
+    q = torch.empty(1, N, H, 16, dtype=torch.bfloat16, device="meta").transpose(1, 2)
+    monkeypatch.setattr(configs, "arch_of", lambda device: "sm_90")
+    found = []
+    for direction, width in (("forward", 17), ("backward", 16)):
+        config = configs.linear(q, q, N, direction)
+        groups = -(-H // config.heads)
+        splits, _ = config.splits(N, groups)
+        each = splits * config.heads * width * 4  # of a program that adds up for itself
+        folded = 2 * groups * each  # each part once, and a total per program
+        by_all = groups * splits * each
+        found += [by_all, folded if config.folds(splits, 16, groups * splits) else by_all]
+    assert [round(count / 1e6, 1) for count in found] == list(READ[H, N])
+
+
+@pytest.mark.parametrize("size", [24, 132, 170])
+@pytest.mark.parametrize("d", [1, 16, 64, 256])
+@pytest.mark.parametrize("layout", ["bhnd", "nbhd"])
+def test_a_gpu_reads_few_partial_sums(size, d, layout, monkeypatch):
+    """However long the sequence and however few the heads: 192 KB a multiprocessor that holds 6 programs."""
+    monkeypatch.setattr(configs, "arch_of", lambda device: "sm_90")
+    monkeypatch.setattr(configs, "multiprocessors", lambda device: size)
+    for H, N in itertools.product((1, 4, 64), (513, 4096, 65536, 1 << 20)):
+        steps = (d, H * d) if layout == "nbhd" else (N * d, d)
+        q = torch.empty(1, device="meta", dtype=torch.bfloat16).as_strided((1, H, N, d), (0, *steps, 1))
+        config = configs.linear(q, q, N, "forward")
+        groups = -(-H // config.heads)
+        splits, _ = config.splits(N, groups)
+        parts = 1 if config.folds(splits, d, groups * splits) else splits
+        assert groups * splits * parts * config.heads * (d + 1) * 4 <= size * 192 << 10
 
 
 @by_op

@@ -41,7 +41,8 @@ def interpreted(test):
 def triton(monkeypatch):
     """The backend in force, with sequences cut into splits where one of them has more than 32 tokens."""
     monkeypatch.setattr(configs, "WHOLE", 32)
-    monkeypatch.setattr(configs, "PROGRAMS", {"sm_90": 12})
+    monkeypatch.setattr(configs, "resident", lambda *kind: 1)
+    monkeypatch.setattr(configs, "multiprocessors", lambda device: 12)
     with infsa_kernels.backend("triton"):
         yield
 

@@ -10,7 +10,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from infsa_kernels.triton import configs, linear, linear_backward, pure, pure_backward, pure_tied
+from infsa_kernels.triton import configs, linear, linear_backward, linear_fold, pure, pure_backward, pure_tied
 
 RUN = JITFunction.run
 
@@ -39,7 +39,7 @@ def starting(arch: str):
 
 @contextlib.contextmanager
 def _target(arch: str, of_arch):
-    modules = linear, linear_backward, pure, pure_backward, pure_tied
+    modules = linear, linear_backward, linear_fold, pure, pure_backward, pure_tied
     kernels = {f for module in modules for f in vars(module).values() if isinstance(f, JITFunction)}
 
     def forget():

@@ -17,7 +17,7 @@ triton = pytest.importorskip("triton")
 if triton.knobs.runtime.interpret:
     pytest.skip("the interpreter does not compile", allow_module_level=True)
 
-from infsa_kernels.triton import configs  # noqa: E402
+from infsa_kernels.triton import configs, linear_fold  # noqa: E402
 
 from .launches import executing  # noqa: E402
 from .machine import descending, shuffled  # noqa: E402
@@ -30,7 +30,8 @@ by_op = pytest.mark.parametrize("op", ["linear", "pure"])
 def splits(monkeypatch):
     """Linear's sequences are cut from 128 tokens on, as those of more than 512 are, into splits of several tiles."""
     monkeypatch.setattr(configs, "WHOLE", 128)
-    monkeypatch.setattr(configs, "PROGRAMS", {"sm_80": 12})
+    monkeypatch.setattr(configs, "resident", lambda *kind: 1)
+    monkeypatch.setattr(configs, "multiprocessors", lambda device: 12)
 
 
 def make(op, dtype, *, tied=False, masks="", N=200, M=131, H=2, d=64, dv=64, layout="token_major") -> Call:
@@ -104,6 +105,20 @@ def test_tiles_and_a_tail(op, dtype, tied, masks):
     if op == "pure" and dtype == "fp32":
         sizes = {"N": 70, "M": 65}
     check(make(op, dtype, tied=tied, masks=masks, **sizes))
+
+
+@pytest.mark.parametrize(("dtype", "tied"), some([("bf16", False), ("fp16", True), ("fp32", False)], ("fp16", True)))
+def test_partial_sums_added_up_by_a_launch_of_their_own(dtype, tied, monkeypatch):
+    fold, calls = linear_fold.Fold.__call__, []
+
+    def counted(*arguments):
+        calls.append(arguments)
+        return fold(*arguments)
+
+    monkeypatch.setattr(linear_fold.Fold, "__call__", counted)
+    with configs.always_folding():
+        check(make("linear", dtype, tied=tied, N=300, M=280, H=3, d=20, dv=9))
+    assert len(calls) == 3 * 3  # three orders of the programs: forward, then forward and backward
 
 
 SHORT = [kind[:3] for kind in KINDS if not kind[3]]

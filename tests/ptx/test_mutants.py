@@ -4,6 +4,7 @@ Two barriers of `bar.sync` that follow each other, say, hide each other. What su
 beside it that touch memory or decide where lanes go on.
 """
 
+import contextlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from helpers.sweep import some
 triton = pytest.importorskip("triton")
 if triton.knobs.runtime.interpret:
     pytest.skip("the interpreter does not compile", allow_module_level=True)
+
+from infsa_kernels.triton import configs  # noqa: E402
 
 from .launches import Launch, executing  # noqa: E402
 from .machine import Machine  # noqa: E402
@@ -92,6 +95,7 @@ CASES = {
     "linear tied masked": ("linear", "fp16", dict(N=600, H=3, d=16, dv=16, tied=True, masks="keys, queries")),
     "linear short": ("linear", "bf16", dict(N=70, M=45, d=16, dv=16)),
     "linear narrow": ("linear", "fp32", dict(N=300, M=210, d=20, dv=9, layout="every_other_channel")),
+    "linear folding": ("linear", "bf16", dict(N=600, M=530, H=3, d=16, dv=16)),
     "pure": ("pure", "fp16", dict(H=1)),
     "pure masked": ("pure", "bf16", dict(N=300, M=330, H=1, masks="keys, queries")),
     "pure tied": ("pure", "bf16", dict(H=1, tied=True)),
@@ -119,7 +123,8 @@ def test_nothing_is_there_in_vain(case):
                 alive.append(f"{launch.name}: {place}, line {mutant.line}")
 
     call = make(op, dtype, **sizes)
-    with executing(see=see):
+    folding = configs.always_folding() if case.endswith("folding") else contextlib.nullcontext()
+    with folding, executing(see=see):
         call.gradients(output_gradient(call))
     assert len(seen) >= 3
     assert not alive, "\n".join(alive)
