@@ -23,7 +23,7 @@ import triton.language as tl
 from ..eager import linear as eager
 from ..eager.common import scale
 from . import configs
-from .launch import SIZES, Launch, countable, maker, padded, planned, relu, strides
+from .launch import SIZES, Launch, countable, in_elements, maker, padded, planned, relu, strides
 from .linear_backward import backward, split
 from .linear_fold import Fold
 from .packed import Packing, span_of, tiles_of_sequence
@@ -66,8 +66,9 @@ def linear_fwd_queries_kernel(
     q, query_mask, cu_seqlens_q,  # (B, H, N, d), (B, N), (S + 1)
     central_parts, energy_parts, tickets,  # (B, H, splits, d), (B, H, splits), (B, head groups)
     q_strides, query_mask_strides, H, N, splits, split_tokens, sequences,
-    d: tl.constexpr, D: tl.constexpr, G: tl.constexpr, BT: tl.constexpr,
+    d: tl.constexpr, D: tl.constexpr, G: tl.constexpr, BT: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
+    q_strides = in_elements(q_strides, UNIT)
     b, heads, split, s, group, own, start, stop = where_am_i(splits, split_tokens, H, G, cu_seqlens_q, sequences, N)
     if cu_seqlens_q is not None and (own > 0) & (start >= stop):
         return
@@ -112,7 +113,10 @@ def linear_fwd_keys_kernel(
     H, N, M, splits, split_tokens, sequences, scale, eps, rho, score_floor,
     d: tl.constexpr, dv: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, G: tl.constexpr, BT: tl.constexpr,
     WHOLE: tl.constexpr,  # one program per head group: it sums the queries too, and its sums are the totals
+    UNIT: tl.constexpr,
 ):  # fmt: skip
+    q_strides, k_strides = in_elements(q_strides, UNIT), in_elements(k_strides, UNIT)
+    v_strides = in_elements(v_strides, UNIT)
     b, heads, split, s, group, own, start, stop = where_am_i(splits, split_tokens, H, G, cu_seqlens_k, sequences, M)
     if cu_seqlens_k is not None and (own > 0) & (start >= stop):
         return

@@ -7,7 +7,7 @@ import triton.language as tl
 from ..eager import linear as eager
 from ..eager.common import scale
 from . import configs
-from .launch import SIZES, Launch, countable, padded, planned, relu, strides
+from .launch import SIZES, Launch, countable, in_elements, padded, planned, relu, strides
 from .linear_fold import Fold
 from .packed import Packing, tiles_of_all, tiles_of_sequence
 from .tokens import (
@@ -36,7 +36,10 @@ def linear_bwd_keys_kernel(
     H, M, splits, split_tokens, sequences, scale, eps, rho, score_floor,
     d: tl.constexpr, dv: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, G: tl.constexpr, BT: tl.constexpr,
     TIED: tl.constexpr, WANT_Q: tl.constexpr, WANT_K: tl.constexpr, WANT_V: tl.constexpr, WANT_RHO: tl.constexpr,
+    UNIT: tl.constexpr,
 ):  # fmt: skip
+    k_strides, v_strides = in_elements(k_strides, UNIT), in_elements(v_strides, UNIT)
+    dk_strides, dv_strides = in_elements(dk_strides, UNIT), in_elements(dv_strides, UNIT)
     b, heads, split, s, group, own, start, stop = where_am_i(splits, split_tokens, H, G, cu_seqlens_k, sequences, M)
     if cu_seqlens_k is not None and (own > 0) & (start >= stop):
         return
@@ -108,8 +111,9 @@ def linear_bwd_queries_kernel(
     q, query_mask, key_mask, cu_seqlens_q, cu_seqlens_k, dq,  # (B, H, N, d), (B, N), (B, M), (S + 1) both, like q
     central_query, energy_sum, dscores, dcentral_parts, key_splits,  # (B, H, d), (B, H), (B, H, M), (B, H, splits, d)
     q_strides, dq_strides, query_mask_strides, key_mask_strides, H, N, M, splits, split_tokens, sequences, scale, eps,
-    d: tl.constexpr, D: tl.constexpr, G: tl.constexpr, BT: tl.constexpr, TIED: tl.constexpr,
+    d: tl.constexpr, D: tl.constexpr, G: tl.constexpr, BT: tl.constexpr, TIED: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
+    q_strides, dq_strides = in_elements(q_strides, UNIT), in_elements(dq_strides, UNIT)
     b, heads, split, s, group, own, start, stop = where_am_i(splits, split_tokens, H, G, cu_seqlens_q, sequences, N)
     if cu_seqlens_q is not None and start >= stop:
         return

@@ -24,7 +24,7 @@ import triton.language as tl
 from ..eager import pure as eager
 from ..eager.common import scale
 from . import configs
-from .launch import SIZES, Launch, countable, padded, planned, relu, strides
+from .launch import SIZES, Launch, countable, in_elements, padded, planned, relu, strides
 from .packed import Packing, span_of, tiles_of_all, tiles_of_sequence
 from .pure_backward import backward
 from .tiles import (
@@ -82,7 +82,10 @@ def pure_fwd_kernel(
     q_strides, k_strides, v_strides, out_strides, query_mask_strides, key_mask_strides, H, N, M, blocks, sequences,
     d: tl.constexpr, dv: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     FULL: tl.constexpr, TAIL: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    UNIT: tl.constexpr,
 ):  # fmt: skip
+    q_strides, k_strides = in_elements(q_strides, UNIT), in_elements(k_strides, UNIT)
+    v_strides, out_strides = in_elements(v_strides, UNIT), in_elements(out_strides, UNIT)
     b, h, row_head, part, s, head, begin, row, end = where_am_i(blocks, H, cu_seqlens_q, sequences, N, BLOCK_M)
     if cu_seqlens_q is not None and (row > begin) & (row >= end):
         return
@@ -123,8 +126,9 @@ def pure_fwd_kernel(
 def pure_rescale_kernel(
     out, square_parts, row_scales, query_mask, head_rho, cu_seqlens_q, norm,  # as above; (B, H)
     out_strides, query_mask_strides, head_rho_strides, H, N, blocks, sequences, square_blocks, part_rows, scale, eps, rho,
-    dv: tl.constexpr, DV: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr,
+    dv: tl.constexpr, DV: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
+    out_strides = in_elements(out_strides, UNIT)
     b, h, row_head, part, s, head, begin, row, end = where_am_i(blocks, H, cu_seqlens_q, sequences, N, ROWS)
     if cu_seqlens_q is not None and (row > begin) & (row >= end):
         return

@@ -7,7 +7,7 @@ import triton.language as tl
 from ..eager import pure as eager
 from ..eager.common import scale
 from . import configs
-from .launch import COUNTS, Launch, countable, padded, planned, relu, strides
+from .launch import COUNTS, Launch, countable, in_elements, padded, planned, relu, strides
 from .packed import Packing, span_of, tiles_of_all
 from .pure_tied import plan_tied, sum_of_blocks
 from .tiles import (
@@ -38,12 +38,15 @@ def pure_bwd_prepare_kernel(
     dout_strides, out_strides, q_strides, k_strides, v_strides, query_mask_strides, key_mask_strides, head_rho_strides,
     H, N, M, blocks, sequences, heads, scale, eps, rho,
     d: tl.constexpr, dv: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr,
-    PRECISION: tl.constexpr, FEW: tl.constexpr,
+    PRECISION: tl.constexpr, FEW: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Per block of rows: <dO, O>, and in float16 the longest row of dO and of q, which bound every product.
 
     FEW: <dO, O> = rho s^2 <ReLU(X), G> / (F + eps), whose O no dtype has rounded. Of packed sequences, those with few scores.
     """
+    dout_strides, out_strides = in_elements(dout_strides, UNIT), in_elements(out_strides, UNIT)
+    q_strides, k_strides = in_elements(q_strides, UNIT), in_elements(k_strides, UNIT)
+    v_strides = in_elements(v_strides, UNIT)
     b, h, row_head, part, s, head, begin, row, end = where_am_i(blocks, H, cu_seqlens_q, sequences, N, ROWS)
     if cu_seqlens_q is not None and (row > begin) & (row >= end):
         return
@@ -111,8 +114,11 @@ def pure_bwd_queries_kernel(
     head_rho_strides, H, N, M, blocks, sequences, part_blocks, part_rows, heads, scale, eps, rho,
     d: tl.constexpr, dv: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     FULL: tl.constexpr, TAIL: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
-    WANT_Q: tl.constexpr, WANT_RHO: tl.constexpr,
+    WANT_Q: tl.constexpr, WANT_RHO: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
+    dout_strides, q_strides = in_elements(dout_strides, UNIT), in_elements(q_strides, UNIT)
+    k_strides, v_strides = in_elements(k_strides, UNIT), in_elements(v_strides, UNIT)
+    dq_strides = in_elements(dq_strides, UNIT)
     b, h, row_head, part, s, head, begin, row, end = where_am_i(blocks, H, cu_seqlens_q, sequences, N, BLOCK_M)
     if cu_seqlens_q is not None and (row > begin) & (row >= end):
         return
@@ -189,8 +195,11 @@ def pure_bwd_keys_kernel(
     head_rho_strides, H, N, M, blocks, sequences, part_blocks, part_rows, heads, scale, eps, rho,
     d: tl.constexpr, dv: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     FULL: tl.constexpr, TAIL: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
-    WANT_K: tl.constexpr, WANT_V: tl.constexpr,
+    WANT_K: tl.constexpr, WANT_V: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
+    dout_strides, q_strides = in_elements(dout_strides, UNIT), in_elements(q_strides, UNIT)
+    k_strides, v_strides = in_elements(k_strides, UNIT), in_elements(v_strides, UNIT)
+    dk_strides, dv_strides = in_elements(dk_strides, UNIT), in_elements(dv_strides, UNIT)
     b, h, row_head, part, s, head, begin, col, end = where_am_i(blocks, H, cu_seqlens_k, sequences, M, BLOCK_N)
     if cu_seqlens_k is not None and col >= end:
         return

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from . import configs
-from .launch import COUNTS, Launch, relu, strides
+from .launch import COUNTS, Launch, in_elements, relu, strides
 from .packed import tiles_of_all, tiles_of_sequence
 from .tiles import (
     describable,
@@ -75,8 +75,11 @@ def pure_bwd_tied_kernel(
     H, N, blocks, sequences, part_blocks, part_rows, heads, scale, eps, rho,
     d: tl.constexpr, dv: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     FULL: tl.constexpr, TAIL: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
-    WANT_Q: tl.constexpr, WANT_V: tl.constexpr, WANT_RHO: tl.constexpr,
+    WANT_Q: tl.constexpr, WANT_V: tl.constexpr, WANT_RHO: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
+    dout_strides, q_strides = in_elements(dout_strides, UNIT), in_elements(q_strides, UNIT)
+    v_strides, dq_strides = in_elements(v_strides, UNIT), in_elements(dq_strides, UNIT)
+    dv_strides = in_elements(dv_strides, UNIT)
     b, h, row_head, part, s, head, begin, row, end = where_am_i(blocks, H, cu_seqlens_q, sequences, N, BLOCK_M)
     if cu_seqlens_q is not None and (row > begin) & (row >= end):
         return
