@@ -181,7 +181,10 @@ def test_lengths(op, N, M, triton):
 @interpreted
 @by_op
 @pytest.mark.parametrize(
-    ("d", "dv"), some([(1, 1), (3, 5), (64, 64), (33, 100), (128, 16), (160, 256)], (3, 5), (33, 100), (128, 16))
+    ("d", "dv"),
+    some(
+        [(1, 1), (3, 5), (20, 72), (64, 64), (33, 100), (128, 16), (160, 256)], (3, 5), (20, 72), (33, 100), (128, 16)
+    ),
 )
 @pytest.mark.one_in(2)
 def test_head_dims(op, d, dv, triton):

@@ -111,6 +111,8 @@ def cases() -> list[Case]:
     found = [Case("linear", "bf16", 16, N, tied) for N in (197, 4096) for tied in (False, True)]
     found += [Case("linear", dtype, 64, 4096, masked=True) for dtype in ("fp16", "fp32")]
     found += [Case("linear", "bf16", 256, 65536)]  # few heads, whose partial sums a launch of their own adds up
+    # strides that are multiples of 8 and not of 16
+    found += [Case("linear", "bf16", 40, 197, True), *(Case("linear", dtype, 72, 4096) for dtype in ("bf16", "fp32"))]
     found += [Case("linear_floor", "bf16", 16, N, tied) for N in (197, 4096) for tied in (False, True)]
     found += [Case("linear_floor", dtype, 64, 4096, masked=True) for dtype in ("fp16", "fp32")]
     found += [Case("linear_varlen", "bf16", 16, N, tied) for N in (197, 4096) for tied in (False, True)]
@@ -126,6 +128,7 @@ def cases() -> list[Case]:
         found += [Case("pure_varlen", "fp16", d, 4000, tied) for tied in (False, True)]
         found += [Case("pure_varlen", "bf16", d, 4096, tied) for tied in (False, True)]
         found += [Case("pure_varlen", dtype, d, 4000) for dtype in ("fp32", "tf32")]
+    found += [Case("pure", "bf16", 40, 577, True), *(Case("pure", dtype, 72, 577) for dtype in ("bf16", "fp32"))]
     return found
 
 
