@@ -65,6 +65,11 @@ def test_the_table_has_every_configuration():
                     assert (arch, f"pure_{kernel}", shape) in listed
 
 
+def _loads(row: dict[str, str]) -> list[list[str]]:
+    """Widths in bits, and how many of each there are in a kernel's loop; not the copy engine's."""
+    return [load.split(":") for load in row.get("loads", "-").split(",") if load[0].isdigit()]
+
+
 def check_budgets(row: dict[str, str]) -> None:
     name = f"{row['arch']} {row['kernel']} {row['case']} {row['tile']}"
     assert int(row["spill"]) == 0, f"{name} spills registers"
@@ -84,11 +89,13 @@ def check_budgets(row: dict[str, str]) -> None:
         if "tma" in row["tile"]:
             groups, instructions = map(int, row["async"].split("/"))
             assert groups < instructions, f"{name}: ptxas makes every product wait"
+    narrowest = min((int(width) for width, _ in _loads(row)), default=128)
+    assert narrowest >= 32 or "masked" in row["case"], f"{name}: loads of {row['loads']} in the loop"
     if row["kernel"].startswith("linear") and row["arch"].startswith("sm_"):
         handed_over = row["kernel"].startswith("linear_bwd") and "/tied" in row["case"]
         # Tied, the backward pass hands one number per token and head from launch to launch, through shared memory.
         assert int(row["barriers"]) <= (2 if handed_over else 0), f"{name}: a barrier in the loop"
-        widths = {load.split(":")[0] for load in row["loads"].split(",")}
+        widths = {width for width, _ in _loads(row)}
         narrow = ({"8", "16", "32"} if "masked" in row["case"] else set()) | ({"32"} if handed_over else set())
         if row["kernel"] == "linear_fold":  # forward, whose last loop is that over the sums of energies
             narrow = widths & {"32"}
