@@ -56,18 +56,19 @@ def extensions() -> list:
     cuda = with_cuda()
     patterns = ["csrc/module.cpp", "csrc/cpu/*.cpp", *(["csrc/cuda/*.cpp", "csrc/cuda/*.cu"] if cuda else [])]
     module, *sources = (path for pattern in patterns for path in sources_of(pattern))
-    flags = ["-O3", "-g0", "-ffp-contract=fast", "-fvisibility=hidden", "-Wno-psabi", TARGET]
+    flags = ["-O3", "-g0", "-ffp-contract=fast", "-fvisibility=hidden", "-Wno-psabi"]
     include = str(Path("csrc").resolve())
     headers = sorted(str(path) for pattern in ("*.h", "*.cuh") for path in Path("csrc").rglob(pattern))
-    options, facts = {"cxx": flags}, []
+    options, facts = {"cxx": [*flags, TARGET]}, []
     if cuda:
         # The first opens the part of torch's interface that is about CUDA.
-        options = {"cxx": [*flags, "-DUSE_CUDA"], "nvcc": ["-O3", "-Xcompiler", "-fvisibility=hidden"]}
+        options = {"cxx": [*flags, TARGET, "-DUSE_CUDA"], "nvcc": ["-O3", "-Xcompiler", "-fvisibility=hidden"]}
         facts = [f"-DINFSA_CUDA_ARCH_LIST={','.join(architecture_list())}"]
     library = (cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension)(
         LIBRARY, sorted(sources), include_dirs=[include], depends=headers, extra_compile_args=options
     )
     library.libraries.remove("torch_python")
+    # Without TARGET, beside which torch 2.10's pybind11 does not compile.
     module = Extension(
         MODULE,
         [module],
