@@ -14,6 +14,14 @@ __all__ = ["FakeTensor", "OpOverload"]  # in annotations, and where a class is a
 # torch.library.register_autograd differentiates once, and not below two levels of torch.func. Ours records one level at a time,
 # as functorch's own operators do: OpOverload.redispatch goes on to the next, of which these keys are left.
 after_autograd = torch._C._after_autograd_keyset
+
+
+
+def keys_of(key: str) -> int:
+    """The set of this one dispatch key, as DispatchKeySet.raw_repr writes it."""
+    return torch._C.DispatchKeySet(torch._C._dispatch_key_parse(key)).raw_repr()
+
+
 in_functorch = torch._C._are_functorch_transforms_active
 on_one_level = autograd_function.enable_single_level_autograd_function
 unwrap_dead_wrappers = utils.unwrap_dead_wrappers

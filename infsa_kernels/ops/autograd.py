@@ -19,14 +19,20 @@ from ..torch_private import (
     forward_mode,
     in_forward_mode,
     in_functorch,
+    keys_of,
     on_one_level,
     unwrap_dead_wrappers,
 )
 from . import check, sharding
 
 
-def functions(raw, forward_op, backward_op) -> tuple:
-    """What to register at the Autograd key for a forward op of ``raw`` (register.RawOps) and for its backward op."""
+def functions(raw, forward_op, backward_op, forward_kernels, backward_kernels) -> tuple:
+    """What to register at the Autograd key for a forward op of ``raw`` (register.RawOps) and for its backward op.
+
+    ``forward_kernels``, ``backward_kernels``: their kernels in Python by dispatch key, which are called without torch's
+    dispatcher where nothing but them is left to do.
+    """
+    forward_below, backward_below = _Below(forward_op, forward_kernels), _Below(backward_op, backward_kernels)
     names, backward_names, outputs = raw.forward.arguments, raw.backward.arguments, raw.forward.results
     differentiable = [o for o in outputs if f"d{o}" in backward_names]
     douts = [f"d{o}" for o in differentiable]
@@ -39,7 +45,7 @@ def functions(raw, forward_op, backward_op) -> tuple:
     class Forward(SingleLevelFunction):
         @staticmethod
         def forward(keyset, *args):
-            return _redispatch(forward_op, keyset, args)
+            return forward_below(keyset, args)
 
         @staticmethod
         def jvp(ctx, *tangents):
@@ -67,7 +73,7 @@ def functions(raw, forward_op, backward_op) -> tuple:
     class Backward(SingleLevelFunction):
         @staticmethod
         def forward(keyset, *args):
-            return _redispatch(backward_op, keyset, args)
+            return backward_below(keyset, args)
 
         @staticmethod
         def jvp(ctx, *tangents):
@@ -97,7 +103,7 @@ def functions(raw, forward_op, backward_op) -> tuple:
             found = dict(zip(douts, ddouts)) | dict(zip(present, second))
             return None, *(found.get(n) for n in backward_names)
 
-    return _one_level(Forward, forward_op, raw.forward), _one_level(Backward, backward_op, raw.backward)
+    return _one_level(Forward, forward_below, raw.forward), _one_level(Backward, backward_below, raw.backward)
 
 
 def no_derivative(op, signature, instead: str):
@@ -160,13 +166,13 @@ def _refuse_forward_mode(op):
     )
 
 
-def _one_level(function, op, signature):
+def _one_level(function, below, signature):
     def autograd(keyset, *args):
         sharding.register_waiting()
         try:
             if not in_functorch():
                 args = unwrap_dead_wrappers(args)
-                return function.apply(keyset, *args) if _differentiated(args) else _redispatch(op, keyset, args)
+                return function.apply(keyset, *args) if _differentiated(args) else below(keyset, args)
             # At this key functorch has already unwrapped to one level: record on it, and let the redispatch reach the next.
             with on_one_level():
                 return function.apply(keyset, *args)
@@ -177,11 +183,20 @@ def _one_level(function, op, signature):
     return autograd
 
 
-def _redispatch(op, keyset, args):
-    keyset = keyset & after_autograd
-    if not in_functorch():
-        with below_autograd():
-            return op.redispatch(keyset, *args)
-    # The next functorch level records this very call, but an autograd.Function's forward runs with grad mode off.
-    with torch.enable_grad(), forward_mode(True):
-        return op.redispatch(keyset, *args)
+class _Below:
+    """What comes after the Autograd key of an operator: (keyset, arguments) -> its results."""
+
+    def __init__(self, op, kernels):
+        self._op, self._kernels = op, {keys: kernel for key, kernel in kernels.items() if (keys := keys_of(key))}
+
+    def __call__(self, keyset, args):
+        keyset = keyset & after_autograd
+        if not in_functorch():
+            # Of modes, subclasses, negated views and tensors on several devices the keys tell, and the dispatcher sees to these.
+            # Where the kernel's own key alone is left, its way there and back costs several microseconds for nothing.
+            kernel = self._kernels.get(keyset.raw_repr())
+            with below_autograd():
+                return self._op.redispatch(keyset, *args) if kernel is None else kernel(*args)
+        # The next functorch level records this very call, but an autograd.Function's forward runs with grad mode off.
+        with torch.enable_grad(), forward_mode(True):
+            return self._op.redispatch(keyset, *args)

@@ -55,7 +55,8 @@ def pure_infsa(
         >>> pure_infsa(q, k, v).shape
         torch.Size([1, 16, 197, 64])
     """
-    return pure(q, k, v, eps, rho, key_padding_mask, query_padding_mask, activation=activation)
+    more = {} if activation == "relu" else {"activation": activation}  # as linear_infsa
+    return pure(q, k, v, eps, rho, key_padding_mask, query_padding_mask, **more)
 
 
 @overridable

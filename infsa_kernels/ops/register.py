@@ -112,14 +112,14 @@ class RawOps:
                 sharding.shard(op, self._shardings(signature))
                 ops.append(op)
             self.ops |= dict.fromkeys((backend for backend, own in SUFFIXES.items() if own == suffix), ops[0])
-            for op, function in zip(ops, autograd.functions(self, *ops)):
+            in_python: list[dict[str, Callable]] = [{}, {}]
+            for backend in (b for b in KEYS if SUFFIXES[b] == suffix and b in kernels):
+                for op, by_key, kernel in zip(ops, in_python, (self._forward_in, self._backward_in)):
+                    for key in KEYS[backend]:
+                        by_key[key] = autograd.without_autocast(kernel(backend))
+                        library.impl(op, by_key[key], key)
+            for op, function in zip(ops, autograd.functions(self, *ops, *in_python)):
                 library.impl(op, function, "Autograd", with_keyset=True)
-        for backend, keys in KEYS.items():
-            for key in keys if backend in kernels else ():
-                for name, kernel in (("fwd", self._forward_in), ("bwd", self._backward_in)):
-                    library.impl(
-                        f"{self.name}_{name}{SUFFIXES[backend]}", autograd.without_autocast(kernel(backend)), key
-                    )
 
     @contextlib.contextmanager
     def observed(self, observer: Callable[[dict[str, Tensor]], None]) -> Iterator[None]:

@@ -17,9 +17,11 @@ if triton.knobs.runtime.interpret:
 from helpers import packed_calls  # noqa: E402
 from helpers.sweep import swept  # noqa: E402
 from helpers.triton_target import starting  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
 from infsa_kernels.ops import backends, plans  # noqa: E402
+from infsa_kernels.torch_private import OpOverload  # noqa: E402
 from infsa_kernels.triton import first_use, private  # noqa: E402
 
 by_op = pytest.mark.parametrize("op", OPS)
@@ -285,6 +287,51 @@ def test_threads_share_plans(gpu):
     for thread in threads:
         thread.join()
     assert len(gpu.started) == wanted
+
+
+@pytest.fixture
+def redispatched(monkeypatch):
+    """What went on from the Autograd key through torch's dispatcher."""
+    on, found = OpOverload.redispatch, []
+
+    def counted(op, *arguments):
+        found.append(op.name())
+        return on(op, *arguments)
+
+    monkeypatch.setattr(OpOverload, "redispatch", counted)
+    return found
+
+
+@by_op
+def test_plain_tensors_need_the_dispatcher_once(op, gpu, redispatched):
+    run(make(op))
+    assert redispatched == [] and len(gpu.started) >= 4
+
+
+@by_op
+def test_a_negated_view_is_one_for_the_dispatcher(op, gpu, redispatched):
+    """Its memory holds the other sign, which kernels do not know."""
+    call = make(op, dtype=torch.float32)
+    call = replace(call, v=torch.complex(call.v, call.v).conj().imag)
+    assert call.v.is_neg()
+    found = repr(seen(gpu, call))
+    assert "'q'" in found and "'v'" not in found
+    assert len(redispatched) == 2
+
+
+@by_op
+def test_modes_see_what_has_a_plan(op, gpu):
+    call, found = make(op), []
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            found.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    run(call)
+    with Mode():
+        run(call)
+    assert {f"infsa::{op}_fwd_triton", f"infsa::{op}_bwd_triton"} <= set(found)
 
 
 def test_what_failed_its_check_gets_no_plan(gpu, monkeypatch):
