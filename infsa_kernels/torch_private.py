@@ -3,7 +3,7 @@
 import sys
 
 import torch
-from torch._functorch import autograd_function, utils
+from torch._functorch import autograd_function
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
@@ -16,7 +16,6 @@ __all__ = ["FakeTensor", "OpOverload"]  # in annotations, and where a class is a
 after_autograd = torch._C._after_autograd_keyset
 
 
-
 def keys_of(key: str) -> int:
     """The set of this one dispatch key, as DispatchKeySet.raw_repr writes it."""
     return torch._C.DispatchKeySet(torch._C._dispatch_key_parse(key)).raw_repr()
@@ -24,7 +23,7 @@ def keys_of(key: str) -> int:
 
 in_functorch = torch._C._are_functorch_transforms_active
 on_one_level = autograd_function.enable_single_level_autograd_function
-unwrap_dead_wrappers = utils.unwrap_dead_wrappers
+unwrap_if_dead = torch._C._functorch.unwrap_if_dead
 
 
 class SingleLevelFunction(_SingleLevelFunction):

@@ -21,7 +21,7 @@ from ..torch_private import (
     in_functorch,
     keys_of,
     on_one_level,
-    unwrap_dead_wrappers,
+    unwrap_if_dead,
 )
 from . import check, sharding
 
@@ -171,7 +171,7 @@ def _one_level(function, below, signature):
         sharding.register_waiting()
         try:
             if not in_functorch():
-                args = unwrap_dead_wrappers(args)
+                args = [a if a is None else unwrap_if_dead(a) if isinstance(a, torch.Tensor) else a for a in args]
                 return function.apply(keyset, *args) if _differentiated(args) else below(keyset, args)
             # At this key functorch has already unwrapped to one level: record on it, and let the redispatch reach the next.
             with on_one_level():

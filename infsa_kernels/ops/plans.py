@@ -50,14 +50,14 @@ def forget() -> None:
 
 def kind_of(arguments: Sequence) -> tuple:
     """The kind of a call of a raw operator, whose tensors are dense."""
-    kind = [
-        (a.shape, a.stride(), a.dtype, a.device, a.data_ptr() & 15)
-        if isinstance(a, Tensor)
-        else tuple(a)
-        if isinstance(a, list)
-        else a
-        for a in arguments
-    ]
+    kind: list = []
+    for a in arguments:
+        if a is None:  # most are, and to ask that takes the least time
+            kind.append(None)
+        elif isinstance(a, Tensor):
+            kind += a.shape, a.stride(), a.dtype, a.device, a.data_ptr() & 15
+        else:
+            kind.append(tuple(a) if isinstance(a, list) else a)
     if arguments[0].dtype is torch.float32:
         kind.append(torch.backends.cuda.matmul.fp32_precision)
     return tuple(kind)
