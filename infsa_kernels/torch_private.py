@@ -15,15 +15,14 @@ __all__ = ["FakeTensor", "OpOverload"]  # in annotations, and where a class is a
 # as functorch's own operators do: OpOverload.redispatch goes on to the next, of which these keys are left.
 after_autograd = torch._C._after_autograd_keyset
 
-
-def keys_of(key: str) -> int:
-    """The set of this one dispatch key, as DispatchKeySet.raw_repr writes it."""
-    return torch._C.DispatchKeySet(torch._C._dispatch_key_parse(key)).raw_repr()
-
-
 in_functorch = torch._C._are_functorch_transforms_active
 on_one_level = autograd_function.enable_single_level_autograd_function
 unwrap_if_dead = torch._C._functorch.unwrap_if_dead
+
+
+def keys_of(key: str) -> int:
+    """The set of this one dispatch key, as DispatchKeySet.raw_repr writes it; 0 for an alias of several."""
+    return torch._C.DispatchKeySet(torch._C._dispatch_key_parse(key)).raw_repr()
 
 
 class SingleLevelFunction(_SingleLevelFunction):
