@@ -5,8 +5,9 @@
 //
 // x (B,N,D), weight (H,d,D), bias (H,d); central_query = qbar (B,H,d) and energy_sum = E (B,H). The queries y live for
 // one block of tokens, in cache, in both directions. The gradient of W is a product over all tokens: a wave of blocks
-// leaves dq and x^ packed, and then every tile of it is added to by one task. Blocks, waves and tiles depend on the
-// shape alone: the bits do not depend on the number of threads.
+// leaves dq and x^ packed, and then every tile of it is added to by one task. Blocks, waves and tiles, within which
+// sums over tokens are made and in whose order they are added up, depend on the shape alone: the bits do not depend on
+// the number of threads. What is no sum over tokens is cut further where there are many threads.
 #include <array>
 #include <cmath>
 #include <tuple>
@@ -68,11 +69,13 @@ std::tuple<Tensor, Tensor> central_query_fwd(const Tensor& x, const Tensor& weig
   const int64_t count = parts.size();
   std::vector<double> sums((count + images.B) * (C + H));
   const QueryArgs args = weight.args();
-  run_tasks(count, double(images.B) * images.N * images.D * C,
-            images.kernels.central_query.scratch_bytes(images.D, C, false), [&](int64_t part, void* scratch) {
+  const int64_t shares = pieces_for_threads(count, H);
+  run_tasks(count * shares, double(images.B) * images.N * images.D * C,
+            images.kernels.central_query.scratch_bytes(images.D, C, false), [&](int64_t task, void* scratch) {
+              const int64_t part = task / shares;
               const auto [image, tokens] = parts[part];
-              images.kernels.central_query.forward(images.image(image, {}), args, tokens, &sums[part * (C + H)],
-                                                   scratch);
+              images.kernels.central_query.forward(images.image(image, {}), args, tokens, task % shares, shares,
+                                                   &sums[part * (C + H)], scratch);
             });
   double* totals = &sums[count * (C + H)];
   for (int64_t part = 0; part < count; ++part) {
@@ -87,6 +90,26 @@ std::tuple<Tensor, Tensor> central_query_fwd(const Tensor& x, const Tensor& weig
       qbar.set(head * d + c, weight.scale * weight.scale * total[head % H * d + c] / (energy + eps));
   }
   return {central_query, energy_sum};
+}
+
+// Blocks that leave dq and x^ side by side for one product: where each begins, and all their tokens.
+struct WaveOfBlocks {
+  Range blocks;
+  std::vector<int64_t> at;
+  int64_t tokens;
+};
+
+std::vector<WaveOfBlocks> waves_of(const std::vector<Part>& blocks, int64_t most_tokens) {
+  std::vector<WaveOfBlocks> waves;
+  for (int64_t i = 0; i < int64_t(blocks.size()); ++i) {
+    const int64_t count = blocks[i].tokens.size();
+    if (waves.empty() || waves.back().tokens + count > most_tokens) waves.push_back({{i, i}, {}, 0});
+    WaveOfBlocks& wave = waves.back();
+    wave.at.push_back(wave.tokens);
+    wave.tokens += count;
+    wave.blocks.end = i + 1;
+  }
+  return waves;
 }
 
 // With g = s^2 dqbar / E and offset = s qbar . dqbar / E, both of one head:
@@ -134,45 +157,59 @@ std::tuple<Tensor, Tensor, Tensor> central_query_bwd(const Tensor& dcentral_quer
   const std::vector<Part> blocks = images.parts(0, B);
   int64_t tokens = 0;
   for (const Part& block : blocks) tokens += block.tokens.size();
-  Wave wave{};
-  wave.tokens = std::min(tokens, std::max(kernels.images.block(D), kWaveBytes / ((C + D + 1) * images.acc_bytes)));
-  const Buffer query_tiles(want_weight || want_bias ? channels * wave.tokens * images.acc_bytes : 0);
-  const Buffer token_panels(want_weight ? width * wave.tokens * images.acc_bytes : 0);
-  if (want_weight || want_bias) wave.query_tiles = query_tiles.data();
-  if (want_weight) wave.token_panels = token_panels.data();
+  const int64_t wave_tokens =
+      std::min(tokens, std::max(kernels.images.block(D), kWaveBytes / ((C + D + 1) * images.acc_bytes)));
+  const std::vector<WaveOfBlocks> waves = waves_of(blocks, wave_tokens);
+  const int64_t waves_count = waves.size();
+  // Waves in work at once: enough for their blocks to employ the threads.
+  const int64_t together =
+      waves.empty() ? 0 : std::min(ceil_div(get_num_threads(), waves[0].blocks.size()), waves_count);
+  const int64_t tiles_bytes = want_weight || want_bias ? channels * wave_tokens * images.acc_bytes : 0;
+  const int64_t panels_bytes = want_weight ? width * wave_tokens * images.acc_bytes : 0;
+  const Buffer query_tiles(together * tiles_bytes), token_panels(together * panels_bytes);
+  const auto memory_of = [&](int64_t wave) {
+    const int64_t slot = wave % together;
+    return Wave{tiles_bytes ? query_tiles.data() + slot * tiles_bytes : nullptr,
+                panels_bytes ? token_panels.data() + slot * panels_bytes : nullptr, wave_tokens};
+  };
 
   const double token_work = double(D) * C * ((want_x ? 2 : 1) + want_weight);
-  const int64_t scratch_bytes = kernels.central_query.scratch_bytes(D, C, true), blocks_count = blocks.size();
+  const int64_t scratch_bytes = kernels.central_query.scratch_bytes(D, C, true);
   const int64_t tiles = ceil_div(C, kernels.tile), tile_tasks = ceil_div(tiles, kTaskTiles);
-  std::vector<int64_t> at;
-  for (int64_t first = 0; first < blocks_count; first += at.size()) {
-    int64_t filled = 0;
-    at.clear();
-    for (int64_t i = first; i < blocks_count; ++i) {
-      const int64_t count = blocks[i].tokens.size();
-      if (filled + count > wave.tokens) break;
-      at.push_back(filled);
-      filled += count;
-    }
-    run_tasks(at.size(), filled * token_work, scratch_bytes, [&](int64_t i, void* scratch) {
-      const auto [image, range] = blocks[first + i];
+  for (int64_t first = 0; first < waves_count; first += together) {
+    const int64_t last = std::min(first + together, waves_count);
+    const Range some{waves[first].blocks.begin, waves[last - 1].blocks.end};
+    double filled = 0;
+    for (int64_t w = first; w < last; ++w) filled += waves[w].tokens;
+    const int64_t pieces = pieces_for_threads(some.size(), kernels.images.block(D) / kLeastBlock);
+    run_tasks(some.size() * pieces, filled * token_work, scratch_bytes, [&](int64_t task, void* scratch) {
+      const int64_t block = some.begin + task / pieces;
+      int64_t w = first;
+      while (waves[w].blocks.end <= block) ++w;
+      const auto [image, range] = blocks[block];
+      const int64_t step = round_up(ceil_div(range.size(), pieces), kernels.tile);
+      const int64_t from = std::min(task % pieces * step, range.size()), to = std::min(from + step, range.size());
+      if (from == to) return;
       QueryArgs args = weight.args();
       args.gradient = gradients.data() + image * C * images.acc_bytes;
       args.offset = offsets.data() + image * H * images.acc_bytes;
-      kernels.central_query.backward(images.image(image, dx), args, range, wave, at[i], scratch);
+      kernels.central_query.backward(images.image(image, dx), args, {range.begin + from, range.begin + to},
+                                     memory_of(w), waves[w].at[block - waves[w].blocks.begin] + from, scratch);
     });
     const auto tiles_of = [&](int64_t task) {
       return Range{task * kTaskTiles, std::min((task + 1) * kTaskTiles, tiles)};
     };
     if (want_weight) {
       run_tasks(tile_tasks * (width / kernels.panel), filled * token_work, 0, [&](int64_t task, void*) {
-        kernels.central_query.weight_gradient(wave, filled, C, D, tiles_of(task % tile_tasks), task / tile_tasks,
-                                              weight_sums.data_ptr());
+        for (int64_t w = first; w < last; ++w)
+          kernels.central_query.weight_gradient(memory_of(w), waves[w].tokens, C, D, tiles_of(task % tile_tasks),
+                                                task / tile_tasks, weight_sums.data_ptr());
       });
     }
     if (want_bias) {
-      run_tasks(tile_tasks, double(filled) * C, 0, [&](int64_t task, void*) {
-        kernels.central_query.bias_gradient(wave, filled, C, tiles_of(task), bias_sums.data());
+      run_tasks(tile_tasks, filled * C, 0, [&](int64_t task, void*) {
+        for (int64_t w = first; w < last; ++w)
+          kernels.central_query.bias_gradient(memory_of(w), waves[w].tokens, C, tiles_of(task), bias_sums.data());
       });
     }
   }

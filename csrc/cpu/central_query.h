@@ -23,9 +23,9 @@ struct Wave {
 
 struct CentralQueryKernels {
   int64_t (*scratch_bytes)(int64_t D, int64_t C, bool backward);
-  // Adds sum_i ||y_i|| y_i (C) and then sum_i ||y_i|| (H) to sums.
-  void (*forward)(const Image&, const QueryArgs&, Range, double* sums, void* scratch);
-  // One block: dx, and its part of the wave from token `at` on.
+  // Adds sum_i ||y_i|| y_i (C) and then sum_i ||y_i|| (H) to sums, for one of `shares` shares of the heads.
+  void (*forward)(const Image&, const QueryArgs&, Range, int64_t share, int64_t shares, double* sums, void* scratch);
+  // One block, or a piece of one: dx, and its part of the wave from token `at` on.
   void (*backward)(const Image&, const QueryArgs&, Range, const Wave&, int64_t at, void* scratch);
   // dW (C, round_up(D, panel)) += dq^T x^ over the wave's first `tokens` tokens, for some tiles and one panel; dbias
   // (C) += their sum.

@@ -37,17 +37,20 @@ template <typename A> INFSA_INLINE Vec<A> head_channels(const A* query, const A*
   return c + kLanes<A> <= d ? y : keep_first<A>(y, d - c);
 }
 
-template <typename T> void query_forward(const Image& t, const QueryArgs& q, Range range, double* sums, void* memory) {
+template <typename T> void query_forward(const Image& t, const QueryArgs& q, Range range, int64_t share, int64_t shares,
+                                         double* sums, void* memory) {
   using A = Acc<T>;
   constexpr int64_t lanes = kLanes<A>;
-  const int64_t C = q.H * q.d, group = head_group<A>(C, q.d);
+  const int64_t C = q.H * q.d, group = head_group<A>(C, q.d), groups = round_up(C, group) / group;
+  const int64_t from = share * groups / shares * group, to = least((share + 1) * groups / shares * group, C);
+  if (from == to) return;
   Arena arena(memory);
   QueryScratch<T> s(t, group, false, arena);
   for (int64_t begin = range.begin; begin < range.end; begin += t.block) {
     const int64_t count = least(range.end - begin, t.block);
     s.block.load_tokens(t, begin, count);
-    for (int64_t first = 0; first < C; first += group) {
-      const int64_t channels = least(C - first, group);
+    for (int64_t first = from; first < to; first += group) {
+      const int64_t channels = least(to - first, group);
       multiply(count, t.D, s.block.rows, s.block.stride, static_cast<const A*>(q.panels) + first * t.D, channels,
                s.queries, s.stride);
       for (int64_t c = first; c < first + channels; c += q.d) {

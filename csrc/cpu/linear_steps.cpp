@@ -204,16 +204,18 @@ KeyGradients keys_bwd(const Tensor& dcontext_, const Tensor& k, const Tensor& v,
     for (int64_t head = begin * plan.heads; head < end * plan.heads; ++head) {
       const HeadUnits u = units[head];
       double dot = 0, towards_mean = 0;
+      Largest of_dz, of_z;
       for (int64_t c = 0; c < plan.d_v; ++c) {
         const int64_t at = head * s.d_v + c;
-        if (c < s.d_v) dot += dz[at] * z[at];
+        if (c < s.d_v) dot += dz[at] * z[at], of_dz.of(dz[at]), of_z.of(z[at]);
         if (c < s.d_v && floor) towards_mean += dz[at] * (mean[at] - z[at]);
         of_v.set(head * plan.d_v + c, c < s.d_v ? dz[at] * u.dout : 0);
       }
       plan.numbers(dcontext_dot).set(head, dot * u.dout * u.v);
       const double per_score = 1 / norm(head) / u.q / u.k * u.score;
       plan.numbers(score_scale).set(head, per_score);
-      strange[head] = !plan.is_factor(R[head]);
+      // The scores' gradients may vanish though dk, which is theirs times qbar, does not.
+      strange[head] = !plan.is_factor(R[head]) || !plan.is_sum({of_dz.size * of_z.size / norm(head)});
       if (floor) {
         strange[head] |= !plan.is_factor(T[head]);
         plan.numbers(floor_weight).set(head, share(head) / norm(head) / count[head] * u.score);

@@ -1,9 +1,9 @@
 // The CPU backend of infsa::pure_fwd and infsa::pure_bwd: checks, memory, and what each cell of the score matrix adds
 // to (pure_plan.h cuts it). The equations are in docs/pure.md, the arithmetic in pure_kernels.h.
 //
-// The cells of one round share no chunk, so they run in parallel and each adds to sums that no other cell of the round
-// touches. A head whose numbers left the range of the accumulation type is run once more (range.h).
-// infsa::pure_varlen is the same on batches whose tokens are runs of packed ones (packed.h).
+// Cells that share no chunk run in parallel, and each adds to sums that no other then touches. A head whose numbers
+// left the range of the accumulation type is run once more (range.h). infsa::pure_varlen is the same on batches whose
+// tokens are runs of packed ones (packed.h).
 #include <array>
 #include <cmath>
 #include <cstring>
@@ -41,14 +41,15 @@ void forward(Call& call, double eps, const Tensor& out, const Tensor& norm) {
 
   const auto run = [&](Range heads) {
     run_heads(
-        call, heads, cells, head_bytes, false, [](int64_t, int64_t) {},
-        [&](int64_t head, int64_t round, int64_t i, int64_t j, char* sums, char* scratch) {
+        call, heads, cells, head_bytes, false,
+        [&](int64_t head, int64_t i, char* sums) {
+          clear(sums, chunk(call.queries.count(head / call.size.H), n, i), row_bytes);
+        },
+        [&](int64_t head, const Cell& c, char* sums, char* scratch) {
           const PureHead h = call.head(head);
-          const Range queries = chunk(h.N, n, i), keys = call.symmetric ? chunk(h.M, n, j) : Range{0, h.M};
-          if (round == 0) clear(sums, queries, row_bytes);
-          if (round == 0 && i != j) clear(sums, keys, row_bytes);
-          squares[head * squares_per_head + round * n + i] =
-              call.kernels.pure.forward(h, {sums, nullptr, nullptr, nullptr}, keys, queries, i != j, scratch);
+          const Range queries = c.queries(h.N, n), keys = call.symmetric ? c.keys(h.M, n) : Range{0, h.M};
+          squares[head * squares_per_head + c.round * n + c.i] =
+              call.kernels.pure.forward(h, {sums, nullptr, nullptr, nullptr}, keys, queries, c.i != c.j, scratch);
         },
         [&](int64_t head, int64_t i, char* sums) {
           const PureHead h = call.head(head);
@@ -118,20 +119,19 @@ template <typename Dot> void backward(Call& call, double eps, const Tensor& dout
   const auto run = [&](Range heads) {
     run_heads(
         call, heads, cells, q_bytes + k_bytes + v_bytes, true,
-        [&](int64_t head, int64_t i) {
-          dots[head * n + i] = dout_dot(head, chunk(call.queries.count(head / H), n, i));
-        },
-        [&](int64_t head, int64_t round, int64_t i, int64_t j, char* memory, char* scratch) {
-          const PureHead h = head_of(head);
+        [&](int64_t head, int64_t i, char* memory) {
+          const Range queries = chunk(call.queries.count(head / call.size.H), n, i);
+          const Range keys = chunk(call.keys.count(head / call.size.H), n, i);
           const PureSums sums = parts(memory);
-          const Range queries = chunk(h.N, n, i), keys = chunk(h.M, n, j);
-          if (round == 0) {
-            clear(sums.dq, queries, row_bytes);
-            clear(sums.dk, keys, row_bytes);
-            clear(sums.dv, keys, v_row_bytes);
-            if (call.symmetric && i != j) clear(sums.dq, keys, row_bytes), clear(sums.dv, queries, v_row_bytes);
-          }
-          call.kernels.pure.backward(h, sums, keys, queries, i != j, scratch);
+          clear(sums.dq, queries, row_bytes);
+          clear(sums.dk, keys, row_bytes);
+          clear(sums.dv, keys, v_row_bytes);
+          dots[head * n + i] = dout_dot(head, queries);
+        },
+        [&](int64_t head, const Cell& c, char* memory, char* scratch) {
+          const PureHead h = head_of(head);
+          call.kernels.pure.backward(h, parts(memory), c.keys(h.M, n), c.queries(h.N, n), c.i != c.j || c.a != c.b,
+                                     scratch);
         },
         [&](int64_t head, int64_t i, char* memory) {
           const PureHead h = call.head(head);

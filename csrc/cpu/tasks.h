@@ -40,6 +40,14 @@ struct Kept {
   const int64_t* of(int64_t b) const { return positions.empty() ? nullptr : positions[b].data(); }
 };
 
+// Into how many pieces `count` tasks are cut, `most` at most, so that no thread waits long for the last. For tasks
+// whose pieces make the same bits as the whole: the number of threads may choose.
+inline int64_t pieces_for_threads(int64_t count, int64_t most) {
+  const int64_t threads = get_num_threads();
+  if (count == 0 || count >= 2 * threads) return 1;
+  return std::clamp<int64_t>(ceil_div(4 * threads, count), 1, std::max<int64_t>(most, 1));
+}
+
 // task(t, memory) for every t; a free thread takes the next one.
 template <typename Task> void run_tasks(int64_t count, double work, int64_t bytes, const Task& task) {
   std::atomic<int64_t> next{0};

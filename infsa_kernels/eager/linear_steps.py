@@ -33,9 +33,9 @@ def keys_floor_bwd(
 ):  # fmt: skip
     share = score_floor * absolute_sum
     norm = score_sum + share + eps
-    # What every key's weight has of the floor, and R times the gradient of the sum of absolute scores, (B, H).
+    # The floor's part of a key's weight, (B, H), and what times dcontext is R times the gradient of sum_j |t_j|.
     weight = (share / norm / key_count).to(dcontext.dtype)
-    dabsolute = score_floor * (dcontext * (value_mean - context)).sum(-1)
+    dabsolute = score_floor * (value_mean - context)
     floor = weight, dabsolute
     return _keys_bwd(dcontext, k, v, context, central_query, norm, floor, key_padding_mask, output_mask)
 
@@ -48,6 +48,9 @@ def _keys_bwd(dcontext, k, v, context, central_query, norm, floor, key_padding_m
     v_acc = remove(v, key_padding_mask).to(kappa.dtype)
     R, per_score = split(norm[..., None] * query_unit * k_unit)
     R = R.to(kappa.dtype)
+    dcontext_unit = unit(dcontext[..., None, :])[..., 0]
+    # What takes the gradients of scores back from these units and R's.
+    per_dscore = per_score / dcontext_unit
 
     products = _products(kappa, query, key_padding_mask)  # (B, H, M)
     dk, dv, dcentral = k.new_empty(0), v.new_empty(0), norm.new_empty(0)
@@ -56,19 +59,20 @@ def _keys_bwd(dcontext, k, v, context, central_query, norm, floor, key_padding_m
         if floor is not None:
             weights = weights + floor[0][..., None]
         dv = torch.empty_like(v).copy_(remove(weights[..., None] * dcontext[..., None, :], key_padding_mask))
-    # dt in the units of u, kappa and R.
+    # dt in the units of dcontext, whose products with values would vanish, of u, kappa and R.
+    dcontext = dcontext * dcontext_unit
     dscores = ((v_acc @ dcontext[..., None]).squeeze(-1) - (dcontext * context).sum(-1, keepdim=True)) / R
     dscores = dscores.masked_fill(products <= 0, 0)
     if floor is not None:
-        dscores = dscores + torch.sign(products) * (floor[1][..., None] / R)
+        dscores = dscores + torch.sign(products) * ((dcontext * floor[1]).sum(-1, keepdim=True) / R)
     if want_dcentral:
-        dcentral = (dscores[..., None, :] @ kappa).squeeze(-2).double() * (per_score * query_unit)
+        dcentral = (dscores[..., None, :] @ kappa).squeeze(-2).double() * (per_dscore * query_unit)
     if want_dk:
-        s_k = _finite(scale(k) * per_score * k_unit, kappa.dtype)
+        s_k = _finite(scale(k) * per_dscore * k_unit, kappa.dtype)
         dk = torch.empty_like(k).copy_(remove((s_k * dscores)[..., None] * query[..., None, :], key_padding_mask))
     if not want_dscores:
         return dk, dv, dcentral, dcontext.new_empty(0), norm.new_empty(0)
-    return dk, dv, dcentral, dscores, (per_score * query_unit * k_unit).squeeze(-1)
+    return dk, dv, dcentral, dscores, (per_dscore * query_unit * k_unit).squeeze(-1)
 
 
 def queries_bwd(dcentral_query, dscores, dscores_unit, q, central_query, energy_sum, eps, query_padding_mask):

@@ -281,6 +281,7 @@ SIZES = [
     {"H": 3, "N": 70, "M": 50, "d": 16},
     {"H": 1, "N": 3001, "M": 2503, "d": 32},
     {"B": 2, "H": 5, "N": 333, "M": 444, "d": 20},
+    {"H": 16, "N": 800, "M": 1000, "d": 8},
 ]
 
 
@@ -296,7 +297,7 @@ def test_same_bits_for_every_number_of_threads(op, sizes, compiled):
             dout = output_gradient(call)
             results = []
             try:
-                for n in (1, 2, 3):
+                for n in (1, 2, 3, 40):
                     torch.set_num_threads(n)
                     with infsa_kernels.backend(compiled):
                         results.append([call.run(), *call.gradients(dout).values()])

@@ -206,13 +206,14 @@ def test_backend_is_honoured(backend):
 
 
 @pytest.mark.only_backend("cpu")
-def test_any_number_of_threads_gives_the_same_bits():
+@pytest.mark.parametrize(("shape", "heads", "head"), [((1, 700, 130), 6, 20), ((1, 2100, 600), 10, 60)])
+def test_any_number_of_threads_gives_the_same_bits(shape, heads, head):
     """Of the compiled kernels: torch's own products depend on it."""
-    call = layer(torch.float32, tied=False, shape=(1, 700, 130), heads=6, head=20)
+    call = layer(torch.float32, tied=False, shape=shape, heads=heads, head=head)
     before = torch.get_num_threads()
     try:
         found = []
-        for threads in (1, 2, 5):
+        for threads in (1, 2, 5, 40):
             torch.set_num_threads(threads)
             found.append(raw_results(call))
     finally:

@@ -43,10 +43,30 @@ def test_sums_of_large_and_small_tokens_stay_in_range(backend, device, size, tie
     k = None if tied else call.k * size
     call = replace(call, q=call.q * size, k=k, rho=1.0, eps=1e-34, score_floor=floor)
     dout = torch.randn(*call.q.shape[:2], call.v.shape[3], device=device)
-    truth, truths = call.to(torch.float64).reference_results(dout.double(), torch.float64)
-    context, gradients = linear_in_parts(call, dout, backend)
+    check_against_double(call, dout, backend)
+
+
+@pytest.mark.only_backend("cpu", "eager")
+@pytest.mark.parametrize("floor", [0.0, 0.3])
+@pytest.mark.parametrize(
+    ("q_size", "k_size", "v_size", "dout_size"),
+    [(1e-6, 1e-6, 1e-30, 1e-12), (1e-6, 1e-6, 1e-10, 1e-32), (1e13, 1e-1, 1e-25, 1e-10), (1e-6, None, 1e-30, 1e-12)],
+)
+def test_products_of_values_and_gradients_that_vanish(backend, device, q_size, k_size, v_size, dout_size, floor):
+    """dout . v, or that over the sum of the scores, is below float32; over small scores, or times large queries, it is not."""
+    call = make_call("linear", "plain" if k_size else "tied", torch.float32, device)
+    k, eps = (call.k * k_size if k_size else None), 0.1 * q_size * (k_size or q_size)
+    call = replace(call, q=call.q * q_size, k=k, v=call.v * v_size, rho=1.0, eps=eps, score_floor=floor)
+    dout = torch.randn(*call.q.shape[:2], call.v.shape[3], device=device) * dout_size
+    check_against_double(call, dout, backend)
+
+
+def check_against_double(call, dcontext, backend):
+    truth, truths = call.to(torch.float64).reference_results(dcontext.double(), torch.float64)
+    context, gradients = linear_in_parts(call, dcontext, backend)
     for name, actual, right in (("context", context, truth), *((n, g, truths[n]) for n, g in gradients.items())):
-        assert (actual.double() - right).abs().max() <= 1e-5 * right.abs().max(), name
+        smallest = torch.finfo(actual.dtype).smallest_normal * torch.finfo(actual.dtype).eps
+        assert (actual.double() - right).abs().max() <= 1e-5 * right.abs().max() + smallest, name
 
 
 @pytest.mark.parametrize(
