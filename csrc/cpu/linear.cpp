@@ -196,16 +196,20 @@ template <typename A> void backward(const Sizes& s, const Packed& packed, const 
       const HeadUnits u = units[head];
       const double head_scale = rho_of(rho, head_rho, head / s.H, head % s.H);
       double dot = 0, towards_mean = 0;
+      Largest of_dz, of_z;
       for (int64_t c = 0; c < s.d_v; ++c) {
         const int64_t at = head * s.d_v + c;
         dot += dz[at] * z[at];
+        of_dz.of(dz[at]), of_z.of(z[at]);
         if (floor) towards_mean += dz[at] * (mean[at] - z[at]);
         rho_dz.set(head * plan.d_v + c, head_scale * dz[at] * u.dout);
       }
       for (int64_t c = s.d_v; c < plan.d_v; ++c) rho_dz.set(head * plan.d_v + c, 0);
       for (int64_t c = 0; c < s.d; ++c) query.set(head * plan.d + c, scale * qbar[head * s.d + c] * u.q);
       for (int64_t c = s.d; c < plan.d; ++c) query.set(head * plan.d + c, 0);
-      strange[head] = !plan.is_factor(E[head]) || !plan.is_factor(R[head]);
+      // The scores' gradients may vanish though dk, which is theirs times qbar, does not.
+      strange[head] =
+          !plan.is_factor(E[head]) || !plan.is_factor(R[head]) || !plan.is_sum({of_dz.size * of_z.size / norm(head)});
       rho_dz_dot.set(head, head_scale * dot * u.dout * u.v);
       const double of_score = 1 / norm(head) / u.q / u.k * u.score;
       per_score.set(head, of_score);
