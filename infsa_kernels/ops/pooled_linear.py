@@ -9,6 +9,8 @@ all that touches tokens, `central_query` and `score_pool`; the rest is per image
 Exactness, gradients and what is saved: docs/pooled_linear.md.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -176,14 +178,14 @@ def pooled_linear(
     rho_tensor = rho if isinstance(rho, Tensor) else None
 
     with skipped_if_unused(*tensors, rho_tensor):
-        weight, bias = of_normalised(q_weight, q_bias, num_heads, norm_weight, norm_bias)
-        qbar = query_op(x, weight.to(x.dtype), bias, norm_eps, eps, padding_mask)[0]  # (B, H, d)
+        queries = Projection.of(q_weight, q_bias, num_heads, norm_weight, norm_bias)
+        qbar = query_op(x, queries.whole().to(x.dtype), queries.bias, norm_eps, eps, padding_mask)[0]  # (B, H, d)
         if k_weight is not None:
-            weight, bias = of_normalised(k_weight, k_bias, num_heads, norm_weight, norm_bias)
-        keys, key_bias = keys_of(qbar, weight, bias)
+            queries = Projection.of(k_weight, k_bias, num_heads, norm_weight, norm_bias)
+        keys, key_bias = keys_of(qbar, queries)
         pooled, mass, *_ = pool_op(x, keys, key_bias, norm_eps, eps, *floor, padding_mask)  # (B, H, D), (B, H)
-        weight, bias = of_normalised(v_weight, v_bias, num_heads, norm_weight, norm_bias)
-        return output_of(pooled, mass, weight, bias, rho, out_weight, out_bias).to(x.dtype)
+        values = Projection.of(v_weight, v_bias, num_heads, norm_weight, norm_bias)
+        return output_of(pooled, mass, values, rho, out_weight, out_bias).to(x.dtype)
 
 
 def _raw(backend, score_floor):
@@ -191,33 +193,44 @@ def _raw(backend, score_floor):
     return central_query.raw.forwards[backend], pool.raw.forwards[backend]
 
 
-def of_normalised(weight, bias, num_heads, norm_weight, norm_bias):
-    """A projection of LayerNorm's output as one of normalised tokens, per head: (H, ., D) and (H, .) or None."""
-    acc = acc_dtype(weight)
-    weight = weight.to(acc)
-    if norm_bias is not None:
-        shift = weight @ norm_bias.to(acc)
-        bias = shift if bias is None else bias.to(acc) + shift
-    if norm_weight is not None:
-        weight = weight * norm_weight.to(acc)
-    width = weight.shape[0] // num_heads
-    bias = None if bias is None else bias.to(acc).unflatten(0, (num_heads, width))
-    return weight.unflatten(0, (num_heads, width)), bias
+class Projection(NamedTuple):
+    """A projection of LayerNorm's output as one of normalised tokens, per head: W x~ + b = W (scale * x^) + bias."""
+
+    weight: Tensor  # (H, ., D)
+    bias: Tensor | None  # (H, .)
+    scale: Tensor | None  # (D,), which vectors of channels take instead of the matrix where they can
+
+    @classmethod
+    def of(cls, weight, bias, num_heads, norm_weight, norm_bias):
+        acc = acc_dtype(weight)
+        weight = weight.to(acc)
+        if norm_bias is not None:
+            shift = weight @ norm_bias.to(acc)
+            bias = shift if bias is None else bias.to(acc) + shift
+        heads = num_heads, weight.shape[0] // num_heads
+        bias = None if bias is None else bias.to(acc).unflatten(0, heads)
+        return cls(weight.unflatten(0, heads), bias, None if norm_weight is None else norm_weight.to(acc))
+
+    def whole(self) -> Tensor:
+        """The matrix of normalised tokens."""
+        return self.weight if self.scale is None else self.weight * self.scale
 
 
-def keys_of(qbar, weight, bias):
-    """Scores r_j = ReLU(qbar . s k_j), k_j = W x^_j + b, as those of x^ with one key a head: (B, H, D) and (B, H) or None."""
+def keys_of(qbar, projection):
+    """Scores r_j = ReLU(qbar . s k_j), k_j = W x~_j + b, as those of x^ with one key a head: (B, H, D) and (B, H) or None."""
+    weight, bias, scale = projection
     if qbar.shape[-1]:
         qbar = qbar * qbar.shape[-1] ** -0.5
     # Inside vmap, functorch brings autocast back, and with it a lower dtype.
     keys = torch.einsum("bhd,hdc->bhc", qbar, weight).to(weight.dtype)
-    return keys, None if bias is None else (qbar * bias).sum(-1)
+    return keys if scale is None else keys * scale, None if bias is None else (qbar * bias).sum(-1)
 
 
-def output_of(pooled, mass, weight, bias, rho, out_weight, out_bias):
+def output_of(pooled, mass, projection, rho, out_weight, out_bias):
     """The layer's row (B, D_out), in the dtype of sums, from pooled tokens (B, H, D) and the sums of their weights (B, H)."""
     acc = pooled.dtype
-    z = torch.einsum("bhc,hec->bhe", pooled, weight)
+    weight, bias, scale = projection
+    z = torch.einsum("bhc,hec->bhe", pooled if scale is None else pooled * scale, weight)
     if bias is not None:
         z = z + mass[..., None] * bias
     if isinstance(rho, Tensor):

@@ -21,7 +21,7 @@ from ..nn.plain import has_forward, is_plain
 from ..nn.vit import Block, InfViT
 from ..ops import central_query, linear_steps, score_pool, score_pool_floor
 from ..ops.backends import choose_backend, takes_backend
-from ..ops.pooled_linear import keys_of, of_normalised, output_of
+from ..ops.pooled_linear import Projection, keys_of, output_of
 
 
 class Attention:
@@ -32,24 +32,24 @@ class Attention:
         self.attn, self.eps, self.norm_eps = attn, attn.eps, norm.eps
         self.norm = attn.num_heads, norm.weight, norm.bias
         queries, keys = attn.q_proj, attn.q_proj if attn.tied else attn.k_proj
-        self.weight, self.bias = of_normalised(queries.weight, queries.bias, *self.norm)
-        self.key_weight, self.key_bias = of_normalised(keys.weight, keys.bias, *self.norm)
-        self.low_weight = self.weight.to(queries.weight.dtype)
+        projection = Projection.of(queries.weight, queries.bias, *self.norm)
+        self.weight, self.bias = projection.whole().to(queries.weight.dtype), projection.bias
+        self.key_projection = Projection.of(keys.weight, keys.bias, *self.norm)
         self.score_floor, H, D = attn.score_floor, attn.num_heads, attn.embed_dim
         self.score_shapes = [(1, H, 2 * D + 3)] if self.score_floor else [(H, D), (H,)]
 
     def query_sums(self, x: Tensor) -> list[Tensor]:
         """sum e u, (H, d), and sum e, (H,)."""
         op = self._op(central_query, x)
-        mean, energy = op(x[None], self.low_weight, self.bias, self.norm_eps, self.eps, None)
+        mean, energy = op(x[None], self.weight, self.bias, self.norm_eps, self.eps, None)
         energy = energy[0].double()
         return [mean[0].double() * (energy + self.eps)[:, None], energy]
 
     def set_queries(self, sums: list[Tensor]) -> None:
         """The sums over all tokens: now scores can be computed."""
-        acc = self.weight.dtype
+        acc = self.key_projection.weight.dtype
         central = (sums[0] / (sums[1] + self.eps)[:, None]).to(acc)
-        self.keys, self.shift = keys_of(central[None], self.key_weight, self.key_bias)
+        self.keys, self.shift = keys_of(central[None], self.key_projection)
 
     def score_sums(self, x: Tensor) -> list[Tensor]:
         """sum r x^, (H, D), and sum r, (H,); with a floor these and more as linear_steps.floored_mean takes them."""
@@ -62,7 +62,7 @@ class Attention:
 
     def set_scores(self, sums: list[Tensor]) -> Tensor:
         """The sums over all tokens: the row (1, D) that the layer adds to each, in the dtype of the model."""
-        acc, attn = self.weight.dtype, self.attn
+        acc, attn = self.keys.dtype, self.attn
         if self.score_floor:
             pooled, (scores, absolute, _, count) = linear_steps.floored_mean(
                 sums[0], self.score_floor, self.eps, acc
@@ -73,8 +73,8 @@ class Attention:
             total, self.floor = sums[1], 0
             pooled = (sums[0] / (total + self.eps)[:, None]).to(acc)
         self.total, mass = (total + self.eps).to(acc), (total / (total + self.eps)).to(acc)
-        weight, bias = of_normalised(attn.v_proj.weight, attn.v_proj.bias, *self.norm)
-        row = output_of(pooled[None], mass[None], weight, bias, attn.rho, attn.out_proj.weight, attn.out_proj.bias)
+        values = Projection.of(attn.v_proj.weight, attn.v_proj.bias, *self.norm)
+        row = output_of(pooled[None], mass[None], values, attn.rho, attn.out_proj.weight, attn.out_proj.bias)
         return row.to(attn.q_proj.weight.dtype)
 
     def weights(self, x: Tensor) -> Tensor:
