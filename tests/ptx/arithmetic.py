@@ -24,6 +24,13 @@ def from_bf16(bits: np.ndarray) -> np.ndarray:
     return (np.asarray(bits).astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
+def from_bits(bits: np.ndarray, kind: str) -> np.ndarray:
+    """float32 of what a matrix product multiplies. Of TF32 it does not see the last 13 bits."""
+    if kind == "tf32":
+        return (bits & np.uint32(0xFFFFE000)).view(np.float32)
+    return from_bf16(bits) if kind == "bf16" else bits.view(np.float16).astype(np.float32)
+
+
 def to_bf16(x: np.ndarray) -> np.ndarray:
     """Rounded to nearest, ties to even."""
     bits = np.asarray(x, np.float32).view(np.uint32)

@@ -6,23 +6,26 @@ from collections.abc import Callable
 
 import numpy as np
 
-from .arithmetic import TYPES, from_bf16
+from .arithmetic import TYPES, from_bits
 from .memory import IN_FLIGHT, UINT, WARP, WRITTEN, Fault, Global
 from .parse import Instruction, parts
 
 LANE = np.arange(WARP)
 
 
-def step(m, i: Instruction) -> Callable[[np.ndarray], None] | None:
-    """What an instruction does in the lanes of a mask; None if it is none of these."""
-    make, found = _maker(i.opcode)
-    return make and make(m, i, found)
+def by_pattern(table: dict[str, Callable]) -> Callable:
+    """(machine, instruction) -> what it does in the lanes of a mask; None if none of the table's patterns is its opcode."""
 
+    @functools.cache
+    def maker(opcode: str) -> tuple[Callable | None, re.Match | None]:
+        matches = ((make, re.fullmatch(pattern, opcode)) for pattern, make in table.items())
+        return next((match for match in matches if match[1]), (None, None))
 
-@functools.cache
-def _maker(opcode: str) -> tuple[Callable | None, re.Match | None]:
-    matches = ((make, re.fullmatch(pattern, opcode)) for pattern, make in MADE.items())
-    return next((match for match in matches if match[1]), (None, None))
+    def step(m, i: Instruction) -> Callable[[np.ndarray], None] | None:
+        make, found = maker(i.opcode)
+        return make and make(m, i, found)
+
+    return step
 
 
 def _move(m, i, found):
@@ -76,7 +79,7 @@ def _load(m, i, found):
     width, count = TYPES[kind].itemsize, int(found["count"] or 1)
     assert len(targets) == count
     registers = [None if r == "_" else m.registers[r] for r in targets]
-    at = _place(m, i, i.operands[1], found["space"], width * count)
+    at = place(m, i, i.operands[1], found["space"], width * count)
 
     def load(mask):
         lanes = np.flatnonzero(mask)
@@ -100,7 +103,7 @@ def _store(m, i, found):
     assert len(sources) == count
     # Of a wider register the low bits.
     values = [m.registers[source] if source in m.registers else m.read(source, kind) for source in sources]
-    at = _place(m, i, i.operands[0], found["space"], width * count)
+    at = place(m, i, i.operands[0], found["space"], width * count)
 
     def store(mask):
         lanes = np.flatnonzero(mask)
@@ -116,7 +119,7 @@ def _store(m, i, found):
     return store
 
 
-def _place(m, i, operand: str, space: str, length: int) -> Callable[[np.ndarray], np.ndarray]:
+def place(m, i, operand: str, space: str, length: int) -> Callable[[np.ndarray], np.ndarray]:
     address = m.address(operand, "b32" if space == "shared" else "b64")
     if space == "shared":
         return lambda lanes: m.shared.offsets(address(lanes), m.program[lanes], length, i)
@@ -134,7 +137,7 @@ class Copies:
     def start(self, i, found):
         """cp.async to, from, bytes, bytes to read: what is not read becomes 0."""
         m, length = self.m, int(i.operands[2], 0)
-        to, source = _place(m, i, i.operands[0], "shared", length), _place(m, i, i.operands[1], "global", length)
+        to, source = place(m, i, i.operands[0], "shared", length), place(m, i, i.operands[1], "global", length)
         size = m.read(i.operands[3], "b32") if len(i.operands) > 3 else np.full(len(m.thread), length)
         assert length == 16 or found["cache"] == "ca"
 
@@ -226,7 +229,7 @@ def _load_matrices(m, i, found):
     count, transposed = int(found["count"]), found["trans"]
     writes = [m.writer(r, "b32") for r in parts(i.operands[0])]
     assert len(writes) == count
-    at = _place(m, i, i.operands[1], "shared", 16)
+    at = place(m, i, i.operands[1], "shared", 16)
 
     def load(mask):
         warps = m.whole_warps(mask, i)
@@ -246,56 +249,98 @@ def _load_matrices(m, i, found):
     return load
 
 
-def _halves(kind: str) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:
-    def split(register):
-        low, high = (register & np.uint32(0xFFFF)).astype(np.uint16), (register >> np.uint32(16)).astype(np.uint16)
-        if kind == "bf16":
-            return from_bf16(low), from_bf16(high)
-        return low.view(np.float16).astype(np.float32), high.view(np.float16).astype(np.float32)
+def _store_matrices(m, i, found):
+    """stmatrix: ldmatrix the other way."""
+    count = int(found["count"])
+    values = [m.read(r, "b32") for r in parts(i.operands[1])]
+    assert len(values) == count
+    at = place(m, i, i.operands[0], "shared", 16)
 
-    return split
+    def store(mask):
+        warps = m.whole_warps(mask, i)
+        naming = (warps[:, None] * WARP + np.arange(8 * count)).reshape(-1)
+        offsets = at(naming)
+        m.shared.writes(offsets, 16, naming, i)
+        rows = np.stack([value.reshape(-1, WARP)[warps] for value in values], 1).reshape(len(naming), 4)
+        m.shared.store(offsets, 4, list(rows.T), i)
+
+    return store
+
+
+def _elect(m, i, found):
+    """One lane of the warp, the same every time; PTX leaves open which. The last one, so that nothing can rely on the first."""
+    lane, predicate = i.operands[0].split("|")
+    if i.operands[1] not in ("-1", "0xffffffff"):
+        raise NotImplementedError(f"{i}: only elections by whole warps")
+    write_lane, write_predicate = m.writer(lane, "b32"), m.writer(predicate, "pred")
+    last = np.full(len(m.thread), WARP - 1, np.uint32)
+
+    def elect(mask):
+        m.whole_warps(mask, i)
+        write_lane(last, mask)
+        write_predicate(m.thread % WARP == WARP - 1, mask)
+
+    return elect
 
 
 def _multiply(m, i, found):
-    """mma.m16n8k16 of 16-bit types and m16n8k8 of tf32, into float32. Row g = lane / 4, pair q = lane mod 4."""
+    """mma.m16n8k16 of 16-bit types and m16n8k8 of tf32, into float32."""
     kind, k = found["kind"], int(found["k"])
     assert k == (8 if kind == "tf32" else 16)
     a, b, c = ([m.read(r, "b32") for r in parts(operand)] for operand in i.operands[1:])
     writes = [m.writer(r, "f32") for r in parts(i.operands[0])]
-    g, q = LANE // 4, LANE % 4
-    split = _halves(kind)
-
-    def fill(matrix, row, column, register):
-        """Of matrix [warp, row, column] what a register of each lane holds."""
-        register = register.reshape(-1, WARP)
-        if kind == "tf32":
-            # The multiplier does not see the last 13 bits.
-            matrix[:, row(q), column(q)] = (register & np.uint32(0xFFFFE000)).view(np.float32)
-        else:
-            for half, values in enumerate(split(register)):
-                matrix[:, row(2 * q + half), column(2 * q + half)] = values
 
     def multiply(mask):
         m.whole_warps(mask, i)
-        warps = len(m.thread) // WARP
-        A, B, C = (np.empty((warps, *shape), np.float32) for shape in ((16, k), (k, 8), (16, 8)))
-        for j, register in enumerate(a):
-            fill(A, lambda _: g + 8 * (j % 2), lambda at: at + k // 2 * (j // 2), register)
-        for j, register in enumerate(b):
-            fill(B, lambda at: at + k // 2 * j, lambda _: g, register)
-        for j, register in enumerate(c):
-            C[:, g + 8 * (j // 2), 2 * q + j % 2] = register.view(np.float32).reshape(-1, WARP)
-        D = A @ B + C
-        for j, write in enumerate(writes):
-            write(D[:, g + 8 * (j // 2), 2 * q + j % 2].reshape(-1), mask)
+        B = _fragment(b, kind, (k, 8), lambda j, g, q: (q + k // 2 * j, g))
+        write_sums(writes, left_matrix(a, kind) @ B + sums_in(c), mask)
 
     return multiply
+
+
+def left_matrix(registers: list[np.ndarray], kind: str) -> np.ndarray:
+    """A, [warp, 16, k], of the four registers of each lane."""
+    k = 8 if kind == "tf32" else 16
+    return _fragment(registers, kind, (16, k), lambda j, g, q: (g + 8 * (j % 2), q + k // 2 * (j // 2)))
+
+
+def _fragment(registers: list[np.ndarray], kind: str, shape: tuple[int, int], where: Callable) -> np.ndarray:
+    """[warp, *shape], of registers with an element of TF32 each or two neighbours along k. ``where`` register j of a lane has its
+    first, by g = lane / 4 and q, which counts elements in the first half of k."""
+    matrix = np.empty((len(registers[0]) // WARP, *shape), np.float32)
+    g, q = LANE // 4, LANE % 4
+    for j, register in enumerate(registers):
+        register = register.reshape(-1, WARP)
+        if kind == "tf32":
+            matrix[(slice(None), *where(j, g, q))] = from_bits(register, kind)
+            continue
+        for half in (0, 1):
+            bits = (register >> np.uint32(16 * half)).astype(np.uint16)
+            matrix[(slice(None), *where(j, g, 2 * q + half))] = from_bits(bits, kind)
+    return matrix
+
+
+def _place_of_sum(j: int) -> tuple:
+    """Of the j-th register of a lane in the sums of a warp, [warp, 16, n]."""
+    return slice(None), LANE // 4 + 8 * (j % 4 // 2), 8 * (j // 4) + 2 * (LANE % 4) + j % 2
+
+
+def sums_in(registers: list[np.ndarray]) -> np.ndarray:
+    sums = np.empty((len(registers[0]) // WARP, 16, 2 * len(registers)), np.float32)
+    for j, register in enumerate(registers):
+        sums[_place_of_sum(j)] = register.view(np.float32).reshape(-1, WARP)
+    return sums
+
+
+def write_sums(writes: list[Callable], sums: np.ndarray, mask: np.ndarray) -> None:
+    for j, write in enumerate(writes):
+        write(sums[_place_of_sum(j)].reshape(-1), mask)
 
 
 def _atomic_add(m, i, found):
     """atom.add of 32-bit integers; it orders other programs unless it is relaxed or of one program's scope."""
     write = m.writer(i.operands[0], "b32")
-    at, value = _place(m, i, i.operands[1], "global", 4), m.read(i.operands[2], "b32")
+    at, value = place(m, i, i.operands[1], "global", 4), m.read(i.operands[2], "b32")
     order = found["order"] if found["scope"] != "cta" else "relaxed"
 
     def add(mask):
@@ -333,6 +378,10 @@ MADE = {
     r"redux\.sync\.(?P<how>add|min|max)\.(?P<t>[su]32)": _reduce,
     r"bar\.warp\.sync": _warp_barrier,
     r"ldmatrix\.sync\.aligned\.m8n8\.x(?P<count>1|2|4)(?P<trans>\.trans)?\.shared\.b16": _load_matrices,
+    r"stmatrix\.sync\.aligned\.m8n8\.x(?P<count>1|2|4)\.shared\.b16": _store_matrices,
+    r"elect\.sync": _elect,
     r"mma\.sync\.aligned\.m16n8k(?P<k>8|16)\.row\.col\.f32\.(?P<kind>f16|bf16|tf32)\.(?P=kind)\.f32": _multiply,
     r"atom\.global\.(?P<scope>cta|gpu|sys)\.(?P<order>relaxed|acquire|release|acq_rel)\.add\.u32": _atomic_add,
 }
+
+step = by_pattern(MADE)

@@ -5,11 +5,18 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from . import arithmetic, exchange
+from . import arithmetic, exchange, products, transfers
 from .arithmetic import TYPES
 from .memory import UINT, WARP, Fault, Global, Shared
 from .parse import Instruction, Kernel
 from .races import History
+from .transfers import GENERIC, TensorMap
+
+# Where shared memory begins. On sm_80 no more aligned than PTX promises, so that nothing can rely on more. Triton promises no
+# more for Hopper either, though swizzles need 1024 bytes there: it relies on what the system reserves before, which is as much.
+SHARED_BASE = {"sm_80": 0x410, "sm_90a": 0x400}
+# Of the parameters that are read by address.
+PARAMETER_BASE = 0x210
 
 # Which programs run for a while, of those (bool) that can. Only atomics make the order matter, or else there is a race: so no
 # other instruction is interrupted.
@@ -42,27 +49,39 @@ class Machine:
     """One launch."""
 
     def __init__(
-        self, kernel: Kernel, parameters: Iterable[bytes], programs: int, threads: int, shared: int, memory: Global
+        self,
+        kernel: Kernel,
+        parameters: Iterable[bytes | TensorMap],
+        programs: int,
+        threads: int,
+        shared: int,
+        memory: Global,
     ):
         self.kernel, self.threads, self.memory = kernel, threads, memory
         self.parameters = dict(zip(kernel.parameters, parameters, strict=True))
+        maps = {name: value for name, value in self.parameters.items() if isinstance(value, TensorMap)}
+        addresses = {name: PARAMETER_BASE + 128 * j for j, name in enumerate(maps)}
+        self.tensor_maps = {GENERIC + addresses[name]: value for name, value in maps.items()}
         lanes = np.arange(programs * threads)
         self.thread, self.program = lanes, lanes // threads
         self.special = {
             "%tid.x": (lanes % threads).astype(np.uint32),
             "%ctaid.x": self.program.astype(np.uint32),
-            "global_smem": np.uint32(Shared.BASE),
-        }
+            "global_smem": np.uint32(SHARED_BASE[kernel.target]),
+        } | {name: np.uint32(address) for name, address in addresses.items()}
         self.registers = {
             name: np.zeros(len(lanes), bool if bits == 1 else UINT[bits // 8])
             for name, bits in kernel.registers.items()
         }
         bytewise = any(re.match(r"(ld|st)\.shared.*8$", i.opcode) for i in kernel.code)
-        self.shared, self.history = Shared(programs, shared, 1 if bytewise else 2), History(programs, threads)
-        self.copies = exchange.Copies(self)
+        self.shared = Shared(programs, shared, 1 if bytewise else 2, SHARED_BASE[kernel.target])
+        self.history = History(programs, threads)
+        self.copies, self.transfers = exchange.Copies(self), transfers.Transfers(self)
+        self.products = products.Products(self)
         self.pc = np.zeros(len(lanes), np.int64)
         self.alive = np.ones(len(lanes), bool)
-        self.waiting = np.zeros(len(lanes), bool)
+        self.waiting = np.zeros(len(lanes), bool)  # for the others at a barrier
+        self.blocked = np.zeros(len(lanes), bool)  # for the phase of an mbarrier
         self.reached = np.zeros(len(kernel.code), bool)
         self.steps = [self._step(i) for i in kernel.code]
         self.ends = self._ends()
@@ -116,10 +135,15 @@ class Machine:
         self.shared.lanes = slice(None, None, -1) if first_wins else slice(None)
         with np.errstate(all="ignore"):
             while self.alive.any():
-                ready = (self.alive & ~self.waiting).reshape(-1, self.threads).any(1)
-                lanes = self.alive & ~self.waiting & np.repeat(order(ready), self.threads)
+                free = self.alive & ~self.waiting & ~self.blocked
+                if not free.any():
+                    at = self.kernel.code[int(self.pc[self.alive].min())]
+                    raise Fault(f"{at}: all threads wait here or at a barrier, for ever")
+                lanes = free & np.repeat(order(free.reshape(-1, self.threads).any(1)), self.threads)
                 pc = int(self.pc[lanes].min())
                 self._block(pc, lanes & (self.pc == pc))
+        self.transfers.end()
+        self.products.end()
         self.history.check(len(self.memory.data))
 
     def _block(self, pc: int, lanes: np.ndarray) -> None:
@@ -143,7 +167,7 @@ class Machine:
         ends = np.zeros(len(self.kernel.code), bool)
         ends[[at - 1 for at in self.kernel.labels.values() if at]] = True
         for at, i in enumerate(self.kernel.code):
-            control = i.opcode.startswith(("bra", "ret", "exit", "bar.sync"))
+            control = i.opcode.startswith(("bra", "ret", "exit", "bar.sync", "mbarrier.try_wait"))
             atomic = i.opcode.startswith(("atom.", "red."))
             ends[at] |= control or atomic
             if atomic and at:
@@ -151,6 +175,18 @@ class Machine:
         return ends
 
     def _step(self, i: Instruction) -> Callable[[np.ndarray], None]:
+        step = self._unguarded(i)
+        rows = self.products.rows_of(i)
+        if not len(rows):
+            return step
+
+        def watched(mask):
+            self.products.touch(rows, mask, i)
+            step(mask)
+
+        return watched
+
+    def _unguarded(self, i: Instruction) -> Callable[[np.ndarray], None]:
         if i.opcode in ("bra", "bra.uni"):
             target = self.kernel.labels[i.operands[0]]
 
@@ -179,8 +215,9 @@ class Machine:
             values = [self.read(source, kind) for source, kind in zip(sources, kinds, strict=True)]
             write = self.writer(destination, result)
             return lambda mask: write(compute(*values), mask)
-        if step := exchange.step(self, i):
-            return step
+        for table in (exchange, transfers, products):
+            if step := table.step(self, i):
+                return step
         raise NotImplementedError(f"{self.kernel.name}: {i}")
 
     def _release(self, programs: np.ndarray) -> None:
@@ -190,4 +227,5 @@ class Machine:
         if len(over):
             self.waiting.reshape(-1, self.threads)[over] = False
             self.shared.barrier(over)
+            self.transfers.barrier(over)
             self.history.barrier(over)

@@ -13,7 +13,7 @@ UINT = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 # Of a byte. What torch.empty gives is filled in the tests, and so counts as unwritten, as do the gaps of a strided layout and
 # the tokens that a mask ignores, which no kernel has to read.
-WRITTEN, UNWRITTEN, OUTSIDE, IN_FLIGHT = range(4)
+WRITTEN, UNWRITTEN, OUTSIDE, IN_FLIGHT, BARRIER = range(5)
 FILL = {torch.float32: 0x7FC00000, torch.bfloat16: 0x7FC0, torch.float16: 0x7E00, torch.int32: 0x7FFFFFFF}
 
 WARP = 32
@@ -57,6 +57,7 @@ class Memory:
             UNWRITTEN: "was never written",
             OUTSIDE: "is out of bounds",
             IN_FLIGHT: "has an asynchronous copy on its way",
+            BARRIER: "is part of an mbarrier",
         }
         return f"{type(self).__name__.lower()} memory at {offset} {what[state]}"
 
@@ -118,21 +119,24 @@ class Shared(Memory):
     Two threads that touch a place between two barriers, one of them writing, race. Threads of one warp do too, if no barrier of
     the warp is between: since Volta nothing else orders them. Only where one instruction has several write to a place, which
     Triton does with what they all hold, PTX lets any of them win.
+
+    Hopper's products and tensor copies touch it through another proxy: what threads have read or written there themselves a
+    fence has to order before.
     """
 
-    # The least alignment that PTX promises, so that nothing can rely on more.
-    BASE = 0x410
-
-    def __init__(self, programs: int, size: int, unit: int):
+    def __init__(self, programs: int, size: int, unit: int, base: int):
         """``unit``: of the bytes in which threads are told apart, the shortest access that there is."""
-        self.size, self.unit = size, unit
+        self.size, self.unit, self.base = size, unit, base
         self.pitch = -(-size // 64) * 64 + 64
         super().__init__(programs * self.pitch)
         self.state.reshape(programs, self.pitch)[:, :size] = UNWRITTEN
         self.writers, self.readers = (_Threads(programs, self.pitch // unit) for _ in range(2))
+        self.products = np.zeros(programs * self.pitch // unit, np.int16)  # on their way that read a place
+        # Of a place, since the last fence: whether a thread has read it itself, and has written it.
+        self.unfenced_reads, self.unfenced_writes = (np.zeros((programs, self.pitch // unit), bool) for _ in range(2))
 
     def offsets(self, addresses: np.ndarray, program: np.ndarray, length: int, i: Instruction) -> np.ndarray:
-        at = addresses.astype(np.int64) - self.BASE
+        at = addresses.astype(np.int64) - self.base
         if ((at < 0) | (at + length > self.size)).any():
             raise Fault(f"{i}: shared memory is out of bounds, {at.min()} to {at.max() + length} of {self.size} bytes")
         return program * self.pitch + at
@@ -145,16 +149,45 @@ class Shared(Memory):
         self.writers.order(warps)
         self.readers.order(warps)
 
+    def fence(self, programs: np.ndarray) -> None:
+        self.unfenced_reads[programs] = self.unfenced_writes[programs] = False
+
     def reads(self, at: np.ndarray, length: int, thread: np.ndarray, i: Instruction) -> None:
+        self.unfenced_reads.reshape(-1)[self.touches(at, length, thread, i)] = True
+
+    def writes(self, at: np.ndarray, length: int, thread: np.ndarray, i: Instruction) -> None:
+        self.unfenced_writes.reshape(-1)[self._writes(at, length, thread, i)] = True
+
+    def touches(self, at: np.ndarray, length: int, thread: np.ndarray, i: Instruction) -> np.ndarray:
+        """What must not meet another thread's write, as a read or an operation of an mbarrier. The places."""
         places = self._places(at, length)
         self._alone(self.writers, places, thread, i, "reads what another thread writes")
         self.readers.add(places, thread)
+        return places
 
-    def writes(self, at: np.ndarray, length: int, thread: np.ndarray, i: Instruction) -> None:
+    def reads_by_proxy(self, at: np.ndarray, length: int, thread: np.ndarray, i: Instruction) -> np.ndarray:
+        places = self.touches(at, length, thread, i)
+        self._fenced(self.unfenced_writes, places, i, "reads what a thread has written")
+        return places
+
+    def writes_by_proxy(self, at: np.ndarray, length: int, thread: np.ndarray, i: Instruction) -> None:
+        places = self._writes(at, length, thread, i)
+        self._fenced(self.unfenced_writes, places, i, "writes what a thread has written")
+        self._fenced(self.unfenced_reads, places, i, "writes what a thread has read")
+
+    def arrived(self, at: np.ndarray, length: int, thread: int | None) -> None:
+        """What another proxy wrote is there for all threads of the program (None), for one, or for some (SEVERAL)."""
+        self.state[at[:, None] + np.arange(length)] = WRITTEN
+        self.writers.set(self._places(at, length), thread)
+
+    def _writes(self, at: np.ndarray, length: int, thread: np.ndarray, i: Instruction) -> np.ndarray:
         places = self._places(at, length)
         self._alone(self.writers, places, thread, i, "writes what another thread writes")
         self._alone(self.readers, places, thread, i, "writes what another thread reads")
+        if self.products[places].any():
+            raise Fault(f"{i}: writes what a product on its way reads")
         self.writers.add(places, thread)
+        return places
 
     def _places(self, at: np.ndarray, length: int) -> np.ndarray:
         return at[:, None] // self.unit + np.arange(length // self.unit)
@@ -163,36 +196,46 @@ class Shared(Memory):
         if others.conflict(places, thread):
             raise Fault(f"{i}: {what}, with no barrier between")
 
+    def _fenced(self, unfenced: np.ndarray, places: np.ndarray, i: Instruction, what: str) -> None:
+        if unfenced.reshape(-1)[places].any():
+            raise Fault(f"{i}: {what}, with no fence.proxy.async between")
+
+
+# In place of a thread. ORDERED: some threads of a warp, before its own last barrier.
+NOBODY, SEVERAL, ORDERED = -1, -2, -3
+
 
 class _Threads:
     """Who has touched each place since the last barrier: the thread, and the warp, or that there were several of them."""
 
-    NOBODY, SEVERAL, ORDERED = -1, -2, -3  # ORDERED: some threads of a warp, before its own last barrier
-
     def __init__(self, programs: int, places: int):
-        self.thread, self.warp = (np.full((programs, places), self.NOBODY, np.int32) for _ in range(2))
+        self.thread, self.warp = (np.full((programs, places), NOBODY, np.int32) for _ in range(2))
         self.flat_thread, self.flat_warp = self.thread.reshape(-1), self.warp.reshape(-1)
 
     def forget(self, programs: np.ndarray) -> None:
-        self.thread[programs] = self.warp[programs] = self.NOBODY
+        self.thread[programs] = self.warp[programs] = NOBODY
+
+    def set(self, places: np.ndarray, thread: int | None) -> None:
+        self.flat_thread[places] = NOBODY if thread is None else thread
+        self.flat_warp[places] = NOBODY if thread is None else thread // WARP if thread >= 0 else SEVERAL
 
     def order(self, warps: np.ndarray) -> None:
-        self.flat_thread[np.isin(self.flat_warp, warps)] = self.ORDERED
+        self.flat_thread[np.isin(self.flat_warp, warps)] = ORDERED
 
     def conflict(self, places: np.ndarray, thread: np.ndarray) -> bool:
         before, me = self.flat_thread[places], thread[:, None]
-        other = (before != self.NOBODY) & (before != me)
+        other = (before != NOBODY) & (before != me)
         return bool(other.any() and (other & ~self._ordered(before, places, me)).any())
 
     def add(self, places: np.ndarray, thread: np.ndarray) -> None:
         before, me = self.flat_thread[places], thread[:, None]
-        alone = (before == self.NOBODY) | (before == me) | self._ordered(before, places, me)
+        alone = (before == NOBODY) | (before == me) | self._ordered(before, places, me)
         of_warp = self.flat_warp[places]
-        within = (of_warp == self.NOBODY) | (of_warp == me // WARP)
+        within = (of_warp == NOBODY) | (of_warp == me // WARP)
         for flat, one, mine in ((self.flat_thread, alone, me), (self.flat_warp, within, me // WARP)):
-            flat[places] = np.where(one, mine, self.SEVERAL)
+            flat[places] = np.where(one, mine, SEVERAL)
             # Where several come in this very instruction, the last to be noted is not the only one.
-            flat[places[(flat[places] != mine) & (flat[places] != self.SEVERAL)]] = self.SEVERAL
+            flat[places[(flat[places] != mine) & (flat[places] != SEVERAL)]] = SEVERAL
 
     def _ordered(self, before, places, me) -> np.ndarray:
-        return (before == self.ORDERED) & (self.flat_warp[places] == me // WARP)
+        return (before == ORDERED) & (self.flat_warp[places] == me // WARP)

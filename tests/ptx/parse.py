@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass
 
+TARGETS = ("sm_80", "sm_90a")
 # Bits of a register of each declared type.
 BITS = {"pred": 1, "b8": 8, "b16": 16, "b32": 32, "f32": 32, "b64": 64, "f64": 64}
 
@@ -24,6 +25,7 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Kernel:
+    target: str
     name: str
     parameters: tuple[str, ...]
     registers: dict[str, int]  # name -> bits
@@ -32,16 +34,17 @@ class Kernel:
 
 
 def parse(ptx: str) -> Kernel:
-    """The one kernel of a PTX module for sm_80; shared memory is the one array whose size the launch gives."""
-    assert re.search(r"^\.target sm_80\b", ptx, re.M), "expected PTX for sm_80"
+    """The one kernel of a PTX module; shared memory is the one array whose size the launch gives."""
+    target = re.search(r"^\.target (\w+)", ptx, re.M)[1]
+    assert target in TARGETS, f"expected PTX for {' or '.join(TARGETS)}, got {target}"
     head = re.search(r"\.visible \.entry (\w+)\((.*?)\)", ptx, re.S)
-    parameters = tuple(line.split()[-1] for line in head[2].split(","))
+    parameters = tuple(line.split()[-1].split("[")[0] for line in head[2].split(","))
     registers: dict[str, int] = {}
     code: list[Instruction] = []
     labels: dict[str, int] = {}
     first = ptx[: head.end()].count("\n") + 1
     source = None
-    for number, line in enumerate(ptx[head.end() :].splitlines(), first):
+    for number, line in enumerate(_outermost(ptx[head.end() :]).splitlines(), first):
         if at := re.match(r"\s*\.loc\s.*// (\S+?):(\d+):\d+", line):
             source = f"{at[1]}:{at[2]}"
         line = line.split("//")[0].strip()
@@ -54,10 +57,27 @@ def parse(ptx: str) -> Kernel:
             _declare(line, registers)
         elif line and not re.match(r"\.(loc|reqntid|maxntid|pragma)\b", line) and line not in "{":
             code.append(_instruction(line, number, source))
-    return Kernel(head[1], parameters, registers, tuple(code), labels)
+    return Kernel(target, head[1], parameters, registers, tuple(code), labels)
+
+
+def _outermost(body: str) -> str:
+    """The text with blocks of inline assembly opened, `{ .reg .pred complete; waitLoop: ... }`, whose names are theirs alone."""
+
+    def renamed(at: re.Match) -> str:
+        inside = at[1]
+        for name in re.findall(r"^\s*\.reg \.\w+ (\w+);", inside, re.M):
+            inside = re.sub(rf"\b{name}\b", f"%{name}_{at.start()}", inside)
+        for name in re.findall(r"^\s*(\w+):", inside, re.M):
+            inside = re.sub(rf"\b{name}\b", f"{name}_{at.start()}", inside)
+        return f"\n\n{inside}\n"
+
+    return re.sub(r"\n[ \t]*\{\n([ \t]*\.reg \.pred \w+;\n[^{}]*)\n[ \t]*\}", renamed, body)
 
 
 def _declare(line: str, registers: dict[str, int]) -> None:
+    if one := re.fullmatch(r"\.reg \.(\w+)\s+(%\w+);", line):
+        registers[one[2]] = BITS[one[1]]
+        return
     kind, prefix, count = re.fullmatch(r"\.reg \.(\w+)\s+(%\w+?)<(\d+)>;", line).groups()
     registers.update((f"{prefix}{i}", BITS[kind]) for i in range(int(count)))
 
