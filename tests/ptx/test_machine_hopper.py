@@ -282,7 +282,10 @@ def test_a_copy_of_a_tile():
         ((INIT, EXPECT, AWAIT, TILE, READ), "for ever"),
         ((INIT, EXPECT.replace("2048", "0"), TILE, AWAIT, READ), "reads what another thread writes"),
         # The phase before the first one, of parity 1, is over from the beginning.
-        ((INIT, EXPECT, TILE, AWAIT.replace("%r2;", "%r3;"), "bar.sync 0;", READ), "has an asynchronous copy on its way"),
+        (
+            (INIT, EXPECT, TILE, AWAIT.replace("%r2;", "%r3;"), "bar.sync 0;", READ),
+            "has an asynchronous copy on its way",
+        ),
         ((EXPECT, TILE, AWAIT, READ), "no mbarrier is there"),
         ((INIT.partition("\n")[0], EXPECT, TILE, AWAIT, READ), "no barrier between"),
         ((INIT, EXPECT, EXPECT, TILE, AWAIT, READ), "arrives once more than the mbarrier counts"),

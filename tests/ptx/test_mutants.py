@@ -25,9 +25,15 @@ from .memory import Fault  # noqa: E402
 from .test_executed import make, splits  # noqa: E402, F401
 
 POINT = re.compile(
-    r"bar\.sync[^;]*;|bar\.warp\.sync[^;]*;|cp\.async\.wait_group[^;]*;|membar[^;]*;|fence[^;]*;|acq_rel"
+    r"bar\.sync[^;]*;|bar\.warp\.sync[^;]*;|cp\.async\.wait_group[^;]*;|membar[^;]*;|acq_rel|"
+    r"wgmma\.(?:fence|commit_group|wait_group)[^;]*;|(?<!\.)fence[^;]*;|"
+    r"mbarrier\.try_wait[^;]*;\s*@!complete[^;]*;|@%\w+ mbarrier\.arrive[^;]*;"
 )
-NEIGHBOUR = re.compile(r"\b(?:bra|ret|bar\.sync|cp\.async\.\w+|(?:ld|st)\.shared|ldmatrix|atom)\b|^\$L__BB\w+:", re.M)
+NEIGHBOUR = re.compile(
+    r"\b(?:bra|ret|bar\.sync|cp\.async\.\w+|(?:ld|st)\.shared|(?:ld|st)matrix|atom|wgmma\.\w+|mbarrier\.\w+|fence\.proxy)\b|"
+    r"^\$L__BB\w+:",
+    re.M,
+)
 
 TICKET = "of tl.debug_barrier and the barrier that Triton puts before an atomic either will do"
 LOOP_ENDS_WITH_ONE = (
@@ -76,7 +82,8 @@ def mutants(ptx: str) -> Iterator[Mutant]:
         for instead in rest:
             changed = ptx[: point.start()] + instead + ptx[point.end() :]
             line = ptx.count("\n", 0, point.start()) + 1
-            yield Mutant(changed, instead or point[0].split()[0].rstrip(";"), *around, line)
+            removed = re.sub(r"^@\S+ ", "", point[0]).split()[0].rstrip(";")
+            yield Mutant(changed, instead or removed, *around, line)
 
 
 def _named(neighbour: str) -> str:
