@@ -364,6 +364,11 @@ def test_tensor_maps_that_the_driver_refuses(change, words):
         TensorMap(**right | change)
 
 
+def test_boxes_that_it_does_not_know():
+    with pytest.raises(NotImplementedError, match="narrower"):
+        TensorMap(1024, (64, 4), (128,), (32, 8), 2, 128)
+
+
 def test_an_election():
     body = """
     elect.sync %r4|%p4, -1;

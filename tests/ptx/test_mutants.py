@@ -5,8 +5,9 @@ beside it that touch memory or decide where lanes go on.
 """
 
 import contextlib
+import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -97,6 +98,57 @@ def survives(launch: Launch, ptx: str, right: Machine) -> bool:
         return False
 
 
+IN_A_ROW = (
+    "Triton has a barrier before each arrival at an mbarrier and each copy: of those in a row any one orders the copy behind "
+    "what was read before, as test_before_a_copy_one_of_several_barriers_is_needed has it"
+)
+ONLY_READ = (
+    "between products that read, for whose operands each thread has waited itself or behind a barrier before; other barriers "
+    "stand between the last of them and the next that writes there"
+)
+WAITED = "all threads are past their last wait for these mbarriers, and past a barrier since"
+FENCED = "what the product reads was there before the fence of the product before, or came by tensor copies alone"
+UNTOUCHED = "sums go on in registers that no thread has touched since the fence before, or begin in such"
+LATER = "the next wait is for these products too, and nobody touches their sums before"
+# The same in kernels for sm_90, beside the above.
+SPARE_ON_HOPPER = {
+    ("bar.sync", "mbarrier.arrive", "cp.async.bulk"): IN_A_ROW,
+    ("bar.sync", "cp.async.bulk", "cp.async.bulk"): IN_A_ROW,
+    ("bar.sync", "cp.async.bulk", "mbarrier.arrive"): IN_A_ROW,
+    ("bar.sync", "fence.proxy", "cp.async.bulk"): IN_A_ROW,
+    ("bar.sync", "wgmma.commit_group", "mbarrier.arrive"): IN_A_ROW,
+    (
+        "bar.sync",
+        "mbarrier.init",
+        "mbarrier.arrive",
+    ): "no tile is whole, and nobody arrives before the next such barrier",
+    ("bar.sync", "wgmma.wait_group", "mbarrier.inval"): WAITED,
+    ("bar.sync", "wgmma.wait_group", "wgmma.fence"): ONLY_READ,
+    ("bar.sync", "wgmma.wait_group", "fence.proxy"): ONLY_READ,
+    ("bar.sync", "bra", "wgmma.fence"): ONLY_READ,
+    ("bar.sync", "wgmma.commit_group", "cp.async.cg"): ONLY_READ,
+    ("bar.sync", "wgmma.wait_group", "cp.async.cg"): ONLY_READ,
+    ("cp.async.wait_group", "wgmma.wait_group", "bar.sync"): TAIL,
+    ("fence.proxy.async.shared::cta", "bar.sync", "wgmma.fence"): FENCED,
+    ("fence.proxy.async.shared::cta", "wgmma.commit_group", "wgmma.fence"): FENCED,
+    ("fence.proxy.async.shared::cta", "wgmma.wait_group", "wgmma.fence"): FENCED,
+    ("fence.proxy.async.shared::cta", "cp.async.bulk", "bra"): FENCED,
+    ("wgmma.fence.sync.aligned", "bar.sync", "wgmma.mma_async"): UNTOUCHED,
+    ("wgmma.fence.sync.aligned", "bra", "wgmma.mma_async"): UNTOUCHED,
+    ("wgmma.fence.sync.aligned", "fence.proxy", "wgmma.mma_async"): UNTOUCHED,
+    ("wgmma.fence.sync.aligned", "wgmma.commit_group", "wgmma.mma_async"): UNTOUCHED,
+    ("wgmma.fence.sync.aligned", "wgmma.wait_group", "wgmma.mma_async"): UNTOUCHED,
+    ("wgmma.commit_group.sync.aligned", "wgmma.mma_async", "bar.sync"): LATER,
+    ("wgmma.commit_group.sync.aligned", "wgmma.mma_async", "fence.proxy"): LATER,
+    ("wgmma.commit_group.sync.aligned", "wgmma.mma_async", "mbarrier.try_wait"): LATER,
+    ("wgmma.commit_group.sync.aligned", "wgmma.mma_async", "wgmma.fence"): LATER,
+    ("wgmma.commit_group.sync.aligned", "wgmma.mma_async", "wgmma.wait_group"): LATER,
+    ("wgmma.wait_group.sync.aligned", "label", "bar.sync"): LATER,
+    ("wgmma.wait_group.sync.aligned", "wgmma.commit_group", "bar.sync"): LATER,
+    ("wgmma.wait_group.sync.aligned", "wgmma.commit_group", "fence.proxy"): LATER,
+    ("wgmma.wait_group.sync.aligned", "wgmma.commit_group", "wgmma.fence"): LATER,
+}
+
 CASES = {
     "linear": ("linear", "bf16", dict(N=600, M=530, H=3, d=16, dv=16)),
     "linear tied masked": ("linear", "fp16", dict(N=600, H=3, d=16, dv=16, tied=True, masks="keys, queries")),
@@ -112,11 +164,21 @@ CASES = {
     "pure few": ("pure", "fp16", dict(N=32, M=29, H=1)),
     "pure narrow": ("pure", "bf16", dict(N=130, M=70, H=1, d=16, dv=32, layout="every_other_channel")),
 }
+# As many tiles that every buffer is filled again.
+CASES_ON_HOPPER = {
+    "forward": ("pure", "bf16", dict(N=70, M=260, H=1)),
+    "pure": ("pure", "bf16", dict(N=130, M=260, H=1)),
+    "pure masked": ("pure", "bf16", dict(N=130, M=260, H=1, masks="keys, queries")),
+    "pure tied": ("pure", "bf16", dict(N=260, H=1, tied=True)),
+    "pure tied masked": ("pure", "fp16", dict(N=260, H=1, tied=True, masks="keys, queries")),
+    "pure d = 128": ("pure", "fp16", dict(N=130, M=150, H=1, d=128, dv=128)),
+    "pure few": ("pure", "fp16", dict(N=32, M=29, H=1)),
+    "linear": ("linear", "bf16", dict(N=600, M=530, H=3, d=16, dv=16)),
+}
 
 
-@pytest.mark.parametrize("case", some(CASES, "linear"))
-def test_nothing_is_there_in_vain(case):
-    op, dtype, sizes = CASES[case]
+def survivors(run: Callable[[], object], spare: dict, arch: str) -> tuple[int, list[str]]:
+    """How many kernels ran, and which mutants of theirs run right though nothing says that they may."""
     seen, alive = set(), []
 
     def see(launch: Launch, right: Machine) -> None:
@@ -126,15 +188,67 @@ def test_nothing_is_there_in_vain(case):
         reached = {i.line for i, here in zip(right.kernel.code, right.reached) if here}
         for mutant in mutants(launch.ptx):
             place = mutant.removed, mutant.before, mutant.after
-            if mutant.line in reached and survives(launch, mutant.ptx, right) and place not in SPARE:
+            if mutant.line in reached and survives(launch, mutant.ptx, right) and place not in spare:
                 alive.append(f"{launch.name}: {place}, line {mutant.line}")
 
+    with executing(see=see, arch=arch):
+        run()
+    return len(seen), alive
+
+
+@pytest.mark.parametrize("case", some(CASES, "linear"))
+def test_nothing_is_there_in_vain(case):
+    op, dtype, sizes = CASES[case]
     call = make(op, dtype, **sizes)
-    folding = configs.always_folding() if case.endswith("folding") else contextlib.nullcontext()
-    with folding, executing(see=see):
-        call.gradients(output_gradient(call))
-    assert len(seen) >= 3
+    with configs.always_folding() if case.endswith("folding") else contextlib.nullcontext():
+        kernels, alive = survivors(lambda: call.gradients(output_gradient(call)), SPARE, "sm_80")
+    assert kernels >= 3
     assert not alive, "\n".join(alive)
+
+
+@pytest.mark.parametrize("case", some(CASES_ON_HOPPER, "forward"))
+def test_nothing_is_there_in_vain_on_hopper(case):
+    op, dtype, sizes = CASES_ON_HOPPER[case]
+    call = make(op, dtype, **sizes)
+    run = call.run if case == "forward" else lambda: call.gradients(output_gradient(call))
+    kernels, alive = survivors(run, SPARE | SPARE_ON_HOPPER, "sm_90")
+    assert kernels >= 2
+    assert not alive, "\n".join(alive)
+
+
+def test_before_a_copy_one_of_several_barriers_is_needed():
+    found = []
+
+    def see(launch: Launch, right: Machine) -> None:
+        loop = re.search(r"(\$L__BB0_2):.*?bra \s*\1;", launch.ptx, re.S) if launch.name == "pure_fwd_kernel" else None
+        if loop:
+            barriers = re.findall(r"bar\.sync[^;]*;", loop[0])
+            for kept in range(-1, len(barriers)):
+                turn = itertools.count()
+                body = re.sub(r"bar\.sync[^;]*;", lambda at: at[0] if next(turn) == kept else "", loop[0])
+                found.append(survives(launch, launch.ptx.replace(loop[0], body), right))
+
+    op, dtype, sizes = CASES_ON_HOPPER["forward"]
+    with executing(see=see, arch="sm_90"):
+        make(op, dtype, **sizes).run()
+    assert found == [False, True, True, True, True]
+
+
+def test_a_wrong_layout_in_shared_memory_is_seen():
+    """In the descriptors of all matrices: another swizzle, and patterns of eight lines closer together."""
+    right = 1 << 62 | 64 << 32
+    found = []
+
+    def see(launch: Launch, machine: Machine) -> None:
+        if launch.name == "pure_fwd_kernel":
+            assert launch.ptx.count(str(right)) >= 12
+            for wrong in ((2 << 62 | 64 << 32) - (1 << 64), 1 << 62 | 32 << 32):
+                found.append(survives(launch, launch.ptx.replace(str(right), str(wrong)), machine))
+
+    op, dtype, sizes = CASES_ON_HOPPER["forward"]
+    with executing(see=see, arch="sm_90"):
+        make(op, dtype, **sizes).run()
+    assert found == [False, False]
 
 
 def test_before_the_ticket_one_of_two_barriers_is_needed():
