@@ -251,7 +251,7 @@ def _load_matrices(m, i, found):
 
 def _store_matrices(m, i, found):
     """stmatrix: ldmatrix the other way."""
-    count = int(found["count"])
+    count, transposed = int(found["count"]), found["trans"]
     values = [m.read(r, "b32") for r in parts(i.operands[1])]
     assert len(values) == count
     at = place(m, i, i.operands[0], "shared", 16)
@@ -261,8 +261,11 @@ def _store_matrices(m, i, found):
         naming = (warps[:, None] * WARP + np.arange(8 * count)).reshape(-1)
         offsets = at(naming)
         m.shared.writes(offsets, 16, naming, i)
-        rows = np.stack([value.reshape(-1, WARP)[warps] for value in values], 1).reshape(len(naming), 4)
-        m.shared.store(offsets, 4, list(rows.T), i)
+        pairs = np.stack([value.reshape(-1, WARP)[warps] for value in values], 1)
+        matrices = pairs.view(np.uint16).reshape(-1, 8, 8)
+        if transposed:
+            matrices = matrices.swapaxes(1, 2)
+        m.shared.store(offsets, 2, list(matrices.reshape(len(naming), 8).T), i)
 
     return store
 
@@ -378,7 +381,7 @@ MADE = {
     r"redux\.sync\.(?P<how>add|min|max)\.(?P<t>[su]32)": _reduce,
     r"bar\.warp\.sync": _warp_barrier,
     r"ldmatrix\.sync\.aligned\.m8n8\.x(?P<count>1|2|4)(?P<trans>\.trans)?\.shared\.b16": _load_matrices,
-    r"stmatrix\.sync\.aligned\.m8n8\.x(?P<count>1|2|4)\.shared\.b16": _store_matrices,
+    r"stmatrix\.sync\.aligned\.m8n8\.x(?P<count>1|2|4)(?P<trans>\.trans)?\.shared\.b16": _store_matrices,
     r"elect\.sync": _elect,
     r"mma\.sync\.aligned\.m16n8k(?P<k>8|16)\.row\.col\.f32\.(?P<kind>f16|bf16|tf32)\.(?P=kind)\.f32": _multiply,
     r"atom\.global\.(?P<scope>cta|gpu|sys)\.(?P<order>relaxed|acquire|release|acq_rel)\.add\.u32": _atomic_add,

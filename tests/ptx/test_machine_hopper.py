@@ -121,6 +121,8 @@ A_AND_B = f"or.b64 %d5, %d5, {descriptor(3, 1, 16)};\nor.b64 %d6, %d6, {descript
 FENCES = "fence.proxy.async.shared::cta;\nbar.sync 0;\nwgmma.fence.sync.aligned;"
 SUMS = "{%r20, %r21, %r22, %r23}"
 PRODUCT = f"wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {SUMS}, %d5, %d6, %p3, 1, 1, 0, 0;"
+# Its A is what PRODUCT sums.
+FROM_SUMS = PRODUCT.replace("%d5", SUMS).replace(SUMS, "{%r30, %r31, %r32, %r33}", 1).replace("1, 1, 0, 0", "1, 1, 0")
 COMMIT, WAIT = "wgmma.commit_group.sync.aligned;", "wgmma.wait_group.sync.aligned 0;"
 STORE = """
 add.s64 %d7, %d1, %d3;
@@ -217,6 +219,21 @@ def test_a_product_with_b_by_columns():
         ),
         ((FILL, A_AND_B, "add.s64 %d5, %d5, 500;", FENCES, PRODUCT, COMMIT, WAIT, STORE), "out of bounds"),
         ((FILL, A_AND_B, "add.s64 %d5, %d5, 64;", FENCES, PRODUCT, COMMIT, WAIT, STORE), "never written"),
+        (
+            (
+                FILL,
+                A_AND_B,
+                FENCES,
+                PRODUCT,
+                PRODUCT.replace("n8", "n16").replace("%r23", "%r23,%r24,%r25,%r26,%r27"),
+                COMMIT,
+            ),
+            "of a product of another shape",
+        ),
+        (
+            (FILL, A_AND_B, FENCES, PRODUCT, FROM_SUMS, COMMIT, WAIT),
+            "A is in a register in which a product on its way sums",
+        ),
         ((FILL, A_AND_B, FENCES, "setp.lt.u32 %p5, %r0, 64;\n@%p5 " + PRODUCT, COMMIT, WAIT), "only some threads"),
     ],
 )
@@ -399,6 +416,8 @@ def test_matrices_stored_by_rows():
     """
     out = run(body, torch.zeros(1), torch.empty(64, dtype=torch.int16), threads=32)
     assert torch.equal(out, torch.arange(64, dtype=torch.int16))
+    out = run(body.replace("x1", "x1.trans"), torch.zeros(1), torch.empty(64, dtype=torch.int16), threads=32)
+    assert torch.equal(out.view(8, 8).T.reshape(-1), torch.arange(64, dtype=torch.int16))
 
 
 def test_what_it_does_not_know_is_an_error():
