@@ -164,7 +164,7 @@ $(GPU_VENV)/built: pyproject.toml setup.py $(csrc) $(shell find infsa_kernels -n
 	$(PYTHON) -m venv $(GPU_VENV)
 	cat $(call lock_of,$(GPU_TORCH)) /dev/null | sed "/^triton==/d" > $(GPU_VENV)/constraints.txt
 	$(GPU_VENV)/bin/pip install -q -c $(GPU_VENV)/constraints.txt $(GPU_TORCH) "setuptools>=77" build ninja numpy pytest
-	FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST="8.0;9.0a;10.0" $(GPU_VENV)/bin/pip install -q --no-build-isolation --no-deps --force-reinstall .
+	FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST="8.0;9.0a;10.0;12.0" $(GPU_VENV)/bin/pip install -q --no-build-isolation --no-deps --force-reinstall .
 	touch $@
 
 $(VENV)/built: $(VENV)/torch pyproject.toml setup.py $(csrc)

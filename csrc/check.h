@@ -101,6 +101,22 @@ inline Arguments linear_backward_arguments(const char* op, const Tensor& dout, c
   return a;
 }
 
+// score_floor, which the paper's operator does not have.
+using Floor = std::optional<double>;
+
+inline void demand_floor(const Arguments& a, const Floor& floor) {
+  a.demand(!floor || (std::isfinite(*floor) && *floor >= 0), "score_floor");
+}
+
+// The floor, and what a backward pass with one takes beside linear's statistics.
+inline void floor_statistics(Arguments& a, const Floor& floor, const Tensor& q, const Tensor& absolute_sum,
+                             const Tensor& value_mean) {
+  demand_floor(a, floor);
+  if (!floor) return;
+  a.tensor("absolute_sum", absolute_sum, acc_dtype(q), "BH");
+  a.tensor("value_mean", value_mean, acc_dtype(q), "BHv");
+}
+
 // What the operators over tokens x (B, N, D) have in common beside these.
 inline void token_options(Arguments& a, std::optional<double> norm_eps, double eps, const OptTensor& padding_mask) {
   a.demand(std::isfinite(eps) && eps > 0, "eps");

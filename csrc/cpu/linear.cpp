@@ -42,12 +42,6 @@ struct Statistics {
   Tensor context, central_query, energy_sum, score_sum, absolute_sum, value_mean;
 };
 
-using Floor = std::optional<double>;
-
-void demand_floor(const Arguments& a, const Floor& floor) {
-  a.demand(!floor || (std::isfinite(*floor) && *floor >= 0), "score_floor");
-}
-
 // The keys of every batch that no mask ignores, at least 1.
 std::vector<double> key_counts(const Floor& floor, const Walk& keys, const Mask& mask, const Sizes& s) {
   std::vector<double> counts(s.B);
@@ -277,11 +271,7 @@ Gradients dense_backward(const Tensor& dout, const Tensor& q, const OptTensor& k
   Arguments arguments =
       linear_backward_arguments(kOp, dout, q, k, v, saved.context, saved.central_query, saved.energy_sum,
                                 saved.score_sum, eps, rho, head_rho, key_mask, query_mask);
-  demand_floor(arguments, floor);
-  if (floor) {
-    arguments.tensor("absolute_sum", saved.absolute_sum, acc_dtype(q), "BH");
-    arguments.tensor("value_mean", saved.value_mean, acc_dtype(q), "BHv");
-  }
+  floor_statistics(arguments, floor, q, saved.absolute_sum, saved.value_mean);
   const Gradients gradients = new_gradients(output_mask, q, k, v, head_rho);
   const auto run = acc_dtype(q) == kDouble ? backward<double> : backward<float>;
   run(sizes_of(arguments), {}, gradients, dout, q, k ? *k : q, !k, v, saved, eps, floor, rho, head_rho, key_mask,

@@ -13,16 +13,16 @@ namespace {
 
 extern __shared__ __align__(16) char dynamic_shared[];
 
-template <typename T, bool kAligned, bool kBackward>
-__global__ __launch_bounds__(kThreads) void linear_grid_kernel(const __grid_constant__ LinearArgs a) {
+template <typename T, bool kAligned, bool kBackward, bool kFloor>
+__global__ __launch_bounds__(kThreads, kBlocksAtOnce) void linear_grid_kernel(const __grid_constant__ LinearArgs a) {
   simt::GridBarrier barrier;
-  linear_grid<T, kAligned, kBackward>(a, dynamic_shared, barrier);
+  linear_grid<T, kAligned, kBackward, kFloor>(a, dynamic_shared, barrier);
 }
 
-template <typename T, bool kAligned, bool kBackward>
-__global__ __launch_bounds__(kThreads) void linear_cluster_kernel(const __grid_constant__ LinearArgs a) {
+template <typename T, bool kAligned, bool kBackward, bool kFloor>
+__global__ __launch_bounds__(kThreads, kBlocksAtOnce) void linear_cluster_kernel(const __grid_constant__ LinearArgs a) {
 #if __CUDA_ARCH__ >= 900
-  linear_cluster<T, kAligned, kBackward>(a, dynamic_shared);
+  linear_cluster<T, kAligned, kBackward, kFloor>(a, dynamic_shared);
 #endif
 }
 
@@ -32,19 +32,30 @@ struct Kernels {
   Kernel grid, cluster;
 };
 
-template <typename T, bool kAligned> Kernels kernels_of(bool backward) {
-  if (backward) return {linear_grid_kernel<T, kAligned, true>, linear_cluster_kernel<T, kAligned, true>};
-  return {linear_grid_kernel<T, kAligned, false>, linear_cluster_kernel<T, kAligned, false>};
+template <typename T, bool kAligned, bool kBackward> Kernels kernels_of(bool floored) {
+  if (floored) {
+    return {linear_grid_kernel<T, kAligned, kBackward, true>, linear_cluster_kernel<T, kAligned, kBackward, true>};
+  }
+  return {linear_grid_kernel<T, kAligned, kBackward, false>, linear_cluster_kernel<T, kAligned, kBackward, false>};
 }
 
-Kernels kernels_of(Element element, bool aligned, bool backward) {
-  switch (element) {
+template <typename T, bool kAligned> Kernels kernels_of(bool backward, bool floored) {
+  return backward ? kernels_of<T, kAligned, true>(floored) : kernels_of<T, kAligned, false>(floored);
+}
+
+template <typename T> Kernels kernels_of(LinearKind kind) {
+  return kind.aligned ? kernels_of<T, true>(kind.backward, kind.floored)
+                      : kernels_of<T, false>(kind.backward, kind.floored);
+}
+
+Kernels kernels_of(LinearKind kind) {
+  switch (kind.element) {
     case Element::float32:
-      return aligned ? kernels_of<float, true>(backward) : kernels_of<float, false>(backward);
+      return kernels_of<float>(kind);
     case Element::bfloat16:
-      return aligned ? kernels_of<BFloat16, true>(backward) : kernels_of<BFloat16, false>(backward);
+      return kernels_of<BFloat16>(kind);
     default:
-      return aligned ? kernels_of<Float16, true>(backward) : kernels_of<Float16, false>(backward);
+      return kernels_of<Float16>(kind);
   }
 }
 
@@ -84,19 +95,20 @@ int64_t largest_shared(Kernel cluster, int device) {
 
 }  // namespace
 
-LinearDevice linear_device(Element element, bool aligned, bool backward) {
+LinearDevice linear_device(LinearKind kind) {
   int device = 0, blocks = 0;
   cudaGetDevice(&device);
-  const Kernels kernels = kernels_of(element, aligned, backward);
+  const Kernels kernels = kernels_of(kind);
+  const int shared = shared_floats(kind.floored && !kind.backward) * 4;
   // Where it fails, as on a GPU that the kernels were not compiled for, the launch will say why.
-  if (cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernels.grid, kThreads, kSharedFloats * 4)) forget_error();
+  if (cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernels.grid, kThreads, shared)) forget_error();
   return {std::max(blocks, 1) * attribute(cudaDevAttrMultiProcessorCount, device),
           largest_shared(kernels.cluster, device), attribute(cudaDevAttrL2CacheSize, device) / 4};
 }
 
-LaunchFailure launch_linear(const LinearArgs& args, Element element, bool aligned, bool backward, void* stream) {
+LaunchFailure launch_linear(const LinearArgs& args, LinearKind kind, void* stream) {
   const LinearPlan& plan = args.plan;
-  const Kernels kernels = kernels_of(element, aligned, backward);
+  const Kernels kernels = kernels_of(kind);
   const Kernel kernel = plan.cluster ? kernels.cluster : kernels.grid;
   cudaLaunchAttribute attribute = cluster_of(plan.splits);
   if (!plan.cluster) {

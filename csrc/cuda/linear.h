@@ -18,8 +18,10 @@ struct LinearArgs {
   int64_t B, H, N, M;
   int d, d_v;
   float scale, eps, rho;
-  bool tied;
+  bool tied, floored;  // floored: with a floor under the scores, which may be 0
+  float floor;
   float *context, *central_query, *energy_sum, *score_sum;  // (B,H,d_v), (B,H,d), (B,H), (B,H)
+  float *absolute_sum, *value_mean;                         // (B,H), (B,H,d_v); floored only
   void* out;                                                // (B,H,d_v)
   float *first_parts, *second_parts;                        // plan.parts_size() each
   // Backward. dk of a tied call is in dq.
@@ -43,11 +45,19 @@ inline bool has_aligned_rows(const LinearArgs& a, Element element) {
 inline LinearPlan linear_plan(const LinearArgs& a, Element element, bool backward, LinearDevice device) {
   const auto token_major = [](const Rows& r) { return r.head < r.token; };
   return linear_plan(a.B, a.H, a.N, a.M, a.d, a.d_v, bytes_of(element),
-                     token_major(a.q) && token_major(a.k) && token_major(a.v), a.tied && !backward, device);
+                     token_major(a.q) && token_major(a.k) && token_major(a.v), a.tied && !backward,
+                     a.floored && !backward, device);
 }
 
+// Which kernel.
+struct LinearKind {
+  Element element;
+  bool aligned, backward, floored;
+  auto operator<=>(const LinearKind&) const = default;
+};
+
 // Of the current device.
-LinearDevice linear_device(Element element, bool aligned, bool backward);
+LinearDevice linear_device(LinearKind kind);
 
 // What the CUDA runtime says went wrong, or null.
 struct LaunchFailure {
@@ -56,6 +66,16 @@ struct LaunchFailure {
 };
 
 // `stream` is a cudaStream_t.
-LaunchFailure launch_linear(const LinearArgs& args, Element element, bool aligned, bool backward, void* stream);
+LaunchFailure launch_linear(const LinearArgs& args, LinearKind kind, void* stream);
+
+// Calls launch(device) until the grid fits: the driver speaks of the whole GPU, of which this context may have a part.
+template <typename Launch> LaunchFailure launch_where_it_fits(LinearDevice device, const Launch& launch) {
+  LaunchFailure failure = launch(device);
+  while (failure.too_many_blocks && device.resident_blocks > 1) {
+    device.resident_blocks /= 2;
+    failure = launch(device);
+  }
+  return failure;
+}
 
 }  // namespace infsa::cuda

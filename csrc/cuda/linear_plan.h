@@ -5,15 +5,26 @@
 
 #include "../rows.h"
 
+#ifdef __CUDACC__
+#define INFSA_ANYWHERE __host__ __device__
+#else
+#define INFSA_ANYWHERE
+#endif
+
 namespace infsa::cuda {
 
-constexpr int kThreads = 512;
+// Two blocks of this size fit on a multiprocessor with 128 registers a thread: one works while the other is at a
+// barrier.
+constexpr int kThreads = 256;
+constexpr int kBlocksAtOnce = 2;
 constexpr int kWarps = kThreads / 32;
 // Elements of a row that one lane holds: 16 bytes of a 2-byte type, two loads of 16 bytes of float32.
 constexpr int kLaneElements = 8;
 constexpr int kLargestHeadDim = 32 * kLaneElements;
+// Tokens are counted in 32 bits, with room for a group beyond the last.
+constexpr int64_t kMostTokens = int64_t{1} << 30;
 // Tokens that a thread should have to itself, before another block is worth its part of the sums.
-constexpr int kThreadTokens = 4;
+constexpr int kThreadTokens = 8;
 // More than 8 blocks in a cluster are not portable.
 constexpr int kLargestCluster = 8;
 // Waves whose partial sums are in memory at once.
@@ -28,22 +39,20 @@ struct LinearPlan {
   int64_t wave_units, waves;         // units between two barriers of the grid
   int blocks;
   bool cluster;  // a cluster per unit, partial sums in its distributed shared memory; else one cooperative grid
+  bool floor;    // the second pass of forward has a second part, of the floor's sums
   int shared_bytes;
 
   // floats of a partial sum: a row of every head, then a weight of every head
-#ifdef __CUDACC__
-  __host__ __device__
-#endif
-      int part_size() const {
-    return columns * kLaneElements + heads;
-  }
+  INFSA_ANYWHERE int part_size() const { return columns * kLaneElements + heads; }
+  INFSA_ANYWHERE int second_size() const { return floor ? 2 * part_size() : part_size(); }
   // floats of the partial sums of one pass in global memory
-  int64_t parts_size() const { return cluster ? 0 : kRing * wave_units * splits * part_size(); }
+  int64_t parts_size() const { return cluster ? 0 : kRing * wave_units * splits * second_size(); }
 };
 
 constexpr int kLargestPart = 32 * kLaneElements + 32;
 constexpr int kReduceFloats = kWarps * 32 * (kLaneElements + 1);
-constexpr int kSharedFloats = kReduceFloats + 3 * kLargestPart;
+// floats of shared memory that a block has beside rows: a total and a part of either pass, and the floor's
+INFSA_ANYWHERE constexpr int shared_floats(bool floor) { return kReduceFloats + (floor ? 5 : 3) * kLargestPart; }
 
 struct LinearDevice {
   int resident_blocks;     // that run at once
@@ -60,9 +69,11 @@ inline int64_t power_of_two(int64_t at_least) {
 inline int64_t clamp(int64_t x, int64_t least, int64_t most) { return x < least ? least : x > most ? most : x; }
 
 // token_major: the heads of a token lie side by side. keep_queries: a cluster holds Q on chip between its two passes.
+// floor: of forward only.
 inline LinearPlan linear_plan(int64_t B, int64_t H, int64_t N, int64_t M, int64_t d, int64_t d_v, int element_bytes,
-                              bool token_major, bool keep_queries, LinearDevice device) {
+                              bool token_major, bool keep_queries, bool floor, LinearDevice device) {
   LinearPlan p{};
+  p.floor = floor;
   p.lanes = static_cast<int>(power_of_two(ceil_div(d > d_v ? d : d_v, kLaneElements)));
   p.heads = 1;
   // A whole line of 128 bytes of a token.
@@ -76,9 +87,10 @@ inline LinearPlan linear_plan(int64_t B, int64_t H, int64_t N, int64_t M, int64_
 
   const int64_t row_bytes = int64_t{p.columns} * kLaneElements * element_bytes;
   const int64_t cluster_splits = clamp(power_of_two(most_splits), 1, kLargestCluster);
-  const int64_t cluster_shared = kSharedFloats * 4 + (keep_queries ? ceil_div(N, cluster_splits) * row_bytes : 0);
+  const int64_t shared = shared_floats(floor) * 4;
+  const int64_t cluster_shared = shared + (keep_queries ? ceil_div(N, cluster_splits) * row_bytes : 0);
   // What is longer than would fit on chip keeps the whole GPU busy as one grid.
-  p.cluster = kSharedFloats * 4 + ceil_div(longest, cluster_splits) * row_bytes <= device.largest_shared &&
+  p.cluster = shared + ceil_div(longest, cluster_splits) * row_bytes <= device.largest_shared &&
               p.units <= INT32_MAX / cluster_splits;
   if (p.cluster) {
     p.splits = cluster_splits;
@@ -90,7 +102,7 @@ inline LinearPlan linear_plan(int64_t B, int64_t H, int64_t N, int64_t M, int64_
         clamp(device.wave_bytes / unit_bytes, 1, p.units < device.resident_blocks ? p.units : device.resident_blocks);
     p.splits = clamp(device.resident_blocks / p.wave_units, 1, most_splits);
     p.waves = ceil_div(p.units, p.wave_units);
-    p.shared_bytes = kSharedFloats * 4;
+    p.shared_bytes = static_cast<int>(shared);
   }
   p.blocks = static_cast<int>(p.wave_units * p.splits);
   p.query_span = ceil_div(N, p.splits);

@@ -6,6 +6,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <type_traits>
 #include <utility>
 
 #define INFSA_DEVICE __device__ __forceinline__
@@ -21,19 +22,44 @@ INFSA_DEVICE void round_to(Float16& to, float x) { to = __float2half_rn(x); }
 
 namespace simt {
 
-template <int kSize> INFSA_DEVICE void to_floats(const float (&x)[kSize], float* to) {
-  for (int i = 0; i < kSize; ++i) to[i] = x[i];
-}
-template <int kSize> INFSA_DEVICE void to_floats(const Float16 (&x)[kSize], float* to) {
-  for (int i = 0; i < kSize; ++i) to[i] = __half2float(x[i]);
-}
-// Two of a word: element by element, the compiler widens them as soon as they are loaded, and runs out of registers.
-template <int kSize> INFSA_DEVICE void to_floats(const BFloat16 (&x)[kSize], float* to) {
-  for (int i = 0; i < kSize; i += 2) {
-    const uint32_t word = *reinterpret_cast<const uint32_t*>(x + i);
-    to[i] = __uint_as_float(word << 16);
-    to[i + 1] = __uint_as_float(word & 0xffff0000u);
+// Elements as words in memory hold them: 1 of float32, 2 of the others.
+template <typename T, int kWords> INFSA_DEVICE void to_floats(const uint32_t (&words)[kWords], float* to) {
+  for (int i = 0; i < kWords; ++i) {
+    if constexpr (sizeof(T) == 4) {
+      to[i] = __uint_as_float(words[i]);
+    } else if constexpr (std::is_same_v<T, BFloat16>) {
+      to[2 * i] = __uint_as_float(words[i] << 16), to[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+    } else {
+      to[2 * i] = __half2float(__ushort_as_half(static_cast<unsigned short>(words[i])));
+      to[2 * i + 1] = __half2float(__ushort_as_half(static_cast<unsigned short>(words[i] >> 16)));
+    }
   }
+}
+template <typename T, int kWords> INFSA_DEVICE void from_floats(const float* x, uint32_t (&words)[kWords]) {
+  for (int i = 0; i < kWords; ++i) {
+    if constexpr (sizeof(T) == 4) {
+      words[i] = __float_as_uint(x[i]);
+    } else if constexpr (std::is_same_v<T, BFloat16>) {
+      const __nv_bfloat162 pair = __floats2bfloat162_rn(x[2 * i], x[2 * i + 1]);
+      words[i] = reinterpret_cast<const uint32_t&>(pair);
+    } else {
+      const __half2 pair = __floats2half2_rn(x[2 * i], x[2 * i + 1]);
+      words[i] = reinterpret_cast<const uint32_t&>(pair);
+    }
+  }
+}
+
+// A number that stays in its registers: the compiler would rather compute it anew in every turn of a loop.
+INFSA_DEVICE int64_t computed(int64_t x) {
+  asm volatile("" : "+l"(x));
+  return x;
+}
+
+// 1 / sqrt(x) within 2^-22.9, in one instruction. Of less than the least normal number it is infinite.
+INFSA_DEVICE float rough_inverse_root(float x) {
+  float y;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
 }
 
 INFSA_DEVICE int thread() { return threadIdx.x; }

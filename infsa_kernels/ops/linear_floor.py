@@ -56,6 +56,7 @@ raw = RawOps(
     stand_ins={"k": "q"},
     kernels={
         "cpu": "csrc/cpu/linear.cpp",
+        "cuda": "csrc/cuda/linear_op.cpp",
         "triton": ".triton.linear_floor",
         "eager": eager,
     },

@@ -32,20 +32,25 @@ def check(gpu: Emulated, call: Call, draws=4) -> None:
         assert_within(result, wanted[name].truth, wanted[name].eager_error, factor, name)
 
 
+# The paper's operator, and with a floor under its scores.
+floors = pytest.mark.parametrize("floor", [0.0, 0.3], ids=["", "floor"])
+
+
 @gpus
+@floors
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("unaligned", [False, True], ids=["aligned", "unaligned"])
 @pytest.mark.parametrize("dtype", some(DTYPES, *DTYPES[:2]), ids=str)
-@pytest.mark.one_in(3)
-def test_rule(gpu, dtype, unaligned, tied):
-    check(replace(gpu, unaligned=unaligned), make(dtype=dtype, tied=tied))
+@pytest.mark.one_in(5)
+def test_rule(gpu, dtype, unaligned, tied, floor):
+    check(replace(gpu, unaligned=unaligned), make(dtype=dtype, tied=tied, score_floor=floor))
 
 
 @gpus
 @pytest.mark.parametrize("d, dv", some(HEAD_DIMS, (17, 9), (64, 64), (8, 256)))
 @pytest.mark.one_in(2)
 def test_head_dims(gpu, d, dv):
-    check(gpu, make(N=40, M=33, d=d, dv=dv))
+    check(gpu, make(N=40, M=33, d=d, dv=dv, score_floor=0.3))
     check(gpu, make(N=40, d=d, dv=dv, tied=True, dtype=torch.float32))
 
 
@@ -54,7 +59,8 @@ def test_head_dims(gpu, d, dv):
 @pytest.mark.one_in(2)
 def test_lengths(gpu, N, M):
     check(gpu, make(N=N, M=M, H=1))
-    check(gpu, make(N=N, H=1, tied=True))
+    # Of a single key the gradient is that of eps, beside which any rounding is large.
+    check(gpu, make(N=N, H=1, tied=True, score_floor=0.3, eps=1.0))
 
 
 @gpus
@@ -63,7 +69,8 @@ def test_lengths(gpu, N, M):
 )
 @pytest.mark.one_in(2)
 def test_nothing_to_sum(gpu, sizes):
-    check(gpu, make(**{"N": 4, "M": 4, "d": 8, "dv": 8, **sizes}))
+    for floor in (0.0, 0.3):
+        check(gpu, make(**{"N": 4, "M": 4, "d": 8, "dv": 8, "score_floor": floor, **sizes}))
 
 
 @gpus
@@ -71,7 +78,7 @@ def test_nothing_to_sum(gpu, sizes):
 def test_heads_of_a_token_side_by_side(gpu, H):
     """[B, N, H, d], where a unit is several heads; 5 is no multiple of them."""
     for tied in (False, True):
-        call = make(B=2, H=H, N=90, M=60, d=8, dv=8, tied=tied)
+        call = make(B=2, H=H, N=90, M=60, d=8, dv=8, tied=tied, score_floor=0.3 * tied)
         swapped = {n: t.transpose(1, 2).contiguous().transpose(1, 2) for n, t in call.tensors().items() if n != "rho"}
         check(gpu, replace(call, **swapped))
 
@@ -94,10 +101,11 @@ def test_strides(gpu):
 
 
 @gpus
+@floors
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.one_in(2)
-def test_masks_and_rho(gpu, tied):
-    call = make(B=2, N=90, M=90, tied=tied, rho=torch.rand(3) + 0.5)
+def test_masks_and_rho(gpu, tied, floor):
+    call = make(B=2, N=90, M=90, tied=tied, rho=torch.rand(3) + 0.5, score_floor=floor)
     masks = {"key_padding_mask": torch.rand(2, 90) < 0.3, "query_padding_mask": torch.rand(2, 90) < 0.3}
     poisoned = {"v": call.v.masked_fill(masks["key_padding_mask"][:, None, :, None], torch.nan)}
     if not tied:
@@ -124,6 +132,16 @@ def test_nan_and_extremes(gpu):
     call = make(N=40, tied=True, dtype=torch.float16)
     for scale in (0.0, 2.0**-9, 2.0**9):
         check(gpu, replace(call, q=call.q * scale))
+
+
+@gpus
+def test_an_infinite_value_of_a_key_without_score_shows_with_a_floor(gpu):
+    """Its weight is above 0, though its score be 0."""
+    call = make(N=20, M=20, score_floor=0.3)
+    call.k[0, 1, 7] = 0
+    call.v[0, 1, 7, 3] = torch.inf
+    out = gpu.results(call)["out"]
+    assert out[0, 1, 3] == torch.inf and out.isinf().sum() == 1 and not out.isnan().any()
 
 
 @gpus
@@ -208,12 +226,12 @@ def test_plans_cover_the_work_within_limits(shared, token_major):
             p = plan(*sizes, bytes=width, token_major=token_major, keep_queries=True, shared=shared)
             where = f"{sizes}, {width} bytes: {p}"
             assert p["heads"] * p["lanes"] == p["columns"] <= 32 and 8 * p["lanes"] >= max(d, dv), where
-            assert p["columns"] * p["slots"] == 512, where
+            assert p["columns"] * p["slots"] == 256, where
             assert p["units"] == B * -(-H // p["heads"]), where
             assert p["splits"] * p["query_span"] >= N and p["splits"] * p["key_span"] >= M, where
             assert p["wave_units"] * p["waves"] >= p["units"] > p["wave_units"] * (p["waves"] - 1), where
             assert 1 <= p["blocks"] == p["wave_units"] * p["splits"] < 1 << 31, where
-            assert p["part_size"] <= 512, where
+            assert p["part_size"] <= 288, where
             assert p["shared_bytes"] <= (HOPPER if p["cluster"] else 48 << 10), where
             if p["cluster"]:
                 assert p["splits"] in (1, 2, 4, 8) and p["waves"] == 1 and shared, where

@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import random
+import shutil
 import subprocess
 import tempfile
 from dataclasses import dataclass
@@ -25,18 +26,25 @@ HOPPER, AMPERE = 227 << 10, 0
 
 
 @functools.cache
-def library() -> ctypes.CDLL:
+def library(name: str) -> ctypes.CDLL:
+    """The kernels ("linear"), which take seconds to compile; what they are given ("arguments"); their launcher ("launches")."""
     folder = Path(tempfile.mkdtemp())
-    sources, target = ROOT / "tests/gpu/simt/linear.cpp", folder / "linear.so"
+    sources, target = ROOT / f"tests/gpu/simt/{name}.cpp", folder / f"{name}.so"
+    # linear.cu beside primitives of the host, and shared memory that no kernel is run to use.
+    launcher = (ROOT / "csrc/cuda/linear.cu").read_text()
+    shared = "extern __shared__ __align__(16) char dynamic_shared[];"
+    assert shared in launcher
+    (folder / "linear.cu").write_text(launcher.replace(shared, "alignas(16) char dynamic_shared[1];"))
+    (folder / "simt.cuh").write_text(f'#include "{ROOT / "tests/gpu/simt/simt.h"}"\n')
     # With _FORTIFY_SOURCE, which some compilers define by themselves, longjmp refuses to go to another stack.
     subprocess.run(
-        [get_cxx_compiler(), "-std=c++20", "-O2", "-U_FORTIFY_SOURCE", "-fPIC", "-shared", "-Wall", "-Werror",
-         "-Wno-unknown-pragmas", f"-I{ROOT / 'csrc/cuda'}", str(sources), "-o", str(target)],
+        [get_cxx_compiler(), "-std=c++20", "-O0" if name == "launches" else "-O2", "-U_FORTIFY_SOURCE", "-fPIC", "-shared",
+         "-Wall", "-Werror", "-Wno-unknown-pragmas", f"-I{folder}", f"-I{ROOT / 'csrc/cuda'}", f"-I{ROOT / 'tests/gpu/simt'}",
+         str(sources), "-o", str(target)],
         check=True,
     )  # fmt: skip
     loaded = ctypes.CDLL(str(target))
-    target.unlink()
-    folder.rmdir()
+    shutil.rmtree(folder)
     return loaded
 
 
@@ -51,14 +59,23 @@ def plan(
     bytes=2,
     token_major=False,
     keep_queries=False,
+    floor=False,
     resident=132,
     shared=HOPPER,
     wave_bytes=10 << 20,
 ) -> dict[str, int]:
     found = (ctypes.c_int64 * len(PLAN))()
     sizes = (ctypes.c_int64 * 6)(B, H, N, M, d, dv)
-    library().plan_linear(
-        sizes, bytes, token_major, keep_queries, resident, ctypes.c_int64(shared), ctypes.c_int64(wave_bytes), found
+    library("arguments").plan_linear(
+        sizes,
+        bytes,
+        token_major,
+        keep_queries,
+        floor,
+        resident,
+        ctypes.c_int64(shared),
+        ctypes.c_int64(wave_bytes),
+        found,
     )
     return dict(zip(PLAN, found))
 
@@ -75,12 +92,12 @@ class Emulated:
 
     def results(self, call: Call, dout: Tensor | None = None) -> dict[str, Tensor]:
         """The output, and the gradients by name, of `infsa::linear`."""
-        q, k, v, eps, rho, head_rho, key_mask, query_mask = call.raw()
+        q, k, v, eps, *floor, rho, head_rho, key_mask, query_mask = call.raw()
         (B, H, N, d), (M, dv) = q.shape, v.shape[2:]
         sizes = B, H, N, M, d, dv
-        names = "context", "central_query", "energy_sum", "score_sum"
-        shapes = (B, H, dv), (B, H, d), (B, H), (B, H)
-        saved = {name: _nan(shape) for name, shape in zip(names, shapes)}
+        shapes = {"context": (B, H, dv), "central_query": (B, H, d), "energy_sum": (B, H), "score_sum": (B, H)}
+        shapes |= {"absolute_sum": (B, H), "value_mean": (B, H, dv)} if floor else {}
+        saved = {name: _nan(shape) for name, shape in shapes.items()}
         out = _nan((B, H, dv), q.dtype)
         inputs = {
             "q": q,
@@ -90,22 +107,15 @@ class Emulated:
             "key_mask": key_mask,
             "head_rho": head_rho,
         }
-        self._run(sizes, q.dtype, k is None, eps, rho, {**inputs, **saved, "out": out})
+        numbers = eps, *(floor or [-1.0]), rho
+        self._run(sizes, q.dtype, k is None, numbers, {**inputs, **saved, "out": out})
         results = {"out": out}
         if dout is not None:
             dq, dk, dv_ = (torch.empty_like(t).fill_(torch.nan) for t in (q, q if k is None else k, v))
             dhead_rho = None if head_rho is None else _nan((B, H))
             grads = {"dq": dq, "dk": None if k is None else dk, "dv": dv_, "dhead_rho": dhead_rho}
-            dscores = _nan((B, H, N)) if k is None else None
-            self._run(
-                sizes,
-                q.dtype,
-                k is None,
-                eps,
-                rho,
-                {**inputs, **saved, "dout": dout, **grads, "dscores": dscores},
-                True,
-            )
+            given = {**inputs, **saved, "dout": dout, **grads, "dscores": _nan((B, H, N)) if k is None else None}
+            self._run(sizes, q.dtype, k is None, numbers, given, backward=True)
             results |= {"q": dq, "v": dv_}
             if k is not None:
                 results["k"] = dk
@@ -113,28 +123,40 @@ class Emulated:
                 results["rho"] = dhead_rho.sum_to_size(call.rho.shape) if call.rho.dim() else dhead_rho.sum()
         return results
 
-    def _run(self, sizes, dtype, tied, eps, rho, tensors, backward=False):
-        order = (
-            "q", "k", "v", "query_mask", "key_mask", "head_rho", "context", "central_query", "energy_sum", "score_sum", "out",
-            "dout", "dq", "dk", "dv", "dhead_rho", "dscores",
-        )  # fmt: skip
-        given = [tensors.get(name) for name in order]
-        pointers = (ctypes.c_void_p * len(order))(*(None if t is None else t.data_ptr() for t in given))
-        strides = []
-        for name, t in zip(order, given):
-            of_t = [] if t is None else list(t.stride())
-            # dout (B, H, dv) lies like a row of tokens.
-            of_t = [*of_t[:2], 0, of_t[2]] if name == "dout" and of_t else of_t
-            strides += of_t + [0] * (4 - len(of_t))
-        ran = library().run_linear(
-            (ctypes.c_int64 * 6)(*sizes), ELEMENTS[dtype], tied, backward, ctypes.c_double(eps), ctypes.c_double(rho),
-            pointers, (ctypes.c_int64 * len(strides))(*strides), self.resident, ctypes.c_int64(self.shared),
-            ctypes.c_int64(self.wave_bytes), self.unaligned,
-            ctypes.c_uint64(random.getrandbits(64)),
-        )  # fmt: skip
+    def _run(self, sizes, dtype, tied, numbers, tensors, backward=False):
+        found = arguments(self, sizes, dtype, tied, numbers, tensors, backward)
+        ran = library("linear").run_linear(
+            found, ELEMENTS[dtype], backward, self.unaligned, ctypes.c_uint64(random.getrandbits(64))
+        )
         assert ran >= 0, "some threads wait for others that never come"
         if self.clusters is not None:
             self.clusters.add(bool(ran & 1))
+
+
+ORDER = (
+    "q", "k", "v", "query_mask", "key_mask", "head_rho", "context", "central_query", "energy_sum", "score_sum", "out", "dout",
+    "dq", "dk", "dv", "dhead_rho", "dscores", "absolute_sum", "value_mean", "first_parts", "second_parts",
+)  # fmt: skip
+
+
+def arguments(gpu: Emulated, sizes, dtype, tied, numbers, tensors, backward, address=Tensor.data_ptr):
+    """A launch's LinearArgs, of tensors by name, each at ``address(tensor)``. Its ``parts`` are the floats of partial sums."""
+    given = [tensors.get(name) for name in ORDER]
+    pointers = (ctypes.c_void_p * len(ORDER))(*(None if t is None else address(t) for t in given))
+    strides = []
+    for name, t in zip(ORDER, given):
+        of_t = [] if t is None else list(t.stride())
+        # dout (B, H, dv) lies like a row of tokens.
+        of_t = [*of_t[:2], 0, of_t[2]] if name == "dout" and of_t else of_t
+        strides += of_t + [0] * (4 - len(of_t))
+    found = ctypes.create_string_buffer(library("arguments").bytes_of_arguments())
+    library("arguments").linear_arguments.restype = ctypes.c_int64
+    found.parts = library("arguments").linear_arguments(
+        (ctypes.c_int64 * 6)(*sizes), ELEMENTS[dtype], tied, backward, *map(ctypes.c_double, numbers), pointers,
+        (ctypes.c_int64 * len(strides))(*strides), gpu.resident, ctypes.c_int64(gpu.shared), ctypes.c_int64(gpu.wave_bytes),
+        found,
+    )  # fmt: skip
+    return found
 
 
 def _nan(shape, dtype=torch.float32) -> Tensor:

@@ -8,9 +8,11 @@ Read from the machine code in libinfsa_kernels.so by the cuobjdump that comes wi
 import re
 import shutil
 import subprocess
-from collections import Counter, defaultdict
+from collections import defaultdict
 from importlib.util import find_spec
 from pathlib import Path
+
+from helpers.cuda_paths import instructions_of_rows
 
 TABLE = Path(__file__).parents[1] / "gpu" / "cuda_resources.txt"
 
@@ -20,9 +22,12 @@ RESOURCES = ["regs", "stack", "local", "shared"]
 # Loads and stores of 16 bytes of global memory; cluster barriers; the grid barriers' atomic additions; accesses of local memory.
 CODE = ["loads", "stores", "cluster", "atomics", "spills"]
 
-COLUMNS = ["arch", "kernel", "dtype", "rows", "way", *RESOURCES, *CODE]
+# Instructions that a row of the first pass takes, and of the second (cuda_paths.py).
+PATHS = ["first", "second"]
 
-KERNEL = re.compile(r"linear_(cluster|grid)_kernelI(f|13__nv_bfloat16|6__half)Lb([01])ELb([01])E")
+COLUMNS = ["arch", "kernel", "dtype", "rows", "way", "floor", *RESOURCES, *CODE, *PATHS]
+
+KERNEL = re.compile(r"linear_(cluster|grid)_kernelI(f|13__nv_bfloat16|6__half)Lb([01])ELb([01])ELb([01])E")
 DTYPES = {"f": "fp32", "13__nv_bfloat16": "bf16", "6__half": "fp16"}
 COUNTED = {
     "loads": re.compile(r"LDG\.\S*128"),
@@ -42,14 +47,16 @@ def measured(library: Path | None = None) -> list[dict[str, str]]:
     usage, code = _resources(_cuobjdump("--dump-resource-usage", library)), _code(_cuobjdump("-sass", library))
     rows = []
     for (arch, name), resources in usage.items():
-        kernel, element, aligned, backward = KERNEL.search(name).groups()
+        kernel, element, aligned, backward, floor = KERNEL.search(name).groups()
         if kernel == "cluster" and generation(arch) < 90:
             continue  # empty: no such GPU has clusters
+        paths = instructions_of_rows(code[arch, name], DTYPES[element], bool(int(backward)), bool(int(floor)))
         rows.append(
             {"arch": arch, "kernel": kernel, "dtype": DTYPES[element], "rows": "aligned" if int(aligned) else "any",
-             "way": "bwd" if int(backward) else "fwd", **resources, **code[arch, name]}
+             "way": "bwd" if int(backward) else "fwd", "floor": "yes" if int(floor) else "no", **resources,
+             **_counted(code[arch, name]), **dict(zip(PATHS, map(str, (*paths, "-", "-"))))}
         )  # fmt: skip
-    return sorted(rows, key=lambda row: (generation(row["arch"]), *(row[c] for c in COLUMNS[1:5])))
+    return sorted(rows, key=lambda row: (generation(row["arch"]), *(row[c] for c in COLUMNS[1:6])))
 
 
 def generation(arch: str) -> int:
@@ -109,16 +116,22 @@ def _resources(dump: str) -> dict[tuple[str, str], dict[str, str]]:
     return found
 
 
-def _code(sass: str) -> dict[tuple[str, str], dict[str, str]]:
-    counts, arch, at = defaultdict(Counter), None, None
+def _code(sass: str) -> dict[tuple[str, str], list[tuple[int, str]]]:
+    """Every function's instructions by address."""
+    code, arch, at = defaultdict(list), None, None
     for line in sass.splitlines():
         if found := re.search(r"code for (sm_\w+)", line):
             arch = found[1]
         elif found := re.search(r"Function : (\S+)", line):
             at = arch, found[1]
-        elif found := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)", line):
-            counts[at].update(column for column, pattern in COUNTED.items() if pattern.match(found[1]))
-    return {at: {column: str(count[column]) for column in CODE} for at, count in counts.items()}
+        elif found := re.search(r"/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", line):
+            code[at].append((int(found[1], 16), found[2]))
+    return code
+
+
+def _counted(code: list[tuple[int, str]]) -> dict[str, str]:
+    names = [re.sub(r"^@!?U?P\w+\s+", "", text) for _, text in code]
+    return {column: str(sum(bool(COUNTED[column].match(name)) for name in names)) for column in CODE}
 
 
 if __name__ == "__main__":

@@ -214,7 +214,7 @@ def usable(device):
 def test_operators_and_their_backends():
     everything = {"cpu", "cuda", "triton", "eager"}
     without_cuda, without_gpu = everything - {"cuda"}, {"cpu", "eager"}
-    assert {"linear": everything, "linear_floor": without_cuda, "pure": without_cuda, "pooled_linear": without_gpu} | {
+    assert {"linear": everything, "linear_floor": everything, "pure": without_cuda, "pooled_linear": without_gpu} | {
         "linear_varlen": without_cuda,
         "linear_varlen_floor": without_cuda,
         "pure_varlen": without_cuda,

@@ -48,9 +48,22 @@ inline float to_float(BFloat16 x) {
   std::memcpy(&result, &bits, 4);
   return result;
 }
-template <typename T, int kSize> void to_floats(const T (&x)[kSize], float* to) {
-  for (int i = 0; i < kSize; ++i) to[i] = to_float(x[i]);
+template <typename T, int kWords> void to_floats(const uint32_t (&words)[kWords], float* to) {
+  constexpr int kCount = kWords * 4 / sizeof(T);
+  T x[kCount];
+  std::memcpy(x, words, sizeof x);
+  for (int i = 0; i < kCount; ++i) to[i] = to_float(x[i]);
 }
+template <typename T, int kWords> void from_floats(const float* x, uint32_t (&words)[kWords]) {
+  constexpr int kCount = kWords * 4 / sizeof(T);
+  T narrow[kCount];
+  for (int i = 0; i < kCount; ++i) round_to(narrow[i], x[i]);
+  std::memcpy(words, narrow, sizeof narrow);
+}
+inline int64_t computed(int64_t x) { return x; }
+
+// Off by as much as a GPU's may be.
+inline float rough_inverse_root(float x) { return (1 + 0x1p-23f) / std::sqrt(x < 1.17549435e-38f ? 0 : x); }
 
 struct Barrier {
   int size = 0, arrived = 0;
