@@ -1,9 +1,10 @@
 """`python -m infsa_kernels.info`: what is installed, how it was built, and which backends run here and why the others do not.
 
-With ``--check`` the Triton kernels are checked now, as they else are before their first use; exit code 1 if one failed.
+With ``--check`` the kernels for GPUs are checked now, as they else are before their first use; exit code 1 if one failed.
 """
 
 import argparse
+import os
 import platform
 import sys
 
@@ -11,6 +12,7 @@ import torch
 
 from . import __version__
 from .memory import kept_memory, most_kept_memory
+from .ops import launch_bound
 from .ops.backends import OPERATORS, SUFFIXES, explain_backend
 from .ops.extension import PACKAGE
 from .reference import ACTIVATIONS
@@ -28,7 +30,7 @@ def describe() -> str:
     ]
     for device in _devices():
         lines += ["", f"{device}  {_device_name(device)}"]
-        lines += _backends(device) + _verdicts(device)
+        lines += _backends(device) + _choice(device) + _verdicts(device)
     return "\n".join(lines)
 
 
@@ -63,6 +65,21 @@ def _backends(device: torch.device) -> list[str]:
     return [*lines, f"  eager   alone runs linear and pure with the activations {', '.join(list(ACTIVATIONS)[1:])}"]
 
 
+def _choice(device: torch.device) -> list[str]:
+    """What CUDA C++ takes from Triton by default, where it runs."""
+    if not (sizes := launch_bound.sizes_on(device)):
+        return []
+    if os.environ.get("INFSA_CUDA") == "0":
+        return ["  by default CUDA C++ takes no call (INFSA_CUDA=0)"]
+    if not sizes.most_bytes:
+        return [f"  by default CUDA C++ takes no call here: {sizes.reason}"]
+    unchecked = " unchecked (INFSA_CUDA=1)" if os.environ.get("INFSA_CUDA") == "1" else ""
+    return [
+        f"  by default CUDA C++ takes calls of linear{unchecked} with up to {sizes.most_bytes >> 20} MB of q, k and v, "
+        f"{sizes.most_head_bytes >> 10} KB a head: {sizes.reason}"
+    ]
+
+
 def _verdicts(device: torch.device) -> list[str]:
     """What the checks before first use have found on this machine so far, in any process."""
     if device.type != "cuda" or explain_backend("pure", device, torch.float32, (1, 1, 1, 64))["triton"]:
@@ -71,17 +88,15 @@ def _verdicts(device: torch.device) -> list[str]:
 
     found = first_use.known(device)
     passed = sum(reason is None for reason in found.values())
-    lines = [
-        f"  Triton kernels checked before first use: {passed} passed, {len(found) - passed} failed (--check: all, now)"
-    ]
+    lines = [f"  kernels checked before first use: {passed} passed, {len(found) - passed} failed (--check: all, now)"]
     return lines + [f"    {variant}: {reason}" for variant, reason in found.items() if reason]
 
 
 def check() -> int:
-    """Checks the Triton kernels on every GPU, each in a process of its own, and prints a line for each."""
+    """Checks the kernels for GPUs on every GPU, each in a process of its own, and prints a line for each."""
     gpus = [device for device in _devices() if device.type == "cuda"]
     if not gpus:
-        print("There is no GPU to check Triton kernels on: torch.cuda.is_available() is False")
+        print("There is no GPU to check kernels on: torch.cuda.is_available() is False")
         return 1
     failed = 0
     for device in gpus:
@@ -111,7 +126,7 @@ def _device_name(device: torch.device) -> str:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m infsa_kernels.info", description=__doc__)
-    parser.add_argument("--check", action="store_true", help="check the Triton kernels on the GPUs of this machine now")
+    parser.add_argument("--check", action="store_true", help="check the kernels for GPUs of this machine now")
     arguments = parser.parse_args()
     code = check() if arguments.check else 0
     print(describe())

@@ -58,6 +58,12 @@ is_batched = torch._C._functorch.is_batchedtensor
 assert_async = torch._assert_async
 
 
+def computes_at_once() -> bool:
+    """Whether an operator called now computes: no transform, mode or tracer has it, which would want these calls too."""
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return not (traced or in_functorch() or torch._C._len_torch_dispatch_stack())
+
+
 def set_for_backward(name: str, value: str) -> None:
     """Kept where autograd carries it over to the threads that it runs backward on; a threading.local stays behind."""
     torch._C._stash_obj_in_tls(name, value)

@@ -15,8 +15,8 @@ from . import extension
 SUFFIXES = {"cpu": "", "cuda": "", "triton": "_triton", "eager": "_eager"}
 
 # Backends tried in order, by device type. One that comes after another with kernels of the operator is a fall-back, and is
-# warned of once. Triton's kernels are checked before their first use on a machine (triton/first_use.py). CUDA C++ is there for
-# the asking until somebody has measured where it is faster.
+# warned of once. Kernels for GPUs are checked before their first use on a machine (triton/first_use.py). CUDA C++ takes small
+# calls of Linear before these are asked (launch_bound.py).
 PREFERENCE = {"cpu": ("cpu", "eager"), "cuda": ("triton", "eager")}
 
 
@@ -163,7 +163,7 @@ def _why_not_triton(op: str, device: torch.device, dtype: torch.dtype, shape: Se
 def choose_backend(
     op: str, device: torch.device, dtype: torch.dtype, shape: Sequence[int], forced: str = ""
 ) -> str:  # fmt: skip
-    """The backend that runs `infsa::<op>` on q of this device, dtype and shape (B, H, N, d).
+    """The backend that runs `infsa::<op>` on q of this device, dtype and shape (B, H, N, d), if CUDA C++ does not take the call.
 
     ``op`` is a public operator: "linear", "pure", "pooled_linear", "linear_varlen" or "pure_varlen", whose shape is (N, H, d).
     ``forced`` names a backend, as ``with infsa_kernels.backend(...)`` does: it is that one or a RuntimeError that says why not.

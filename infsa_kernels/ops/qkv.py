@@ -5,7 +5,7 @@ import functools
 from torch import Tensor
 
 from ..eager.common import acc_dtype
-from . import check, sharding
+from . import check, launch_bound, sharding
 from .autograd import skipped_if_unused
 from .backends import backend_of_backward, choose_backend, force
 
@@ -29,7 +29,11 @@ def attend(raw, q, k, v, eps, rho, key_padding_mask, query_padding_mask, backend
         if unbatched:
             q, k, v = q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)
         rho, head_rho = split_rho(raw.op, rho, q, unbatched)
-        name = choose_backend(raw.name, q.device, q.dtype, q.shape, backend or backend_of_backward())
+        backend = backend or backend_of_backward()
+        if not backend and q.is_cuda and launch_bound.takes(raw, q, k, v, key_padding_mask, query_padding_mask):
+            name = "cuda"
+        else:
+            name = choose_backend(raw.name, q.device, q.dtype, q.shape, backend)
         forward, k = raw.forwards[name], None if tied else k
         with skipped_if_unused(q, k, v, head_rho):
             # Goes on where ``kernels`` says for this backend, in the file of the operator.

@@ -5,30 +5,28 @@ So each variant of a kernel first computes what is known: from integers, of whic
 tiles and one row of them, and a whole number of tiles; the same in every head, where a race shows as heads that differ; in the
 middle of NaN; three times. What fails, or raises, is left to torch operations from then on, with one warning.
 
-A verdict on the numbers is kept on disk, for this GPU, driver, torch, Triton, assembler and these sources: a second process does
-not check again. `INFSA_TRITON=1` trusts every kernel unchecked, `INFSA_TRITON=0` uses none.
+A verdict on the numbers is kept on disk (verdicts.py): a second process does not check again. `INFSA_TRITON=1` trusts every
+kernel unchecked, `INFSA_TRITON=0` uses none. The compiled kernels of CUDA C++ are checked by the same calls before they are
+chosen (ops/launch_bound.py).
 """
 
 import contextlib
-import functools
-import hashlib
 import importlib
 import itertools
 import json
 import os
 import subprocess
 import sys
-import tempfile
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
 
 import torch
-import triton
 from torch import Tensor
 
-from . import configs
+from ..ops import launch_bound
+from ..ops.extension import torch_ops
+from . import configs, verdicts
 from .tiles import describable
 
 # Whatever this package is imported as.
@@ -69,6 +67,7 @@ class Variant:
     token_major: bool  # q is a view of [B, N, H, d]
     described: bool  # tiles come by descriptor, which the copy engine reads
     offsets: str = ""  # the dtype of those of packed sequences
+    backend: str = "triton"  # or "cuda"
 
     @property
     def packed(self) -> bool:
@@ -80,7 +79,8 @@ class Variant:
         words += ["token-major" if self.token_major else "head-major"]
         words += [self.precision] if self.dtype == "float32" else []
         words += [f"{self.offsets} offsets"] if self.packed else []
-        return ", ".join([*words, *(["descriptors"] if self.described else [])])
+        words += ["descriptors"] * self.described + ["CUDA C++"] * (self.backend == "cuda")
+        return ", ".join(words)
 
 
 # In the order of the operators' masks, which those of packed sequences do not have.
@@ -115,11 +115,41 @@ def failure(op: str, direction: str, arguments: tuple) -> str | None:
             f"infsa::{op}: its first call with such arguments is inside the capture of a CUDA graph, where no kernel can be "
             "loaded; make the same call once before the capture (torch.cuda.graph's documentation calls that a warm-up)"
         )
+    return first_verdict(variant, device)
+
+
+def checked(variant: Variant, device: torch.device) -> str | None:
+    """What is wrong with a variant, which is checked here if it never was."""
+    try:
+        return _verdicts[variant, device]
+    except KeyError:
+        return first_verdict(variant, device)
+
+
+def cached(variant: Variant, device: torch.device) -> str | None:
+    """The same of one that was checked before.
+
+    Raises:
+        LookupError: it was not.
+    """
+    try:
+        return _verdicts[variant, device]
+    except KeyError:
+        return verdicts.read(variant, device)
+
+
+def first_verdict(variant: Variant, device: torch.device) -> str | None:
+    """What is wrong with a variant that this process asks for the first time; said once, in a warning."""
     reason = _verdicts[variant, device] = verdict(variant, device)
     if reason:
+        kernel, instead = (
+            ("CUDA C++ kernel", "Triton's in its stead")
+            if variant.backend == "cuda"
+            else ("Triton kernel", "torch operations in its stead, which are slower")
+        )
         warnings.warn(
-            f"infsa_kernels does not use its Triton kernel for {variant} on {_name(device)}, and runs torch operations in its "
-            f"stead, which are slower: {reason}; {REPORT}",
+            f"infsa_kernels does not use its {kernel} for {variant} on {verdicts.gpu_name(device)}, and runs {instead}: "
+            f"{reason}; {REPORT}",
             stacklevel=2,
         )
     return reason
@@ -127,16 +157,8 @@ def failure(op: str, direction: str, arguments: tuple) -> str | None:
 
 def known(device: torch.device) -> dict[str, str | None]:
     """Every verdict on this device, of any process: what failed, by variant in words; None for what passed."""
-    found = {}
-    for file in sorted(_folder(device).glob("*.json")):
-        try:
-            verdict = json.loads(file.read_text())
-            found[verdict["variant"]] = verdict["failure"]
-        except (OSError, ValueError, KeyError):
-            continue
-    return dict(
-        sorted((found | {str(v): reason for (v, where), reason in _verdicts.items() if where == device}).items())
-    )
+    here = {str(variant): reason for (variant, where), reason in _verdicts.items() if where == device}
+    return dict(sorted((dict(verdicts.all_of(device)) | here).items()))
 
 
 def check_all(device: torch.device) -> Iterator[tuple[Variant, str | None]]:
@@ -151,7 +173,7 @@ def check_all(device: torch.device) -> Iterator[tuple[Variant, str | None]]:
 def usual(device: torch.device) -> list[Variant]:
     """The operators as attention layers call them: d = 64, token-major."""
     described = configs.arch_of(device) in configs.DESCRIBED
-    return [
+    found = [
         Variant(
             op, direction, dtype, "ieee" if dtype == "float32" else "", 64, 64, tied, masked, True,
             described and op == "pure" and not masked and dtype != "float32", "int32" if op in PACKED else "",
@@ -162,6 +184,8 @@ def usual(device: torch.device) -> list[Variant]:
         )
         if not (masked and op in PACKED)
     ]  # fmt: skip
+    compiled = ("linear", "linear_floor") if launch_bound.sizes_on(device) else ()
+    return found + [replace(variant, backend="cuda") for variant in found if variant.op in compiled]
 
 
 def of(op: str, direction: str, arguments) -> Variant:
@@ -186,10 +210,9 @@ def _dtype(t: Tensor) -> str:
 
 def verdict(variant: Variant, device: torch.device) -> str | None:
     """That of the disk, or of a check now, which is then written there; what raised may be mended at any time, and is not."""
-    file = _file(variant, device)
     try:
-        return json.loads(file.read_text())["failure"]
-    except (OSError, ValueError, KeyError):
+        return verdicts.read(variant, device)
+    except LookupError:
         return _new_verdict(variant, device)
 
 
@@ -198,7 +221,7 @@ def _new_verdict(variant: Variant, device: torch.device) -> str | None:
         reason = check(variant, device)
     except Exception as error:
         return f"it raised {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
-    _write(_file(variant, device), {"variant": str(variant), "failure": reason, "machine": _machine(device)})
+    verdicts.write(variant, device, reason)
     return reason
 
 
@@ -209,16 +232,18 @@ def check(variant: Variant, device: torch.device) -> str | None:
     Raises:
         Exception: whatever compiling, loading or running it raised.
     """
-    raw = _raw(variant)
-    kernels, plain = importlib.import_module(raw.kernels["triton"], _PARENT), raw.kernels["eager"]
-    for number, lengths in enumerate(_lengths(variant, device)):
-        arguments = _arguments(variant, device, *lengths, torch.Generator("cpu").manual_seed(number))
+    kernels, plain = _kernels(variant), _raw(variant).kernels["eager"]
+    # The compiled kernels read rows 16 bytes at a time where they may, and element by element behind a gap: both are checked.
+    gaps = [(0,), (1,)] if variant.backend == "cuda" else [(0, 1, 2)]
+    for number, (lengths, gap) in enumerate(itertools.product(_lengths(variant, device), gaps)):
+        arguments = _arguments(variant, device, *lengths, torch.Generator("cpu").manual_seed(number), gap)
         if variant.direction == "backward":
             arguments = _backward(variant, arguments, plain)
         expected = _run(variant, plain, [_one_head(variant, x) for x in arguments])
         first = None
         for _ in range(RUNS):
-            with configs.always_folding() if number == FOLDING else contextlib.nullcontext():
+            folding = number == FOLDING and variant.backend == "triton"
+            with configs.always_folding() if folding else contextlib.nullcontext():
                 results = _run(variant, kernels, arguments)
             if reason := _wrong(variant, results, expected, first):
                 return f"{reason}, at {lengths[0]} queries and {lengths[1]} keys"
@@ -231,15 +256,38 @@ def _raw(variant: Variant):
     return {raw.name: raw for raw in importlib.import_module(".ops.register", _PARENT).RAW_OPS}[variant.op]
 
 
+def _kernels(variant: Variant):
+    """What has the ``forward`` and ``backward`` that are checked."""
+    raw = _raw(variant)
+    return _Compiled(raw) if variant.backend == "cuda" else importlib.import_module(raw.kernels["triton"], _PARENT)
+
+
+class _Compiled:
+    """The compiled kernels of a raw operator, called as those in Python are."""
+
+    def __init__(self, raw):
+        self.forward, self._backward = raw.ops["cuda"], getattr(torch_ops, f"{raw.name}_bwd").default
+
+    def backward(self, *arguments) -> None:
+        *taken, gradients = arguments
+        wanted = [gradient is not None for gradient in gradients]
+        _leave_nan(gradients)
+        for gradient, result in itertools.compress(zip(gradients, self._backward(*taken, wanted)), wanted):
+            gradient.copy_(result)
+
+
+def _leave_nan(arguments) -> None:
+    """In memory that the next tensors of such sizes are given."""
+    tensors = [t for t in arguments if isinstance(t, Tensor)]
+    sizes = [t.numel() * t.element_size() for t in (*tensors, *tensors)]
+    held = [torch.full((size // 4 + 1,), torch.nan, dtype=torch.float32, device=tensors[0].device) for size in sizes]
+    del held
+
+
 def _run(variant: Variant, module, arguments: list) -> list[Tensor]:
     """The results of a call, into memory that holds NaN: what a kernel does not write shows."""
     if variant.direction == "forward":
-        sizes = [t.numel() * t.element_size() for t in arguments if isinstance(t, Tensor)]
-        held = [
-            torch.full((size // 4 + 1,), torch.nan, dtype=torch.float32, device=arguments[0].device)
-            for size in (*sizes, *sizes)
-        ]
-        del held  # the next tensors are given this memory
+        _leave_nan(arguments)
         return module.forward(*arguments)
     gradients = _raw(variant).gradients((*arguments, [True] * 4))
     for gradient in filter(lambda t: t is not None, gradients):
@@ -279,7 +327,7 @@ def _lengths_of_one(variant: Variant, device: torch.device) -> list[tuple[int, i
     if not variant.op.startswith("pure"):
         # Short sequences are one program's, long ones are cut into runs. An odd number of queries, so that no score is 0.
         # Dense ones once more, with a launch of its own for their partial sums, as far longer ones have.
-        odd = 3 * 32 + 1, *[2 * configs.WHOLE + 1] * (1 if variant.packed else 2)
+        odd = 3 * 32 + 1, *[2 * configs.WHOLE + 1] * (1 if variant.packed or variant.backend == "cuda" else 2)
         return [(N, N if variant.tied else N - 1) for N in odd]
     like = torch.empty(1, 1, 1, max(variant.d, variant.dv), dtype=getattr(torch, variant.dtype), device=device)
     kernels = ("fwd",)
@@ -291,7 +339,7 @@ def _lengths_of_one(variant: Variant, device: torch.device) -> list[tuple[int, i
     return [(odd, odd), (whole, whole)] if variant.tied else [(odd, whole), (whole, odd)]
 
 
-def _arguments(variant: Variant, device: torch.device, N, M, random: torch.Generator) -> list:
+def _arguments(variant: Variant, device: torch.device, N, M, random: torch.Generator, gaps=(0,)) -> list:
     """Of the forward pass, from q on, with the floor after eps. All heads have the same content.
 
     Packed, N and M are the tokens of each sequence.
@@ -313,7 +361,7 @@ def _arguments(variant: Variant, device: torch.device, N, M, random: torch.Gener
     masks = [None if mask is None else mask.expand(*HEADS[:1], -1).contiguous().to(device) for mask in ignored[::-1]]
     head_rho = torch.full(HEADS, 0.75, dtype=torch.float32, device=device)
     # Rows of a length that the copy engine cannot step over are read through pointers.
-    for gap in (0, 1, 2):
+    for gap in gaps:
         q, k, v = (_amid_nan(x.to(device), gap, variant.token_major, HEADS) for x in rows)
         arguments = [q, None if variant.tied else k, v, *_numbers(variant), head_rho, *masks]
         if of(variant.op, "forward", arguments).described == variant.described:
@@ -385,62 +433,6 @@ def _one_head(variant: Variant, x):
     if variant.packed:
         return x[:, :1]
     return x[:1] if x.dtype == torch.bool else x[:1, :1]
-
-
-def _file(variant: Variant, device: torch.device) -> Path:
-    return _folder(device) / f"{hashlib.sha256(str(variant).encode()).hexdigest()[:32]}.json"
-
-
-def _folder(device: torch.device) -> Path:
-    """Of the verdicts on this machine: below INFSA_CACHE_DIR, or where caches lie."""
-    given = os.environ.get("INFSA_CACHE_DIR")
-    root = Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "infsa_kernels"
-    key = json.dumps(_machine(device), sort_keys=True)
-    return root / "verdicts" / hashlib.sha256(key.encode()).hexdigest()[:16]
-
-
-@functools.cache
-def _machine(device: torch.device) -> dict[str, str]:
-    """All that a verdict is true for."""
-    found = {"GPU": _name(device), "torch": torch.__version__, "Triton": triton.__version__, "sources": _sources()}
-    found |= {"CUDA": str(torch.version.cuda), "HIP": str(torch.version.hip), "driver": _driver()}
-    if torch.version.cuda:
-        ptxas = triton.knobs.nvidia.ptxas
-        found |= {"ptxas": f"{ptxas.path} {ptxas.version}"}
-    return found | {name: value for name, value in os.environ.items() if name.startswith("TRITON_")}
-
-
-def _name(device: torch.device) -> str:
-    if device.type != "cuda":
-        return str(device)
-    properties = torch.cuda.get_device_properties(device)
-    return f"{properties.name} ({properties.major}.{properties.minor})"
-
-
-def _driver() -> str:
-    """The driver's version, as the kernel module says it."""
-    for file in ("/proc/driver/nvidia/version", "/sys/module/amdgpu/version"):
-        try:
-            return Path(file).read_text().splitlines()[0]
-        except OSError:
-            continue
-    return "unknown"
-
-
-def _sources() -> str:
-    files = sorted(Path(__file__).parent.glob("*.py"))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
-
-
-def _write(file: Path, content: dict) -> None:
-    """At once or not at all, beside other processes that may write the same; not being able to costs another check."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".part", delete=False) as part:
-            json.dump(content, part, indent=1)
-        os.replace(part.name, file)
-    except OSError:
-        pass
 
 
 if __name__ == "__main__":

@@ -297,8 +297,8 @@ def test_a_folder_that_cannot_be_written_costs_a_check_in_every_process(checked,
 def test_a_verdict_is_true_for_one_machine(change, checked, monkeypatch):
     call()
     forget(monkeypatch)
-    machine = first_use._machine(CPU) | {change: "another"}
-    monkeypatch.setattr(first_use, "_machine", lambda device: machine)
+    machine = first_use.verdicts.machine(CPU) | {change: "another"}
+    monkeypatch.setattr(first_use.verdicts, "machine", lambda device, backend: machine)
     call()
     assert len(checked.seen) == 2
 
