@@ -9,4 +9,5 @@ products.py      Hopper's asynchronous products, and the layouts of their matric
 transfers.py     Hopper's copies by tensor map, and mbarriers
 machine.py       registers, masks, control flow, barriers; in which order programs run
 launches.py      Triton kernels, compiled and launched by the package itself
+nvcc.py          the grid kernels of CUDA C++, compiled by nvcc
 """

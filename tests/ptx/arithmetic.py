@@ -85,7 +85,18 @@ def _permuted(x, y, chosen):
 
 
 def _high(x, y):
+    """The upper half of a product, whose 128 bits Python's numbers hold."""
+    if x.dtype.itemsize == 8:
+        product = (np.asarray(x).astype(object) * np.asarray(y).astype(object)) >> 64
+        return np.broadcast_to(product, np.broadcast(x, y).shape).astype(x.dtype)
     return ((x.astype(np.int64) * y.astype(np.int64)) >> 32).astype(x.dtype)
+
+
+def _inserted(x, y, position, length):
+    """bfi: the low bits of x as a field of y."""
+    kind = y.dtype.type
+    field = (kind(1) << length.astype(y.dtype)) - kind(1) << position.astype(y.dtype)
+    return (y & ~field) | (x << position.astype(y.dtype) & field)
 
 
 def _unordered(x, y):
@@ -120,7 +131,7 @@ SAME: dict[str, tuple[int, Callable]] = {
     rf"sub\.{ANY}": (2, np.subtract),
     rf"mul\.{FLOAT}": (2, np.multiply),
     rf"mul\.lo\.{INTEGER}": (2, np.multiply),
-    r"mul\.hi\.(?P<t>s32|u32)": (2, _high),
+    r"mul\.hi\.(?P<t>[su](?:32|64))": (2, _high),
     rf"mad\.lo\.{INTEGER}": (3, lambda x, y, z: x * y + z),
     rf"fma\.rn\.{FLOAT}": (3, _fma),
     rf"div\.{INTEGER}": (2, _quotient),
@@ -135,6 +146,8 @@ SAME: dict[str, tuple[int, Callable]] = {
     rf"max\.NaN\.{FLOAT}": (2, np.maximum),
     rf"abs\.{ANY}": (1, np.abs),
     rf"neg\.{ANY}": (1, np.negative),
+    r"rcp\.rn\.(?P<t>f32)": (1, np.reciprocal),
+    r"rsqrt\.approx\.ftz\.(?P<t>f32)": (1, lambda x: np.reciprocal(np.sqrt(x, dtype=np.float64)).astype(np.float32)),
     r"sqrt\.(?:approx\.ftz|approx|rn)\.(?P<t>f32)": (1, np.sqrt),
     r"and\.(?P<t>pred|b16|b32|b64)": (2, np.bitwise_and),
     r"or\.(?P<t>pred|b16|b32|b64)": (2, np.bitwise_or),
@@ -184,6 +197,8 @@ def operation(opcode: str) -> tuple[list[str], str, Callable] | None:
         return [narrow, narrow] + [wide] * (found[1] == "mad"), wide, product
     if found := re.fullmatch(r"(shl|shr)\.([sub](?:16|32|64))", opcode):
         return [found[2], "u32"], found[2], _shift(found[1] == "shl")
+    if found := re.fullmatch(r"bfi\.(b32|b64)", opcode):
+        return [found[1], found[1], "u32", "u32"], found[1], _inserted
     if found := re.fullmatch(r"bfe\.(s32|u32)", opcode):
         return [found[1], "u32", "u32"], found[1], _bits
     if found := re.fullmatch(r"selp\.(b16|b32|b64|f32|f64|[su](?:16|32|64))", opcode):

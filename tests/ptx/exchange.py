@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from .arithmetic import TYPES, from_bits
-from .memory import IN_FLIGHT, UINT, WARP, WRITTEN, Fault, Global
+from .memory import IN_FLIGHT, UINT, WARP, WRITTEN, Fault, Global, Shared
 from .parse import Instruction, parts
 
 LANE = np.arange(WARP)
@@ -57,13 +57,28 @@ def _move(m, i, found):
     return lambda mask: write(value, mask)
 
 
+def _bits(kind: str) -> str:
+    """What memory holds of a floating-point number."""
+    return kind.replace("f", "b")
+
+
 def _parameter(m, i, found):
-    kind = found["t"]
-    value = np.frombuffer(m.parameters[i.operands[1].strip("[]")], TYPES[kind])[:1]
-    register = m.registers[i.operands[0]]
+    """Of one to four elements, of a parameter by its name or at an address that is the same in all lanes."""
+    kind, count = _bits(found["t"]), int(found["count"] or 1)
+    base, _, offset = i.operands[1].strip("[]").partition("+")
+    named = base in m.parameters
+    space = m.parameters[base] if named else b"".join(m.parameters.values())
+    at = None if named else m.read(base, "b64")
+    registers = [m.registers[r] for r in parts(i.operands[0])]
+    width = TYPES[kind].itemsize
 
     def load(mask):
-        register[mask] = _extended(value, kind, register)
+        addresses = np.unique(at[mask]) if at is not None else [0]
+        assert len(addresses) == 1, f"{i}: a parameter for each lane"
+        start = int(addresses[0]) + int(offset or 0)
+        values = np.frombuffer(space[start : start + count * width], TYPES[kind])
+        for j, register in enumerate(registers):
+            register[mask] = _extended(values[j : j + 1], kind, register)
 
     return load
 
@@ -75,7 +90,7 @@ def _extended(value: np.ndarray, kind: str, register: np.ndarray) -> np.ndarray:
 
 def _load(m, i, found):
     """Of one to four elements."""
-    kind, targets = found["t"], parts(i.operands[0])
+    kind, targets = _bits(found["t"]), parts(i.operands[0])
     width, count = TYPES[kind].itemsize, int(found["count"] or 1)
     assert len(targets) == count
     registers = [None if r == "_" else m.registers[r] for r in targets]
@@ -98,7 +113,7 @@ def _load(m, i, found):
 
 
 def _store(m, i, found):
-    kind, sources = found["t"], parts(i.operands[1])
+    kind, sources = _bits(found["t"]), parts(i.operands[1])
     width, count = TYPES[kind].itemsize, int(found["count"] or 1)
     assert len(sources) == count
     # Of a wider register the low bits.
@@ -186,16 +201,20 @@ class Copies:
 
 
 def _shuffle(m, i, found):
-    destination, source, other, clamp, members = i.operands
-    if (clamp, members) not in (("31", "-1"), ("31", "0xffffffff")):
-        raise NotImplementedError(f"{i}: only shuffles of whole warps")
+    destination, source, other, *whole = i.operands
+    destination, _, inside = destination.partition("|")
     value, other, write = m.read(source, "b32"), m.read(other, "b32"), m.writer(destination, "b32")
-    lane = m.thread % WARP
+    clamp, members = (m.read(operand, "b32") for operand in whole)
+    lane, within = m.thread % WARP, m.writer(inside or "_", "pred")
 
     def shuffle(mask):
         m.whole_warps(mask, i)
+        for given, needed in ((clamp, 31), (members, 0xFFFFFFFF)):
+            if not np.all(np.broadcast_to(given, mask.shape)[mask] == needed):
+                raise NotImplementedError(f"{i}: only shuffles of whole warps")
         source = lane ^ other if found["how"] == "bfly" else other
         write(value[m.thread - lane + (source & 31).astype(np.int64)], mask)
+        within(np.bool_(True), mask)  # the source is a lane of the warp
 
     return shuffle
 
@@ -359,8 +378,36 @@ def _atomic_add(m, i, found):
                 int(offsets[0]), int(lane), order in ("acquire", "acq_rel"), order in ("release", "acq_rel")
             )
         write(before, mask)
+        m.atomics += 1
 
     return add
+
+
+def _acquire(m, i, found):
+    """A load that sees what was released before what it reads was written."""
+    at, write = place(m, i, i.operands[1], "global", 4), m.writer(i.operands[0], "b32")
+
+    def load(mask):
+        lanes = np.flatnonzero(mask)
+        offsets, values = at(lanes), np.zeros(len(m.thread), np.uint32)
+        (values[lanes],) = m.memory.load(offsets, 4, 1, i)
+        m.history.note(offsets, 4, lanes, i, writes=False, atomic=True)
+        for offset, lane in zip(offsets, lanes):
+            m.history.synchronise(int(offset), int(lane), acquires=True, releases=False)
+        m.polled[mask] = m.atomics
+        write(values, mask)
+
+    return load
+
+
+def _generic(m, i, found):
+    """cvta: from a space of addresses to that of all, or back. Tensors have the same in both."""
+    write = m.writer(i.operands[0], "u64")
+    if i.operands[1] == m.kernel.shared or found["space"] == "shared":
+        source, base = m.read(i.operands[1], "u64"), np.uint64(Shared.WINDOW)
+        return lambda mask: write(source - base if found["back"] else source + base, mask)
+    source = m.read(i.operands[1], "u64")
+    return lambda mask: write(source, mask)
 
 
 def _copies(method: str):
@@ -371,9 +418,11 @@ SPACE = r"(?P<space>global|shared)(?:::cta)?"
 VECTOR = r"(?:\.v(?P<count>2|4))?"
 MADE = {
     r"mov\.(?P<t>pred|[bsu](?:16|32|64)|f32|f64)": _move,
-    r"ld\.param\.(?P<t>[bsu](?:32|64))": _parameter,
-    rf"ld\.{SPACE}(?:\.c[ag])?{VECTOR}\.(?P<t>[bsu](?:8|16|32|64))": _load,
-    rf"st\.{SPACE}{VECTOR}\.(?P<t>[bsu](?:8|16|32|64))": _store,
+    rf"ld\.param{VECTOR}\.(?P<t>[bsu](?:8|32|64)|f32)": _parameter,
+    rf"ld\.{SPACE}(?:\.c[ag])?{VECTOR}\.(?P<t>[bsu](?:8|16|32|64)|f32)": _load,
+    rf"st\.{SPACE}{VECTOR}\.(?P<t>[bsu](?:8|16|32|64)|f32)": _store,
+    r"ld\.acquire\.gpu\.u32": _acquire,
+    r"cvta\.(?P<back>to\.)?(?P<space>global|shared)\.u64": _generic,
     r"cp\.async\.(?P<cache>c[ag])\.shared\.global": _copies("start"),
     r"cp\.async\.commit_group": _copies("commit"),
     r"cp\.async\.(?:wait_group|wait_all)": _copies("wait"),
@@ -385,6 +434,8 @@ MADE = {
     r"elect\.sync": _elect,
     r"mma\.sync\.aligned\.m16n8k(?P<k>8|16)\.row\.col\.f32\.(?P<kind>f16|bf16|tf32)\.(?P=kind)\.f32": _multiply,
     r"atom\.global\.(?P<scope>cta|gpu|sys)\.(?P<order>relaxed|acquire|release|acq_rel)\.add\.u32": _atomic_add,
+    # Of an address that may be of any space, and here is of a tensor.
+    r"atom\.add\.(?P<order>relaxed|acquire|release|acq_rel)\.(?P<scope>gpu)\.u32": _atomic_add,
 }
 
 step = by_pattern(MADE)

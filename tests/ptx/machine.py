@@ -49,14 +49,10 @@ class Machine:
     """One launch."""
 
     def __init__(
-        self,
-        kernel: Kernel,
-        parameters: Iterable[bytes | TensorMap],
-        programs: int,
-        threads: int,
-        shared: int,
-        memory: Global,
-    ):
+        self, kernel: Kernel, parameters: Iterable[bytes | TensorMap], programs: int, threads: int, shared: int, memory: Global,
+        workspace: int = 0,
+    ):  # fmt: skip
+        """``workspace``: where a cooperative launch counts who has come to its barrier; all its programs are there at once."""
         self.kernel, self.threads, self.memory = kernel, threads, memory
         self.parameters = dict(zip(kernel.parameters, parameters, strict=True))
         maps = {name: value for name, value in self.parameters.items() if isinstance(value, TensorMap)}
@@ -67,8 +63,16 @@ class Machine:
         self.special = {
             "%tid.x": (lanes % threads).astype(np.uint32),
             "%ctaid.x": self.program.astype(np.uint32),
-            "global_smem": np.uint32(SHARED_BASE[kernel.target]),
+            "%ntid.x": np.uint32(threads),
+            "%nctaid.x": np.uint32(programs),
+            kernel.shared: np.uint32(SHARED_BASE[kernel.target]),
+            "%envreg1": np.uint32(workspace >> 32),
+            "%envreg2": np.uint32(workspace & 0xFFFFFFFF),
         } | {name: np.uint32(address) for name, address in addresses.items()}
+        self.special |= {f"%{of}.{axis}": np.uint32(0) for of in ("tid", "ctaid") for axis in "yz"}
+        self.special |= {f"%{of}.{axis}": np.uint32(1) for of in ("ntid", "nctaid") for axis in "yz"}
+        # Other parameters have a space of addresses of their own.
+        self.special |= {name: np.uint64(0) for name in self.parameters if name not in addresses}
         self.registers = {
             name: np.zeros(len(lanes), bool if bits == 1 else UINT[bits // 8])
             for name, bits in kernel.registers.items()
@@ -83,6 +87,11 @@ class Machine:
         self.waiting = np.zeros(len(lanes), bool)  # for the others at a barrier
         self.blocked = np.zeros(len(lanes), bool)  # for the phase of an mbarrier
         self.reached = np.zeros(len(kernel.code), bool)
+        # Who asks again for what an atomic has to change waits for one, and would else keep all others from going on.
+        self.polls = np.array(
+            [*(i.opcode.startswith("ld.acquire") for i in kernel.code), False]
+        )  # behind the last: who left
+        self.atomics, self.polled = 0, np.full(len(lanes), -1)
         self.steps = [self._step(i) for i in kernel.code]
         self.ends = self._ends()
 
@@ -136,6 +145,8 @@ class Machine:
         with np.errstate(all="ignore"):
             while self.alive.any():
                 free = self.alive & ~self.waiting & ~self.blocked
+                if self.polls.any():
+                    free &= ~(self.polls[self.pc] & (self.polled == self.atomics))
                 if not free.any():
                     at = self.kernel.code[int(self.pc[self.alive].min())]
                     raise Fault(f"{at}: all threads wait here or at a barrier, for ever")
@@ -167,8 +178,8 @@ class Machine:
         ends = np.zeros(len(self.kernel.code), bool)
         ends[[at - 1 for at in self.kernel.labels.values() if at]] = True
         for at, i in enumerate(self.kernel.code):
-            control = i.opcode.startswith(("bra", "ret", "exit", "bar.sync", "mbarrier.try_wait"))
-            atomic = i.opcode.startswith(("atom.", "red."))
+            control = i.opcode.startswith(("bra", "ret", "exit", "bar.sync", "barrier.sync", "mbarrier.try_wait"))
+            atomic = i.opcode.startswith(("atom.", "red.", "ld.acquire"))
             ends[at] |= control or atomic
             if atomic and at:
                 ends[at - 1] = True
@@ -201,14 +212,21 @@ class Machine:
                 self._release(np.unique(self.program[mask]))
 
             return leave
-        if i.opcode == "bar.sync" and i.operands == ("0",):
+        if i.opcode in ("bar.sync", "barrier.sync") and i.operands == ("0",):
 
             def wait(mask):
-                self.whole_warps(mask, i)
+                if i.opcode == "bar.sync":  # the other one counts threads
+                    self.whole_warps(mask, i)
                 self.waiting |= mask
                 self._release(np.unique(self.program[mask]))
 
             return wait
+        if i.opcode == "trap":
+
+            def trap(mask):
+                raise Fault(f"{i}: the kernel gives up")
+
+            return trap
         if found := arithmetic.operation(i.opcode):
             kinds, result, compute = found
             destination, *sources = i.operands

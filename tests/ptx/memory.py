@@ -124,6 +124,8 @@ class Shared(Memory):
     fence has to order before.
     """
 
+    WINDOW = 0x7E00_0000_0000  # where addresses of all spaces have it
+
     def __init__(self, programs: int, size: int, unit: int, base: int):
         """``unit``: of the bytes in which threads are told apart, the shortest access that there is."""
         self.size, self.unit, self.base = size, unit, base

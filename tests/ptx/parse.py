@@ -31,13 +31,15 @@ class Kernel:
     registers: dict[str, int]  # name -> bits
     code: tuple[Instruction, ...]
     labels: dict[str, int]  # name -> the instruction that follows
+    shared: str  # the array of shared memory
 
 
-def parse(ptx: str) -> Kernel:
-    """The one kernel of a PTX module; shared memory is the one array whose size the launch gives."""
+def parse(ptx: str, name: str = "") -> Kernel:
+    """The kernel of a PTX module whose name contains ``name``; shared memory is the one array whose size the launch gives."""
     target = re.search(r"^\.target (\w+)", ptx, re.M)[1]
     assert target in TARGETS, f"expected PTX for {' or '.join(TARGETS)}, got {target}"
-    head = re.search(r"\.visible \.entry (\w+)\((.*?)\)", ptx, re.S)
+    arrays = re.findall(r"^\.extern \.shared .*?(\w+)\[\];", ptx, re.M)
+    head = re.search(rf"\.entry (\w*{name}\w*)\((.*?)\)", ptx, re.S)
     parameters = tuple(line.split()[-1].split("[")[0] for line in head[2].split(","))
     registers: dict[str, int] = {}
     code: list[Instruction] = []
@@ -48,6 +50,8 @@ def parse(ptx: str) -> Kernel:
         if at := re.match(r"\s*\.loc\s.*// (\S+?):(\d+):\d+", line):
             source = f"{at[1]}:{at[2]}"
         line = line.split("//")[0].strip()
+        # Braces around instructions, as inline assembly has them, need no scope: nothing is declared twice with other bits.
+        line = re.sub(r";\s*\}$", ";", re.sub(r"^\{\s*(?=[.\w@])", "", line))
         if at := re.match(r"([$\w]+):", line):
             labels[at[1]] = len(code)
             line = line[at.end() :].strip()
@@ -55,9 +59,10 @@ def parse(ptx: str) -> Kernel:
             break  # the kernel's own; debugging sections follow
         if line.startswith(".reg"):
             _declare(line, registers)
-        elif line and not re.match(r"\.(loc|reqntid|maxntid|pragma)\b", line) and line not in "{":
+        elif line and not re.match(r"\.(loc|reqntid|maxntid|minnctapersm|pragma)\b", line) and line not in "{":
             code.append(_instruction(line, number, source))
-    return Kernel(target, head[1], parameters, registers, tuple(code), labels)
+    array = arrays[0] if arrays else "global_smem"
+    return Kernel(target, head[1], parameters, registers, tuple(code), labels, array)
 
 
 def _outermost(body: str) -> str:
@@ -75,11 +80,10 @@ def _outermost(body: str) -> str:
 
 
 def _declare(line: str, registers: dict[str, int]) -> None:
-    if one := re.fullmatch(r"\.reg \.(\w+)\s+(%\w+);", line):
-        registers[one[2]] = BITS[one[1]]
-        return
-    kind, prefix, count = re.fullmatch(r"\.reg \.(\w+)\s+(%\w+?)<(\d+)>;", line).groups()
-    registers.update((f"{prefix}{i}", BITS[kind]) for i in range(int(count)))
+    kind, prefix, count = re.fullmatch(r"\.reg \.(\w+)\s+(%\w+?)(?:<(\d+)>)?;", line).groups()
+    names = [f"{prefix}{i}" for i in range(int(count))] if count else [prefix]
+    assert all(registers.get(name, BITS[kind]) == BITS[kind] for name in names)
+    registers.update(dict.fromkeys(names, BITS[kind]))
 
 
 def _instruction(text: str, line: int, source: str | None) -> Instruction:

@@ -102,6 +102,62 @@ def test_integers(operation, expected):
     assert torch.equal(out, expected(x))
 
 
+def test_integers_of_64_bits():
+    """A division by 3 as compilers write it, and a field inserted into a word."""
+    body = """
+    ld.global.b32 %r4, [%d2];
+    cvt.s64.s32 %d4, %r4;
+    mul.hi.s64 %d5, %d4, 6148914691236517206;
+    shr.u64 %d6, %d5, 63;
+    add.s64 %d5, %d5, %d6;
+    cvt.u32.u64 %r5, %d5;
+    bfi.b32 %r5, %r0, %r5, 28, 4;
+    st.global.b32 [%d3], %r5;
+    """
+    x = torch.randint(0, 2**29, (64,), dtype=torch.int32)
+    wanted = (torch.div(x, 3, rounding_mode="floor") & (1 << 28) - 1) | whole() << 28
+    assert torch.equal(run(body, x, whole()), wanted)
+
+
+TOGETHER = """
+shl.b32 %r4, %r3, 7;
+cvt.u64.u32 %d4, %r4;
+add.s64 %d4, %d3, %d4;
+st.global.b32 [%d4], %r3;
+barrier.sync 0;
+setp.ne.s32 %p1, %r0, 0;
+@%p1 bra $L_together;
+atom.add.release.gpu.u32 %r5, [%d0], 1;
+$L_again:
+ld.acquire.gpu.u32 %r6, [%d0];
+setp.ne.s32 %p2, %r6, COUNT;
+@%p2 bra $L_again;
+$L_together:
+barrier.sync 0;
+xor.b32 %r7, %r4, 128;
+cvt.u64.u32 %d5, %r7;
+add.s64 %d5, %d3, %d5;
+ld.global.cg.b32 %r8, [%d5];
+st.global.b32 [%d4+256], %r8;
+"""
+
+
+@pytest.mark.parametrize("order", [together, descending, shuffled(1)], ids=["together", "descending", "some"])
+def test_programs_that_wait_for_each_other(order):
+    """Each reads what the other one has written before it came to a barrier of all programs."""
+
+    def programs(count, change=lambda body: body):
+        body, out = change(TOGETHER).replace("COUNT", str(count)), torch.full((128,), 2**31 - 1, dtype=torch.int32)
+        return run(body, torch.zeros(1, dtype=torch.int32), out, programs=2, threads=32, order=order)
+
+    out = programs(2).view(4, 32)
+    assert (out == torch.tensor([[0], [1], [1], [0]])).all()
+    with pytest.raises(Fault, match="all threads wait here or at a barrier, for ever"):
+        programs(3)
+    with pytest.raises(Fault, match=r"no atomic orders|was never written"):
+        programs(2, lambda body: body.replace("add.release", "add.relaxed"))
+
+
 def test_a_loop_whose_lanes_leave_it_one_by_one():
     body = """
     mov.b32 %r4, 0;
