@@ -131,12 +131,6 @@ struct Statistics {
   Tensor score_sum, absolute_sum, token_mean;
 };
 
-using Floor = std::optional<double>;
-
-void demand_floor(const Arguments& a, const Floor& floor) {
-  a.demand(!floor || (std::isfinite(*floor) && *floor >= 0), "score_floor");
-}
-
 std::tuple<Tensor, Tensor, Statistics> forward(const Tensor& x, const Tensor& keys_, const OptTensor& key_bias,
                                                std::optional<double> norm_eps, double eps, const Floor& floor,
                                                const OptTensor& padding_mask) {
