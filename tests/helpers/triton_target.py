@@ -10,7 +10,17 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from infsa_kernels.triton import configs, linear, linear_backward, linear_fold, pure, pure_backward, pure_tied
+from infsa_kernels.triton import (
+    central_query,
+    configs,
+    linear,
+    linear_backward,
+    linear_fold,
+    pure,
+    pure_backward,
+    pure_tied,
+    token_rows,
+)
 
 RUN = JITFunction.run
 
@@ -39,7 +49,7 @@ def starting(arch: str):
 
 @contextlib.contextmanager
 def _target(arch: str, of_arch):
-    modules = linear, linear_backward, linear_fold, pure, pure_backward, pure_tied
+    modules = central_query, token_rows, linear, linear_backward, linear_fold, pure, pure_backward, pure_tied
     kernels = {f for module in modules for f in vars(module).values() if isinstance(f, JITFunction)}
 
     def forget():

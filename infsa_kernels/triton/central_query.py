@@ -1,0 +1,238 @@
+"""`central_query` in Triton: projected queries and their central query, of which only sums are written to memory.
+
+    u_i = s (W_h x^_i + b_h),  e_i = ||u_i||,  qbar_h = sum_i e_i u_i / (sum_i e_i + eps)        s = 1/sqrt(d)
+
+A program takes G heads and a run of tokens ("split"), a tile of BM tokens at a time: it forms u by a matrix product over D and
+keeps sum e u and sum e. Splits leave partial sums, which are added up in their order: the bits never depend on timing.
+
+LayerNorm is applied to a tile before the product, not to its result: a mean far above the deviation would take the digits.
+Backward forms u once more and writes its gradient, rounded to the dtype of x, for two products by torch: the gradients of W and x.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ..eager import central_query as eager
+from . import configs
+from .launch import Launch, padded, strides
+from .tiles import dot
+from .token_rows import input_gradient, rows_of, statistics_of
+
+# Heads of more channels leave a tile of several tokens no room in registers.
+LARGEST_HEAD_DIM = 256
+
+# Tokens of backward's intermediates, in all samples together.
+BLOCK_TOKENS = 1 << 14
+
+SIZES = ["H", "N", "splits", "split_tokens"]
+
+
+@triton.jit
+def queries(
+    x, weight, bias, statistics, padding_mask, x_strides, weight_strides, mask_strides, b, group, rows, stop, H, N, s,
+    D: tl.constexpr, d: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """u [BM, G, DP] of a tile of tokens, 0 where a token is removed or there is none, and which tokens there are."""
+    live = rows < stop
+    if padding_mask is not None:
+        stride_b, stride_n = mask_strides
+        live = live & (tl.load(padding_mask + b * stride_b + rows * stride_n, mask=live, other=1) == 0)
+    column = tl.arange(0, G * DP)
+    head, channel = group * G + column // DP, column % DP
+    kept = (head < H) & (channel < d)
+    stride_b, stride_n, stride_c = x_strides
+    row_at = b * stride_b + rows * stride_n
+    stride_h, stride_d, stride_w = weight_strides
+    column_at = head.to(tl.int64) * stride_h + channel * stride_d
+    if statistics is not None:
+        # (B, N, 3)
+        at = (b * N + rows) * 3
+        mean = tl.load(statistics + at, mask=live, other=0.0)
+        correction = tl.load(statistics + at + 1, mask=live, other=0.0)
+        inverse = tl.load(statistics + at + 2, mask=live, other=0.0)
+    acc = tl.zeros([BM, G * DP], tl.float32)
+    for k in range(0, D, BK):
+        c = k + tl.arange(0, BK)
+        inside = live[:, None] & (c < D)[None, :]
+        b_x = tl.load(x + row_at[:, None] + c[None, :].to(tl.int64) * stride_c, mask=inside, other=0.0)
+        if statistics is not None:
+            centered = b_x.to(tl.float32) - mean[:, None] - correction[:, None]
+            b_x = tl.where(inside, centered * inverse[:, None], 0.0).to(x.dtype.element_ty)
+        b_w = tl.load(
+            weight + column_at[None, :] + c[:, None].to(tl.int64) * stride_w,
+            mask=kept[None, :] & (c < D)[:, None],
+            other=0.0,
+        )
+        acc = dot(b_x, b_w, acc, PRECISION)
+    if bias is not None:
+        acc += tl.load(bias + head * d + channel, mask=kept, other=0.0)[None, :]
+    u = tl.where(live[:, None] & kept[None, :], acc * s, 0.0)
+    return tl.reshape(u, [BM, G, DP]), live
+
+
+@triton.jit
+def where_am_i(splits, split_tokens, H, N, G: tl.constexpr):
+    """Heads are innermost: programs that run together read the same tokens."""
+    pid = tl.program_id(0)
+    groups = tl.cdiv(H, G)
+    split = pid // groups % splits
+    start = split * split_tokens
+    return (pid // (groups * splits)).to(tl.int64), pid % groups, split, start, tl.minimum(start + split_tokens, N)
+
+
+@triton.jit
+def at_heads(group, H, d: tl.constexpr, DP: tl.constexpr, G: tl.constexpr):
+    """Where G heads lie in (H, d), and which of these numbers exist: [G, DP]."""
+    head, channel = group * G + tl.arange(0, G), tl.arange(0, DP)
+    return head[:, None] * d + channel[None, :], (head < H)[:, None] & (channel < d)[None, :]
+
+
+@triton.jit(do_not_specialize=SIZES)
+def central_query_fwd_kernel(
+    x, weight, bias, statistics, padding_mask,  # (B, N, D), (H, d, D), (H, d), (B, N, 3), (B, N)
+    central_parts, energy_parts,  # (B, splits, H, d), (B, splits, H)
+    x_strides, weight_strides, mask_strides, H, N, splits, split_tokens, s,
+    D: tl.constexpr, d: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    b, group, split, start, stop = where_am_i(splits, split_tokens, H, N, G)
+    central = tl.zeros([G, DP], tl.float32)
+    energy = tl.zeros([G], tl.float32)
+    for first in range(start, stop, BM):
+        rows = (first + tl.arange(0, BM)).to(tl.int64)
+        u, _ = queries(
+            x, weight, bias, statistics, padding_mask, x_strides, weight_strides, mask_strides, b, group, rows, stop, H, N, s,
+            D, d, DP, G, BM, BK, PRECISION,
+        )  # fmt: skip
+        e = tl.sqrt(tl.sum(u * u, 2))
+        energy += tl.sum(e, 0)
+        central += tl.sum(u * e[:, :, None], 0)
+    part = b * splits + split
+    at, exist = at_heads(group, H, d, DP, G)
+    tl.store(central_parts + part * H * d + at, central, mask=exist)
+    head = group * G + tl.arange(0, G)
+    tl.store(energy_parts + part * H + head, energy, mask=head < H)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def central_query_bwd_kernel(
+    x, weight, bias, scaled, offset, padding_mask,  # scaled (B, H, d) = s dqbar / (E + eps), offset (B, H) = <scaled, qbar>
+    dq, dbias_parts,  # (B, N, H, d) in the dtype of x, (B, splits, H, d) or None
+    x_strides, weight_strides, mask_strides, H, N, splits, split_tokens, s,
+    D: tl.constexpr, d: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    b, group, split, start, stop = where_am_i(splits, split_tokens, H, N, G)
+    at, exist = at_heads(group, H, d, DP, G)
+    b_scaled = tl.load(scaled + b * H * d + at, mask=exist, other=0.0)
+    head = group * G + tl.arange(0, G)
+    b_offset = tl.load(offset + b * H + head, mask=head < H, other=0.0)
+    dbias = tl.zeros([G, DP], tl.float32)
+    for first in range(start, stop, BM):
+        rows = (first + tl.arange(0, BM)).to(tl.int64)
+        u, live = queries(
+            x, weight, bias, None, padding_mask, x_strides, weight_strides, mask_strides, b, group, rows, stop, H, N, s,
+            D, d, DP, G, BM, BK, PRECISION,
+        )  # fmt: skip
+        # qbar = sum_i e_i u_i / E,  e_i = ||u_i||
+        e = tl.sqrt(tl.sum(u * u, 2))
+        de = tl.sum(u * b_scaled[None, :, :], 2) - b_offset[None, :]
+        direction = u / tl.where(e > 0.0, e, 1.0)[:, :, None]
+        b_dq = e[:, :, None] * b_scaled[None, :, :] + de[:, :, None] * direction
+        b_dq = tl.where(live[:, None, None], b_dq, 0.0)
+        if dbias_parts is not None:
+            dbias += tl.sum(b_dq, 0)
+        tl.store(
+            dq + ((b * N + rows) * H * d)[:, None, None] + at[None, :, :],
+            b_dq.to(dq.dtype.element_ty),
+            mask=(rows < stop)[:, None, None] & exist[None, :, :],
+        )
+    if dbias_parts is not None:
+        tl.store(dbias_parts + (b * splits + split) * H * d + at, dbias, mask=exist)
+
+
+class Tiling:
+    """How the products are cut: chosen by bytes of shared memory and registers of the sums, measured on no GPU."""
+
+    def __init__(self, x, weight):
+        H, d, D = weight.shape
+        DP, wide = padded(d), x.element_size() == 4
+        columns = max(32 if wide else 128, DP)
+        G = max(min(padded(H), columns // DP), 16 // DP)
+        BM, BK = (32, 32) if wide else (32 if G * DP > 128 else 64, 64)
+        self.rows, self.groups = BM, triton.cdiv(H, G)
+        self.options = {"D": D, "d": d, "DP": DP, "G": G, "BM": BM, "BK": BK, "PRECISION": configs.precision(x)}
+        self.options |= {"num_warps": 8, "num_stages": 1 if wide else 3}
+
+    def splits(self, B, N, device):
+        """How many runs of how many tokens: two waves of programs."""
+        tiles = triton.cdiv(N, self.rows)
+        most = max(1, 2 * configs.multiprocessors(device) // (B * self.groups))
+        tokens = triton.cdiv(tiles, min(most, tiles)) * self.rows
+        return triton.cdiv(N, tokens), tokens
+
+
+def _runs(x, weight):
+    return 0 not in (*x.shape, *weight.shape) and weight.shape[1] <= LARGEST_HEAD_DIM
+
+
+def forward(x, weight, bias, norm_eps, eps, padding_mask):
+    if not _runs(x, weight):
+        return eager.forward(x, weight, bias, norm_eps, eps, padding_mask)
+    B, N, _ = x.shape
+    H, d, _ = weight.shape
+    tiling = Tiling(x, weight)
+    splits, split_tokens = tiling.splits(B, N, x.device)
+    statistics = None if norm_eps is None else statistics_of(x, norm_eps, padding_mask)
+    central_parts = x.new_empty((B, splits, H, d), dtype=torch.float32)
+    energy_parts = x.new_empty((B, splits, H), dtype=torch.float32)
+    sums = Launch(
+        central_query_fwd_kernel, B * splits * tiling.groups, x.device,
+        x.stride(), weight.stride(), strides(padding_mask, 2), H, N, splits, split_tokens, d**-0.5,
+        **tiling.options,
+    )  # fmt: skip
+    sums(x, weight, None if bias is None else bias.contiguous(), statistics, padding_mask, central_parts, energy_parts)
+    energy_sum = energy_parts.sum(1)
+    return central_parts.sum(1) / (energy_sum + eps)[..., None], energy_sum
+
+
+def backward(dcentral_query, x, weight, bias, central_query, energy_sum, norm_eps, eps, padding_mask, gradients):
+    if not _runs(x, weight):
+        return eager.backward(
+            dcentral_query, x, weight, bias, central_query, energy_sum, norm_eps, eps, padding_mask, gradients
+        )
+    B, N, D = x.shape
+    H, d, _ = weight.shape
+    dx, dweight, dbias = gradients
+    scaled = (dcentral_query * (d**-0.5 / (energy_sum + eps))[..., None]).contiguous()
+    offset = (scaled * central_query).sum(-1)
+    bias = None if bias is None else bias.contiguous()
+    tiling, matrix = Tiling(x, weight), weight.reshape(H * d, D)
+    dweight_sum = x.new_zeros((H * d, D), dtype=torch.float32)
+    dbias_sum = x.new_zeros((H, d), dtype=torch.float32)
+    step = max(1, BLOCK_TOKENS // B)
+    for begin in range(0, N, step):
+        tokens = slice(begin, begin + step)
+        block, mask = x[:, tokens], None if padding_mask is None else padding_mask[:, tokens]
+        rows, statistics = rows_of(block, norm_eps, mask)
+        length = rows.shape[1]
+        splits, split_tokens = tiling.splits(B, length, x.device)
+        dq = x.new_empty((B, length, H * d))
+        dbias_parts = None if dbias is None else x.new_empty((B, splits, H, d), dtype=torch.float32)
+        gradient = Launch(
+            central_query_bwd_kernel, B * splits * tiling.groups, x.device,
+            rows.stride(), weight.stride(), strides(mask, 2), H, length, splits, split_tokens, d**-0.5, **tiling.options,
+        )  # fmt: skip
+        gradient(rows, weight, bias, scaled, offset, mask, dq, dbias_parts)
+        if dx is not None:
+            input_gradient(dq @ matrix, block, statistics, mask, dx[:, tokens])
+        if dweight is not None:
+            dweight_sum += dq.flatten(0, 1).mT @ rows.flatten(0, 1)
+        if dbias is not None:
+            dbias_sum += dbias_parts.sum((0, 1))
+    if dweight is not None:
+        dweight.copy_(dweight_sum.view(H, d, D))
+    if dbias is not None:
+        dbias.copy_(dbias_sum)

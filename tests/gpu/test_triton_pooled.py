@@ -1,0 +1,86 @@
+"""The Triton kernels of the pooled layer in Triton's interpreter, against the float64 reference."""
+
+import itertools
+
+import pytest
+import torch
+from helpers.interpreter import needs_interpreter
+
+from infsa_kernels import reference
+from infsa_kernels.testing import FORWARD, GRADIENT, assert_within, error_of_eager
+
+pytest.importorskip("triton")
+
+pytestmark = [pytest.mark.interpreter, needs_interpreter]
+
+EPS = 1.0
+NAMES = "x", "weight", "bias"
+
+
+@pytest.fixture(autouse=True)
+def short_blocks(monkeypatch):
+    """Several splits, several tiles in a split, and backward in several blocks of tokens."""
+    from infsa_kernels.triton import central_query, configs
+
+    monkeypatch.setattr(configs, "multiprocessors", lambda device: 2)
+    monkeypatch.setattr(central_query, "BLOCK_TOKENS", 280)
+
+
+def tokens(B, N, D, dtype, *, strided, masked, offset=0.0):
+    """x, with NaN around it and in removed tokens, and the mask."""
+    x = torch.full((B, N + 3, D + 5), torch.nan, dtype=dtype) if strided else torch.empty(B, N, D, dtype=dtype)
+    x = x[:, 1 : N + 1, 2 : D + 2] if strided else x
+    x.copy_(torch.randn(B, N, D) + offset)
+    mask = torch.rand(B, N) < 0.3 if masked else None
+    return (x if mask is None else x.masked_fill_(mask[..., None], torch.nan)), mask
+
+
+def of_triton(call, dcentral, norm_eps, mask):
+    from infsa_kernels.triton import central_query
+
+    x, weight, bias = call
+    central, energy = central_query.forward(x, weight, bias, norm_eps, EPS, mask)
+    gradients = [None if t is None else torch.full_like(t, torch.nan) for t in call]
+    central_query.backward(dcentral, x, weight, bias, central, energy, norm_eps, EPS, mask, gradients)
+    return {"central_query": central, "energy_sum": energy} | {
+        f"d{n}": g for n, g in zip(NAMES, gradients) if g is not None
+    }
+
+
+def of_reference(call, dcentral, norm_eps, mask, dtype):
+    """The same from the reference, whose gradients are autograd's; energy_sum is no result of it."""
+    leaves = [None if t is None else t.detach().to(dtype).requires_grad_() for t in call]
+    central = reference.central_query(*leaves, norm_eps, EPS, mask)
+    wanted = [t for t in leaves if t is not None]
+    found = torch.autograd.grad(central, wanted, dcentral.to(central.dtype))
+    return {"central_query": central.detach()} | {f"d{n}": g for n, g in zip(NAMES, found)}
+
+
+def check(x, mask, H, d, *, bias, norm_eps):
+    weight = (torch.randn(H, d, x.shape[2]) * x.shape[2] ** -0.5).to(x.dtype)
+    call = x, weight, torch.randn(H, d) if bias else None
+    dcentral = torch.randn(x.shape[0], H, d)
+    actual = of_triton(call, dcentral, norm_eps, mask)
+    truth = of_reference(call, dcentral, norm_eps, mask, torch.float64)
+    low = of_reference(call, dcentral, norm_eps, mask, x.dtype)
+    for name, right in truth.items():
+        error = error_of_eager(low[name], right, x.dtype)
+        # The central query comes in float32, of products whose factors have the dtype of x.
+        result = actual[name].to(x.dtype)
+        assert_within(result, right, error, FORWARD if name == "central_query" else GRADIENT, name)
+    again = of_triton(call, dcentral, norm_eps, mask)
+    assert all(torch.equal(again[name], actual[name]) for name in actual), "two runs differ"
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("norm_eps", (None, 1e-5))
+def test_central_query(dtype, norm_eps):
+    """Odd sizes, with and without masks, biases and strides."""
+    for masked, (H, d, D) in itertools.product((False, True), ((3, 5, 24), (2, 16, 80))):
+        x, mask = tokens(2, 150, D, dtype, strided=masked, masked=masked)
+        check(x, mask, H, d, bias=masked, norm_eps=norm_eps)
+
+
+def test_a_mean_far_above_the_deviation():
+    x, mask = tokens(1, 40, 48, torch.float32, strided=False, masked=False, offset=1e4)
+    check(x, mask, 2, 8, bias=True, norm_eps=1e-5)
