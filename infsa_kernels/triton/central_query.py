@@ -6,7 +6,8 @@ A program takes G heads and a run of tokens ("split"), a tile of BM tokens at a 
 keeps sum e u and sum e. Splits leave partial sums, which are added up in their order: the bits never depend on timing.
 
 LayerNorm is applied to a tile before the product, not to its result: a mean far above the deviation would take the digits.
-Backward forms u once more and writes its gradient, rounded to the dtype of x, for two products by torch: the gradients of W and x.
+Backward forms u once more and writes the gradient of W x^ + b, rounded to the dtype of x, for two products by torch: those that
+give the gradients of W and x.
 """
 
 import torch
@@ -161,10 +162,11 @@ class Tiling:
         DP, wide = padded(d), x.element_size() == 4
         columns = max(32 if wide else 128, DP)
         G = max(min(padded(H), columns // DP), 16 // DP)
-        BM, BK = (32, 32) if wide else (32 if G * DP > 128 else 64, 64)
+        large = G * DP > 128
+        BM, BK = ((16, 16) if large else (32, 32)) if wide else (32 if large else 64, 64)
         self.rows, self.groups = BM, triton.cdiv(H, G)
         self.options = {"D": D, "d": d, "DP": DP, "G": G, "BM": BM, "BK": BK, "PRECISION": configs.precision(x)}
-        self.options |= {"num_warps": 8, "num_stages": 1 if wide else 3}
+        self.options |= {"num_warps": 8, "num_stages": 1 if wide else 2 if large else 3}
 
     def splits(self, B, N, device):
         """How many runs of how many tokens: two waves of programs."""

@@ -72,8 +72,8 @@ def check(x, mask, H, d, *, bias, norm_eps):
     assert all(torch.equal(again[name], actual[name]) for name in actual), "two runs differ"
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
-@pytest.mark.parametrize("norm_eps", (None, 1e-5))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("norm_eps", [None, 1e-5])
 def test_central_query(dtype, norm_eps):
     """Odd sizes, with and without masks, biases and strides."""
     for masked, (H, d, D) in itertools.product((False, True), ((3, 5, 24), (2, 16, 80))):
@@ -84,3 +84,11 @@ def test_central_query(dtype, norm_eps):
 def test_a_mean_far_above_the_deviation():
     x, mask = tokens(1, 40, 48, torch.float32, strided=False, masked=False, offset=1e4)
     check(x, mask, 2, 8, bias=True, norm_eps=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("d", [130, 260])
+def test_wide_heads(dtype, d):
+    """The tiles of heads of more than 128 channels; above 256 torch operations."""
+    x, mask = tokens(2, 70, 24, dtype, strided=True, masked=True)
+    check(x, mask, 2, d, bias=True, norm_eps=1e-5)
