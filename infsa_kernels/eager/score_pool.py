@@ -20,14 +20,11 @@ def forward(x, keys, key_bias, norm_eps, eps, padding_mask):
 
 def backward(dpooled, dmass, x, keys, key_bias, pooled, score_sum, norm_eps, eps, padding_mask, gradients):
     dx, dkeys, dkey_bias = gradients
-    R = score_sum + eps
-    dpooled = dpooled / R[..., None]  # (B, H, D)
-    # p = sum_j r_j x_j / R and mass = 1 - eps / R: what a score's gradient owes to R.
-    offset = ((dpooled * pooled).sum(-1) - dmass * eps / R.square())[:, None]  # (B, 1, H)
+    dpooled, offset = gradient_of_sums(dpooled, dmass, pooled, score_sum, eps)
     keys_sum, bias_sum = keys.new_zeros(keys.shape), keys.new_zeros(keys.shape[:2])
     for tokens, block in blocks(x, max(keys.shape[1:]), norm_eps, padding_mask):
         scores = _scores(block, keys, key_bias)  # (B, T, H)
-        dscores = (block.rows @ dpooled.mT - offset).masked_fill(scores <= 0, 0)
+        dscores = (block.rows @ dpooled.mT - offset[:, None]).masked_fill(scores <= 0, 0)
         if dx is not None:
             dx[:, tokens] = block.input_gradient(scores @ dpooled + dscores @ keys)
         if dkeys is not None:
@@ -38,6 +35,14 @@ def backward(dpooled, dmass, x, keys, key_bias, pooled, score_sum, norm_eps, eps
         dkeys.copy_(keys_sum)
     if dkey_bias is not None:
         dkey_bias.copy_(bias_sum)
+
+
+def gradient_of_sums(dpooled, dmass, pooled, score_sum, eps) -> tuple[Tensor, Tensor]:
+    """The gradient of sum_j r_j x_j (B, H, D), and what that of every score owes to R (B, H)."""
+    # p = sum_j r_j x_j / R and mass = 1 - eps / R
+    R = score_sum + eps
+    dpooled = dpooled / R[..., None]
+    return dpooled, (dpooled * pooled).sum(-1) - dmass * eps / R.square()
 
 
 def _scores(block: Block, keys: Tensor, key_bias: Tensor | None) -> Tensor:

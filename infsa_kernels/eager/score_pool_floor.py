@@ -18,11 +18,7 @@ def forward(x, keys, key_bias, norm_eps, eps, score_floor, padding_mask):
         score_sum += scores.sum(1)
         absolute_sum += products.abs().sum(1)
         token_sum += block.rows.sum(1)
-    token_mean = token_sum / _count(x, padding_mask)
-    floor = score_floor * absolute_sum
-    norm = score_sum + floor + eps
-    pooled = (weighted + floor[..., None] * token_mean[:, None]) / norm[..., None]
-    return pooled, (score_sum + floor) / norm, score_sum, absolute_sum, token_mean
+    return results(weighted, score_sum, absolute_sum, token_sum, eps, score_floor, token_count(x, padding_mask))
 
 
 def backward(
@@ -30,20 +26,16 @@ def backward(
     gradients,
 ):  # fmt: skip
     dx, dkeys, dkey_bias = gradients
-    norm = score_sum + score_floor * absolute_sum + eps
-    dpooled = dpooled / norm[..., None]  # (B, H, D)
-    # p = sum_j (r_j + c) x_j / norm and mass = 1 - eps / norm: what a score's gradient owes to the norm, and to c.
-    of_mass = dmass * eps / norm.square()
-    offset = ((dpooled * pooled).sum(-1) - of_mass)[:, None]  # (B, 1, H)
-    dabsolute = score_floor * ((dpooled * (token_mean[:, None] - pooled)).sum(-1) + of_mass)[:, None]
-    floor = (score_floor * absolute_sum / _count(x, padding_mask))[:, None]
+    dpooled, offset, floor, dabsolute = gradient_of_sums(
+        dpooled, dmass, pooled, score_sum, absolute_sum, token_mean, eps, score_floor, token_count(x, padding_mask)
+    )
     keys_sum, bias_sum = keys.new_zeros(keys.shape), keys.new_zeros(keys.shape[:2])
     for tokens, block in blocks(x, max(keys.shape[1:]), norm_eps, padding_mask):
         products = _products(block, keys, key_bias)  # (B, T, H)
-        dproducts = (block.rows @ dpooled.mT - offset).masked_fill(products <= 0, 0) + torch.sign(products) * dabsolute
-        dproducts = block.weights(dproducts)
+        dproducts = (block.rows @ dpooled.mT - offset[:, None]).masked_fill(products <= 0, 0)
+        dproducts = block.weights(dproducts + torch.sign(products) * dabsolute[:, None])
         if dx is not None:
-            weights = block.weights(torch.relu(products) + floor)
+            weights = block.weights(torch.relu(products) + floor[:, None])
             dx[:, tokens] = block.input_gradient(weights @ dpooled + dproducts @ keys)
         if dkeys is not None:
             keys_sum += dproducts.mT @ block.rows
@@ -61,7 +53,30 @@ def _products(block: Block, keys: Tensor, key_bias: Tensor | None) -> Tensor:
     return block.weights(products if key_bias is None else products + key_bias[:, None])
 
 
-def _count(x: Tensor, padding_mask: Tensor | None) -> Tensor | int:
+def results(weighted, score_sum, absolute_sum, token_sum, eps, score_floor, count) -> tuple[Tensor, ...]:
+    """What forward returns, of sums over tokens."""
+    token_mean = token_sum / count
+    floor = score_floor * absolute_sum
+    norm = score_sum + floor + eps
+    pooled = (weighted + floor[..., None] * token_mean[:, None]) / norm[..., None]
+    return pooled, (score_sum + floor) / norm, score_sum, absolute_sum, token_mean
+
+
+def gradient_of_sums(
+    dpooled, dmass, pooled, score_sum, absolute_sum, token_mean, eps, score_floor, count
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradient of sum_j (r_j + c) x_j (B, H, D), what that of every score owes to the norm, c, and the gradient of |t_j|:
+    (B, H) each."""
+    # p = sum_j (r_j + c) x_j / norm and mass = 1 - eps / norm
+    norm = score_sum + score_floor * absolute_sum + eps
+    dpooled = dpooled / norm[..., None]
+    of_mass = dmass * eps / norm.square()
+    offset = (dpooled * pooled).sum(-1) - of_mass
+    dabsolute = score_floor * ((dpooled * (token_mean[:, None] - pooled)).sum(-1) + of_mass)
+    return dpooled, offset, score_floor * absolute_sum / count, dabsolute
+
+
+def token_count(x: Tensor, padding_mask: Tensor | None) -> Tensor | int:
     """The tokens that count, at least 1: a number, or (B, 1)."""
     if padding_mask is None:
         return max(1, x.shape[1])

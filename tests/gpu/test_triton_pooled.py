@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from helpers.interpreter import needs_interpreter
+from helpers.layouts import tokens_amid_nan
 
 from infsa_kernels import reference
 from infsa_kernels.testing import FORWARD, GRADIENT, assert_within, error_of_eager
@@ -24,15 +25,6 @@ def short_blocks(monkeypatch):
 
     monkeypatch.setattr(configs, "multiprocessors", lambda device: 2)
     monkeypatch.setattr(central_query, "BLOCK_TOKENS", 280)
-
-
-def tokens(B, N, D, dtype, *, strided, masked, offset=0.0):
-    """x, with NaN around it and in removed tokens, and the mask."""
-    x = torch.full((B, N + 3, D + 5), torch.nan, dtype=dtype) if strided else torch.empty(B, N, D, dtype=dtype)
-    x = x[:, 1 : N + 1, 2 : D + 2] if strided else x
-    x.copy_(torch.randn(B, N, D) + offset)
-    mask = torch.rand(B, N) < 0.3 if masked else None
-    return (x if mask is None else x.masked_fill_(mask[..., None], torch.nan)), mask
 
 
 def of_triton(call, dcentral, norm_eps, mask):
@@ -77,12 +69,12 @@ def check(x, mask, H, d, *, bias, norm_eps):
 def test_central_query(dtype, norm_eps):
     """Odd sizes, with and without masks, biases and strides."""
     for masked, (H, d, D) in itertools.product((False, True), ((3, 5, 24), (2, 16, 80))):
-        x, mask = tokens(2, 150, D, dtype, strided=masked, masked=masked)
+        x, mask = tokens_amid_nan(2, 150, D, dtype, strided=masked, masked=masked)
         check(x, mask, H, d, bias=masked, norm_eps=norm_eps)
 
 
 def test_a_mean_far_above_the_deviation():
-    x, mask = tokens(1, 40, 48, torch.float32, strided=False, masked=False, offset=1e4)
+    x, mask = tokens_amid_nan(1, 40, 48, torch.float32, strided=False, masked=False, offset=1e4)
     check(x, mask, 2, 8, bias=True, norm_eps=1e-5)
 
 
@@ -90,5 +82,5 @@ def test_a_mean_far_above_the_deviation():
 @pytest.mark.parametrize("d", [130, 260])
 def test_wide_heads(dtype, d):
     """The tiles of heads of more than 128 channels; above 256 torch operations."""
-    x, mask = tokens(2, 70, 24, dtype, strided=True, masked=True)
+    x, mask = tokens_amid_nan(2, 70, 24, dtype, strided=True, masked=True)
     check(x, mask, 2, d, bias=True, norm_eps=1e-5)

@@ -74,3 +74,14 @@ LAYOUTS = {
 def whole_storage(t: Tensor) -> Tensor:
     """Every byte behind a tensor, to see that nothing wrote to it or around it."""
     return torch.tensor([], dtype=torch.uint8, device=t.device).set_(t.untyped_storage())
+
+
+def tokens_amid_nan(
+    B: int, N: int, D: int, dtype: torch.dtype, *, strided: bool, masked: bool, offset: float = 0.0
+) -> tuple[Tensor, Tensor | None]:
+    """Tokens (B, N, D), with NaN around them and in removed ones, and the mask."""
+    x = torch.full((B, N + 3, D + 5), torch.nan, dtype=dtype) if strided else torch.empty(B, N, D, dtype=dtype)
+    x = x[:, 1 : N + 1, 2 : D + 2] if strided else x
+    x.copy_(torch.randn(B, N, D) + offset)
+    mask = torch.rand(B, N) < 0.3 if masked else None
+    return (x if mask is None else x.masked_fill_(mask[..., None], torch.nan)), mask

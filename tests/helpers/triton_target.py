@@ -19,6 +19,7 @@ from infsa_kernels.triton import (
     pure,
     pure_backward,
     pure_tied,
+    score_pool_kernels,
     token_rows,
 )
 
@@ -49,7 +50,17 @@ def starting(arch: str):
 
 @contextlib.contextmanager
 def _target(arch: str, of_arch):
-    modules = central_query, token_rows, linear, linear_backward, linear_fold, pure, pure_backward, pure_tied
+    modules = (
+        central_query,
+        score_pool_kernels,
+        token_rows,
+        linear,
+        linear_backward,
+        linear_fold,
+        pure,
+        pure_backward,
+        pure_tied,
+    )
     kernels = {f for module in modules for f in vars(module).values() if isinstance(f, JITFunction)}
 
     def forget():
