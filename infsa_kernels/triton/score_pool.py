@@ -19,31 +19,51 @@ from .token_rows import statistics_of
 # Bytes of the tokens of a block: half of the L2 cache of most GPUs.
 BLOCK_BYTES = 1 << 24
 
+# What a product multiplies -> what it makes -> most heads at a time -> tokens, channels, warps and stages: large tiles
+# of which no kernel spills registers. No GPU has measured any.
+TILES = {
+    "bf16": {
+        "scores": {32: (64, 64, 4, 3), 64: (64, 64, 8, 2)},
+        "pooled": {32: (32, 128, 4, 3), 64: (32, 64, 4, 2)},
+        "dx": {32: (64, 64, 4, 1), 64: (64, 64, 8, 1)},
+    },
+    "tf32": {
+        "scores": {32: (64, 32, 4, 3), 64: (64, 32, 8, 2)},
+        "pooled": {32: (32, 64, 4, 3), 64: (32, 64, 8, 2)},
+        "dx": {32: (32, 64, 4, 1), 64: (32, 64, 8, 1)},
+    },
+    "ieee": {"scores": {16: (32, 32, 4, 1)}, "pooled": {16: (32, 32, 4, 1)}, "dx": {16: (32, 32, 4, 1)}},
+}
+
+# In place of these where no matrix instruction takes 64 rows.
+SHORT = {
+    "bf16": {"scores": {32: (64, 64, 4, 3), 64: (32, 64, 4, 2)}},
+    "tf32": {
+        "scores": {16: (64, 32, 4, 3), 64: (32, 32, 4, 2)},
+        "pooled": {32: (32, 64, 4, 3), 64: (32, 64, 4, 2)},
+        "dx": {32: (32, 64, 4, 1), 64: (32, 32, 8, 1)},
+    },
+    "ieee": {},
+}
+
 
 class Calls:
     """The launches of one call: tiles chosen by registers and bytes of shared memory, measured on no GPU."""
 
     def __init__(self, x: Tensor, H: int, norm_eps: float | None):
         self.H, self.D, self.dtype, self.device, self.norm_eps = H, x.shape[2], x.dtype, x.device, norm_eps
-        precision = "tf32" if x.dtype == torch.float16 else configs.precision(x)
         self.parts = 1 if x.dtype == torch.float32 else 2
-        scalar = x.dtype == torch.float32 and precision == "ieee"
-        HP = min(padded(H, 16), 16 if scalar else 64)
+        precision = "tf32" if x.dtype == torch.float16 else configs.precision(x)
+        products = "bf16" if x.dtype == torch.bfloat16 else precision
+        HP = min(padded(H, 16), 16 if products == "ieee" else 64)
         self.groups = triton.cdiv(H, HP)
         self.heads = self.groups * HP
         self.options = {"D": self.D, "HP": HP, "PARTS": self.parts, "PRECISION": precision}
-        large = HP > 32
-        if scalar:
-            self.over_tokens = {"BM": 32, "BK": 32, "num_warps": 4, "num_stages": 1}
-            self.pooling = self.writing = self.over_tokens
-        elif x.dtype == torch.bfloat16:
-            self.over_tokens = {"BM": 64, "BK": 64, "num_warps": 8 if large else 4, "num_stages": 2 if large else 3}
-            self.pooling = {"BM": 64, "BK": 64 if large else 128, "num_warps": 8, "num_stages": 3}
-            self.writing = {"BM": 64, "BK": 64 if large else 128, "num_warps": 8, "num_stages": 1}
-        else:  # TF32
-            self.over_tokens = {"BM": 64, "BK": 32, "num_warps": 8 if large else 4, "num_stages": 2 if large else 3}
-            self.pooling = {"BM": 32, "BK": 64, "num_warps": 8, "num_stages": 3}
-            self.writing = {"BM": 32, "BK": 64, "num_warps": 8, "num_stages": 1}
+        tiles = TILES[products] | (SHORT[products] if configs.arch_of(x.device) in ("sm_80", "sm_120") else {})
+        self.over_tokens, self.pooling, self.writing = (
+            dict(zip(("BM", "BK", "num_warps", "num_stages"), next(tile for most, tile in sizes.items() if most >= HP)))
+            for sizes in (tiles["scores"], tiles["pooled"], tiles["dx"])
+        )
 
     def parts_of(self, t: Tensor) -> Tensor:
         """(B, H, D) in float32 as the kernels take it: (B, PARTS, H, D), of mean 0 if tokens are, as theirs is only rounding."""
@@ -81,6 +101,13 @@ class Calls:
         """Of scores, and so partial sums of them."""
         return triton.cdiv(N, self.over_tokens["BM"])
 
+    def splits(self, B: int, N: int) -> tuple[int, int]:
+        """How many runs of how many tokens are pooled: two waves of programs."""
+        chunks, steps = triton.cdiv(self.D, self.pooling["BK"]), triton.cdiv(N, self.pooling["BM"])
+        most = max(1, 2 * configs.multiprocessors(self.device) // (B * chunks * self.groups))
+        split_tokens = triton.cdiv(steps, min(most, steps)) * self.pooling["BM"]
+        return triton.cdiv(N, split_tokens), split_tokens
+
     def scores(self, kernel, block: Tensor, mask: Tensor | None, *tensors: Tensor | None) -> None:
         """Starts a kernel over tiles of tokens and all their channels."""
         B, N, _ = block.shape
@@ -96,11 +123,7 @@ class Calls:
     ) -> tuple[Tensor, Tensor | None]:
         """sum_j scores_jh x^_j, (B, H, D), and with ``total`` sum_j x^_j, (B, D)."""
         B, N, D = block.shape
-        chunks, steps = triton.cdiv(D, self.pooling["BK"]), triton.cdiv(N, self.pooling["BM"])
-        # Two waves of programs.
-        most = max(1, 2 * configs.multiprocessors(self.device) // (B * chunks * self.groups))
-        split_tokens = triton.cdiv(steps, min(most, steps)) * self.pooling["BM"]
-        splits = triton.cdiv(N, split_tokens)
+        chunks, (splits, split_tokens) = triton.cdiv(D, self.pooling["BK"]), self.splits(B, N)
         pooled_parts = self.empty(B, splits, self.H, D)
         token_parts = self.empty(B, splits, D) if total else None
         start = Launch(
