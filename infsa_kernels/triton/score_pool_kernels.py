@@ -168,7 +168,6 @@ def score_gradients_kernel(
     if floor is not None:
         r += load_per_head(floor, b, head, H)
         dt += tl.where(t > 0.0, 1.0, tl.where(t < 0.0, -1.0, 0.0)) * load_per_head(dabsolute, b, head, H)
-    r = tl.where(live[:, None], r, 0.0)
     dt = tl.where(live[:, None], dt, 0.0)
     groups = tl.cdiv(H, HP)
     heads = groups * HP
