@@ -114,7 +114,7 @@ def test_a_mean_far_above_the_deviation(dtype):
         call = x, torch.randn(1, 2, 45), None
         setting = (torch.randn(1, 2, 45), torch.randn(1, 2)), 1e-5, None, 0.0
         truth = of_reference(call, *setting, torch.float64)["pooled"]
-        assert (of_triton(call, *setting)["pooled"] - truth).abs().max() < 2e-5
+        assert (of_triton(call, *setting)["pooled"] - truth).abs().max() < 2e-6
 
 
 def test_nothing_past_the_channels_is_normalised():
