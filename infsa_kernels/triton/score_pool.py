@@ -13,7 +13,7 @@ from torch import Tensor
 from ..eager import score_pool as eager
 from . import configs
 from .launch import Launch, padded, strides
-from .score_pool_kernels import pool_kernel, score_gradients_kernel, scores_kernel, token_gradient_kernel
+from .score_pool_kernels import ALIGNED, pool_kernel, score_gradients_kernel, scores_kernel, token_gradient_kernel
 from .token_rows import statistics_of
 
 # Bytes of the tokens of a block: half of the L2 cache of most GPUs.
@@ -66,8 +66,10 @@ class Calls:
         )
 
     def parts_of(self, t: Tensor) -> Tensor:
-        """(B, H, D) in float32 as the kernels take it: (B, PARTS, H, D), of mean 0 if tokens are, as theirs is only rounding."""
+        """(B, H, D) in float32 as the kernels take it: (B, PARTS, H, D), D rounded up; of mean 0 if tokens are, as theirs is only
+        rounding."""
         t = t if self.norm_eps is None else t - t.mean(-1, keepdim=True)
+        t = torch.nn.functional.pad(t, (0, -self.D % ALIGNED.value))
         if self.parts == 1:
             return t.contiguous()[:, None]
         halves = self.dtype == torch.bfloat16

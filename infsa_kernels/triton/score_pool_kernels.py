@@ -77,10 +77,15 @@ def remaining(t, high, x):
     return leading(tl.where(t == high, 0.0, t - high), x)
 
 
+# Numbers per head come in rows of a multiple of this many, which are read 16 bytes at a time whatever D is.
+ALIGNED = tl.constexpr(16)
+
+
 @triton.jit
 def load_heads(parts, part, b, head, c, H, D: tl.constexpr, PARTS: tl.constexpr):
-    """Channels c of heads of (B, PARTS, H, D), each of the two indices with an axis of its own."""
-    return tl.load(parts + ((b * PARTS + part) * H + head) * D + c, mask=(head < H) & (c < D), other=0.0)
+    """Channels c of heads of (B, PARTS, H, D), D rounded up, each of the two indices with an axis of its own."""
+    width: tl.constexpr = (D + ALIGNED - 1) // ALIGNED * ALIGNED
+    return tl.load(parts + ((b * PARTS + part) * H + head) * width + c, mask=(head < H) & (c < width), other=0.0)
 
 
 @triton.jit
