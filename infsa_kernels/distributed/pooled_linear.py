@@ -55,7 +55,7 @@ def _cast(dtype_of, args, kwargs):
     "float eps=1e-6, Tensor? norm_weight=None, Tensor? norm_bias=None, float? norm_eps=None, Tensor? padding_mask=None, "
     "str group='', str backend='', float score_floor=0.0) -> Tensor",
     dense.TENSORS,
-    raw=[central_query.raw, score_pool.raw],
+    raw=[central_query.raw, score_pool.raw, score_pool_floor.raw],
     cast=_cast,
 )
 def sharded_pooled_linear(

@@ -153,7 +153,7 @@ def _why_not_triton(op: str, device: torch.device, dtype: torch.dtype, shape: Se
         )
     if "triton" not in OPERATORS[op]:
         return f"infsa::{op} has no Triton kernels"
-    if torch.version.hip and "linear" in op:
+    if torch.version.hip and op.startswith(("linear", "sharded_linear")):
         return "AMD: its partial sums meet in one launch, in an order of memory that is proven for NVIDIA only"
     if shape[-1] > LARGEST_TRITON_HEAD_DIM:
         return f"head_dim {shape[-1]} is above {LARGEST_TRITON_HEAD_DIM}"

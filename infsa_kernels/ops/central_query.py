@@ -9,6 +9,7 @@ Half of the pooled layer (pooled_linear.py); the gradients, what is saved and wh
 from .. import reference
 from ..eager import central_query as eager
 from ..eager.common import acc_dtype
+from . import backends
 from .register import RawOps
 
 
@@ -31,8 +32,9 @@ raw = RawOps(
         "central_query": "(B, H, d) acc",
         "energy_sum": "(B, H) acc",
     },
-    kernels={"cpu": "csrc/cpu/central_query.cpp", "eager": eager},
+    kernels={"cpu": "csrc/cpu/central_query.cpp", "triton": ".triton.central_query", "eager": eager},
     formula=_formula,
     flops_forward=lambda B, N, D, H, d: 2 * B * N * H * d * D,
     flops_backward=lambda B, N, D, H, d: 6 * B * N * H * d * D,
 )
+backends.OPERATORS[raw.name] = frozenset(raw.kernels)

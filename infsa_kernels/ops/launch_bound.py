@@ -86,10 +86,10 @@ def _decide(kind: tuple) -> bool:
             first_use = importlib.import_module(".triton.first_use", extension.NAME)
         except ImportError:
             return False  # the check is beside Triton's kernels; choose_backend tells that they are missing
-        masked = " and ".join(itertools.compress(first_use.SIDES, masks))
+        masked = " and ".join(itertools.compress(first_use.known_attention.SIDES, masks))
         precision = "ieee" if dtype == torch.float32 else ""
         like = name, "forward", str(dtype).removeprefix("torch."), precision, d, dv, tied, masked, token_major, False
-        forward = first_use.Variant(*like, backend="cuda")
+        forward = first_use.known_attention.Variant(*like, backend="cuda")
         check = first_use.checked if computes_at_once() else first_use.cached
         try:
             with below_autocast():

@@ -135,7 +135,7 @@ _TOKENS = check.Signature(
     "float eps=1e-6, Tensor? norm_weight=None, Tensor? norm_bias=None, float? norm_eps=None, Tensor? padding_mask=None, "
     "str backend='', float score_floor=0.0) -> Tensor",
     TENSORS,
-    raw=[central_query.raw, score_pool.raw],
+    raw=[central_query.raw, score_pool.raw, score_pool_floor.raw],
     cast=cast,
 )
 def pooled_linear(

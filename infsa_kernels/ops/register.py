@@ -179,8 +179,8 @@ class RawOps:
             kind = kind_of(arguments) if backend == "triton" else ()
             run = plans.find(kind)
             if run is None:
-                self.forward.check(arguments)
-                run = plans.make(kind, self._module(backend, self.forward, arguments).forward, arguments)
+                sizes = self.forward.check(arguments)
+                run = plans.make(kind, self._module(backend, self.forward, arguments, sizes).forward, arguments)
             return run(*arguments)
 
         return forward
@@ -192,23 +192,25 @@ class RawOps:
             kind = kind_of(arguments) if backend == "triton" else ()
             run = plans.find(kind)
             if run is None:
-                self.backward.check(arguments)
+                sizes = self.backward.check(arguments)
             gradients = self.gradients(arguments)
             if any(gradient is not None for gradient in gradients):
                 *taken, _ = arguments
                 if run is None:
-                    kernels = self._module(backend, self.backward, taken).backward
+                    kernels = self._module(backend, self.backward, taken, sizes).backward
                     run = plans.make(kind, kernels, (*taken, gradients))
                 run(*taken, gradients)
             return self._results(gradients, arguments)
 
         return backward
 
-    def _module(self, backend, signature, arguments):
+    def _module(self, backend, signature, arguments, sizes):
         kernels, first = self.kernels[backend], signature.first_of(arguments)
         if not isinstance(kernels, str):
             return kernels
-        backends.choose_backend(self.name, first.device, first.dtype, first.shape, backend)
+        # Of tokens, what may be too large for a kernel is not their width but that of a head, where there is one.
+        shape = *first.shape[:-1], sizes.get("d", 0)
+        backends.choose_backend(self.name, first.device, first.dtype, shape, backend)
         direction = "forward" if signature is self.forward else "backward"
         if backend == "triton" and _first_use().failure(self.name, direction, arguments):
             return self.kernels["eager"]

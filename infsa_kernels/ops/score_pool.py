@@ -9,6 +9,7 @@ Half of the pooled layer (pooled_linear.py); the gradients, what is saved and wh
 from .. import reference
 from ..eager import score_pool as eager
 from ..eager.common import acc_dtype
+from . import backends
 from .register import RawOps
 
 
@@ -31,8 +32,9 @@ raw = RawOps(
         "mass": "(B, H) acc",
         "score_sum": "(B, H) acc",
     },
-    kernels={"cpu": "csrc/cpu/score_pool.cpp", "eager": eager},
+    kernels={"cpu": "csrc/cpu/score_pool.cpp", "triton": ".triton.score_pool", "eager": eager},
     formula=_formula,
     flops_forward=lambda B, N, D, H: 4 * B * N * D * H,
     flops_backward=lambda B, N, D, H: 10 * B * N * D * H,
 )
+backends.OPERATORS[raw.name] = frozenset(raw.kernels)

@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import reference
 from ..eager import score_pool_floor as eager
 from ..eager.common import acc_dtype
-from . import linear_steps
+from . import backends, linear_steps
 from .register import RawOps
 
 
@@ -41,11 +41,12 @@ raw = RawOps(
         "absolute_sum": "(B, H) acc",
         "token_mean": "(B, D) acc",
     },
-    kernels={"cpu": "csrc/cpu/score_pool.cpp", "eager": eager},
+    kernels={"cpu": "csrc/cpu/score_pool.cpp", "triton": ".triton.score_pool_floor", "eager": eager},
     formula=_formula,
     flops_forward=lambda B, N, D, H: 4 * B * N * D * H + B * N * D,
     flops_backward=lambda B, N, D, H: 10 * B * N * D * H,
 )
+backends.OPERATORS[raw.name] = frozenset(raw.kernels)
 
 
 def sums_of_part(

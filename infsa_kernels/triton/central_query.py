@@ -16,12 +16,9 @@ import triton.language as tl
 
 from ..eager import central_query as eager
 from . import configs
-from .launch import Launch, padded, strides
+from .launch import all_countable, ceil_div, kept_launch, padded, strides
 from .tiles import dot
 from .token_rows import input_gradient, rows_of, statistics_of
-
-# Heads of more channels leave a tile of several tokens no room in registers.
-LARGEST_HEAD_DIM = 256
 
 # Tokens of backward's intermediates, in all samples together.
 BLOCK_TOKENS = 1 << 14
@@ -164,20 +161,24 @@ class Tiling:
         G = max(min(padded(H), columns // DP), 16 // DP)
         large = G * DP > 128
         BM, BK = ((16, 16) if large else (32, 32)) if wide else (32 if large else 64, 64)
-        self.rows, self.groups = BM, triton.cdiv(H, G)
+        self.rows, self.groups = BM, ceil_div(H, G)
         self.options = {"D": D, "d": d, "DP": DP, "G": G, "BM": BM, "BK": BK, "PRECISION": configs.precision(x)}
-        self.options |= {"num_warps": 8, "num_stages": 1 if wide else 2 if large else 3}
+        self.options |= {"num_warps": 8, "num_stages": 1 if wide else 2 if large else 3} | configs.all_registers(x)
 
     def splits(self, B, N, device):
         """How many runs of how many tokens: two waves of programs."""
-        tiles = triton.cdiv(N, self.rows)
+        tiles = ceil_div(N, self.rows)
         most = max(1, 2 * configs.multiprocessors(device) // (B * self.groups))
-        tokens = triton.cdiv(tiles, min(most, tiles)) * self.rows
-        return triton.cdiv(N, tokens), tokens
+        tokens = ceil_div(tiles, min(most, tiles)) * self.rows
+        return ceil_div(N, tokens), tokens
 
 
 def _runs(x, weight):
-    return 0 not in (*x.shape, *weight.shape) and weight.shape[1] <= LARGEST_HEAD_DIM
+    """Whether there is anything to do, and no more of it than kernels count."""
+    B, N, D = x.shape
+    H, d, _ = weight.shape
+    all_countable("infsa::central_query", {"N": N, "D": D, "B * H": B * H, "H * d": H * d})
+    return 0 not in (*x.shape, *weight.shape)
 
 
 def forward(x, weight, bias, norm_eps, eps, padding_mask):
@@ -190,7 +191,7 @@ def forward(x, weight, bias, norm_eps, eps, padding_mask):
     statistics = None if norm_eps is None else statistics_of(x, norm_eps, padding_mask)
     central_parts = x.new_empty((B, splits, H, d), dtype=torch.float32)
     energy_parts = x.new_empty((B, splits, H), dtype=torch.float32)
-    sums = Launch(
+    sums = kept_launch(
         central_query_fwd_kernel, B * splits * tiling.groups, x.device,
         x.stride(), weight.stride(), strides(padding_mask, 2), H, N, splits, split_tokens, d**-0.5,
         **tiling.options,
@@ -223,7 +224,7 @@ def backward(dcentral_query, x, weight, bias, central_query, energy_sum, norm_ep
         splits, split_tokens = tiling.splits(B, length, x.device)
         dq = x.new_empty((B, length, H * d))
         dbias_parts = None if dbias is None else x.new_empty((B, splits, H, d), dtype=torch.float32)
-        gradient = Launch(
+        gradient = kept_launch(
             central_query_bwd_kernel, B * splits * tiling.groups, x.device,
             rows.stride(), weight.stride(), strides(mask, 2), H, length, splits, split_tokens, d**-0.5, **tiling.options,
         )  # fmt: skip

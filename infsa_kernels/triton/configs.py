@@ -149,6 +149,11 @@ def prepare(q: Tensor, few: bool) -> dict:
     return {"num_warps": 4} | ({"maxnreg": 64} if arch_of(q.device) == "sm_100" and not few else {})
 
 
+def all_registers(x: Tensor) -> dict:
+    """Options of what pools tokens: on Blackwell as many as a thread can have, for the reason above; other kernels then spill."""
+    return {"maxnreg": 255} if arch_of(x.device) == "sm_100" else {}
+
+
 def precision(q: Tensor) -> str:
     """Of products of float32, as torch.matmul takes them; asked of 16-bit input too, whose products have but one."""
     # The getter of torch's older setting raises where a program has used the newer one; this one knows both.

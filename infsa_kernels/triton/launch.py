@@ -46,7 +46,12 @@ def countable(op: str, q: Tensor, v: Tensor) -> None:
     """ValueError where a size is past what the kernels count; offsets in memory are 64 bits wide everywhere."""
     B, H, N, d = q.shape
     M, dv = v.shape[2:]
-    for name, size in (("N", N), ("M", M), ("B * H", B * H), ("H * d", H * d), ("H * dv", H * dv)):
+    all_countable(op, {"N": N, "M": M, "B * H": B * H, "H * d": H * d, "H * dv": H * dv})
+
+
+def all_countable(op: str, sizes: dict[str, int]) -> None:
+    """The same of other sizes by name."""
+    for name, size in sizes.items():
         if size > LARGEST_COUNT:
             raise ValueError(
                 f"{op}: {name} is {size}, the Triton kernels take up to {LARGEST_COUNT}; split the call or use the eager backend"
@@ -138,6 +143,33 @@ class Launch:
         return again
 
 
+# As many launches as are kept outside plans.
+MOST_KEPT = 1024
+_kept: dict[tuple, Launch] = {}
+
+
+def kept_launch(kernel, programs: int, device: torch.device, *settled, **options) -> Callable[..., None]:
+    """As Launch, for operators without plans: what a launch compiled is kept for others of the same kind."""
+    kind = id(kernel), programs, device, settled, *options.items()
+
+    def start(*tensors: Tensor | None) -> None:
+        key = *kind, *(None if t is None else (t.dtype, t.data_ptr() & 15) for t in tensors)
+        found = _kept.get(key)
+        if found is None:
+            if len(_kept) >= MOST_KEPT:
+                _kept.clear()
+            # Two threads may both have made it: either will do.
+            found = _kept[key] = Launch(kernel, programs, device, *settled, **options)
+        found(*tensors)
+
+    return start
+
+
+def forget_kept() -> None:
+    """After a change of what launches compile for."""
+    _kept.clear()
+
+
 def planned(plan: Callable[..., Callable]) -> Callable:
     """A backend's forward or backward, whose ``plan`` makes of a call what runs it and every other of the same kind.
 
@@ -163,4 +195,10 @@ def strides(t: Tensor | None, dims: int) -> tuple[int, ...]:
 
 
 def padded(size: int, least: int = 1) -> int:
-    return max(least, triton.next_power_of_2(size))
+    """A power of two. Triton's own functions of numbers cost microseconds outside kernels."""
+    return max(least, 1 << max(0, size - 1).bit_length())
+
+
+def ceil_div(number: int, by: int) -> int:
+    """Rounded up."""
+    return -(-number // by)

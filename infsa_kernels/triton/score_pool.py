@@ -7,12 +7,11 @@ only the first reads memory. Tiles and splits leave partial sums, added up in th
 from collections.abc import Iterator
 
 import torch
-import triton
 from torch import Tensor
 
 from ..eager import score_pool as eager
 from . import configs
-from .launch import Launch, padded, strides
+from .launch import all_countable, ceil_div, kept_launch, padded, strides
 from .score_pool_kernels import ALIGNED, pool_kernel, score_gradients_kernel, scores_kernel, token_gradient_kernel
 from .token_rows import statistics_of
 
@@ -37,13 +36,13 @@ TILES = {
 
 # In place of these where no matrix instruction takes 64 rows.
 SHORT = {
-    "bf16": {"scores": {32: (64, 64, 4, 3), 64: (32, 64, 4, 2)}},
+    "bf16": {"scores": {32: (64, 64, 4, 3), 64: (32, 32, 4, 2)}, "pooled": {32: (32, 128, 4, 3), 64: (64, 64, 8, 2)}},
     "tf32": {
         "scores": {16: (64, 32, 4, 3), 64: (32, 32, 4, 2)},
         "pooled": {32: (32, 64, 4, 3), 64: (32, 64, 4, 2)},
         "dx": {32: (32, 64, 4, 1), 64: (32, 32, 8, 1)},
     },
-    "ieee": {},
+    "ieee": {"dx": {16: (32, 32, 8, 1)}},
 }
 
 
@@ -51,12 +50,14 @@ class Calls:
     """The launches of one call: tiles chosen by registers and bytes of shared memory, measured on no GPU."""
 
     def __init__(self, x: Tensor, H: int, norm_eps: float | None):
-        self.H, self.D, self.dtype, self.device, self.norm_eps = H, x.shape[2], x.dtype, x.device, norm_eps
+        B, N, D = x.shape
+        all_countable("infsa::score_pool", {"N": N, "D": D, "B * H": B * H})
+        self.H, self.D, self.dtype, self.device, self.norm_eps = H, D, x.dtype, x.device, norm_eps
         self.parts = 1 if x.dtype == torch.float32 else 2
         precision = "tf32" if x.dtype == torch.float16 else configs.precision(x)
         products = "bf16" if x.dtype == torch.bfloat16 else precision
         HP = min(padded(H, 16), 16 if products == "ieee" else 64)
-        self.groups = triton.cdiv(H, HP)
+        self.groups = ceil_div(H, HP)
         self.heads = self.groups * HP
         self.options = {"D": self.D, "HP": HP, "PARTS": self.parts, "PRECISION": precision}
         tiles = TILES[products] | (SHORT[products] if configs.arch_of(x.device) in ("sm_80", "sm_120") else {})
@@ -64,6 +65,7 @@ class Calls:
             dict(zip(("BM", "BK", "num_warps", "num_stages"), next(tile for most, tile in sizes.items() if most >= HP)))
             for sizes in (tiles["scores"], tiles["pooled"], tiles["dx"])
         )
+        self.pooling |= configs.all_registers(x)
 
     def parts_of(self, t: Tensor) -> Tensor:
         """(B, H, D) in float32 as the kernels take it: (B, PARTS, H, D), D rounded up; of mean 0 if tokens are, as theirs is only
@@ -101,20 +103,20 @@ class Calls:
 
     def tiles(self, N: int) -> int:
         """Of scores, and so partial sums of them."""
-        return triton.cdiv(N, self.over_tokens["BM"])
+        return ceil_div(N, self.over_tokens["BM"])
 
     def splits(self, B: int, N: int) -> tuple[int, int]:
         """How many runs of how many tokens are pooled: two waves of programs."""
-        chunks, steps = triton.cdiv(self.D, self.pooling["BK"]), triton.cdiv(N, self.pooling["BM"])
+        chunks, steps = ceil_div(self.D, self.pooling["BK"]), ceil_div(N, self.pooling["BM"])
         most = max(1, 2 * configs.multiprocessors(self.device) // (B * chunks * self.groups))
-        split_tokens = triton.cdiv(steps, min(most, steps)) * self.pooling["BM"]
-        return triton.cdiv(N, split_tokens), split_tokens
+        split_tokens = ceil_div(steps, min(most, steps)) * self.pooling["BM"]
+        return ceil_div(N, split_tokens), split_tokens
 
     def scores(self, kernel, block: Tensor, mask: Tensor | None, *tensors: Tensor | None) -> None:
         """Starts a kernel over tiles of tokens and all their channels."""
         B, N, _ = block.shape
         tiles = self.tiles(N)
-        start = Launch(
+        start = kept_launch(
             kernel, B * tiles * self.groups, self.device, block.stride(), strides(mask, 2), self.H, N, tiles,
             **self.options, **self.over_tokens,
         )  # fmt: skip
@@ -125,10 +127,10 @@ class Calls:
     ) -> tuple[Tensor, Tensor | None]:
         """sum_j scores_jh x^_j, (B, H, D), and with ``total`` sum_j x^_j, (B, D)."""
         B, N, D = block.shape
-        chunks, (splits, split_tokens) = triton.cdiv(D, self.pooling["BK"]), self.splits(B, N)
+        chunks, (splits, split_tokens) = ceil_div(D, self.pooling["BK"]), self.splits(B, N)
         pooled_parts = self.empty(B, splits, self.H, D)
         token_parts = self.empty(B, splits, D) if total else None
-        start = Launch(
+        start = kept_launch(
             pool_kernel, B * splits * chunks * self.groups, self.device, block.stride(), strides(mask, 2), self.H, N, splits,
             split_tokens, **self.options, **self.pooling,
         )  # fmt: skip
@@ -137,8 +139,8 @@ class Calls:
 
     def token_gradient(self, block: Tensor, mask: Tensor | None, dx: Tensor, *tensors: Tensor | None) -> None:
         B, N, D = block.shape
-        chunks, tiles = triton.cdiv(D, self.writing["BK"]), triton.cdiv(N, self.writing["BM"])
-        start = Launch(
+        chunks, tiles = ceil_div(D, self.writing["BK"]), ceil_div(N, self.writing["BM"])
+        start = kept_launch(
             token_gradient_kernel, B * tiles * chunks, self.device, block.stride(), dx.stride(), strides(mask, 2), self.H, N,
             tiles, **self.options, **self.writing,
         )  # fmt: skip

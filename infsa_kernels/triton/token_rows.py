@@ -1,11 +1,13 @@
 """LayerNorm without an affine part of tokens (B, N, D), for kernels that read tokens: statistics, rows, and its gradient."""
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launch, padded, strides
+from .launch import ceil_div, kept_launch, padded, strides
 
 # Tokens of a program, and channels at a time: 16 elements a thread.
 ROWS, CHANNELS, WARPS = 8, 256, 4
@@ -95,12 +97,12 @@ def input_gradient_kernel(
         tl.store(out, tl.where(kept, b_dx, 0.0).to(dx.dtype.element_ty), mask=exist)
 
 
-def _launch(kernel, x: Tensor, *settled) -> Launch:
+def _launch(kernel, x: Tensor, *settled) -> Callable[..., None]:
     B, N, D = x.shape
-    blocks = triton.cdiv(N, ROWS)
+    blocks = ceil_div(N, ROWS)
     sizes = {"D": D, "BM": ROWS, "BK": min(CHANNELS, padded(D)), "num_warps": WARPS}
     strided, rest = settled
-    return Launch(kernel, B * blocks, x.device, *strided, N, blocks, *rest, **sizes)
+    return kept_launch(kernel, B * blocks, x.device, *strided, N, blocks, *rest, **sizes)
 
 
 def statistics_of(x: Tensor, norm_eps: float, padding_mask: Tensor | None, normalised: Tensor | None = None) -> Tensor:

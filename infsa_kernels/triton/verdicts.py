@@ -67,7 +67,8 @@ def machine(device: torch.device, backend: str = "triton") -> dict[str, str]:
     """All that a verdict is true for: of CUDA C++ the library's build, which holds its machine code."""
     found = {"GPU": gpu_name(device), "torch": torch.__version__, "CUDA": str(torch.version.cuda), "driver": _driver()}
     if backend == "cuda":
-        return found | {"library": _digest(LIBRARY), "check": _digest(Path(__file__).with_name("first_use.py"))}
+        check = (Path(__file__).with_name(f"{name}.py") for name in ("first_use", "known_calls", "known_attention"))
+        return found | {"library": _digest(LIBRARY), "check": _digest(*check)}
     found |= {"Triton": triton.__version__, "sources": _digest(*Path(__file__).parent.glob("*.py"))}
     found |= {"HIP": str(torch.version.hip)}
     if torch.version.cuda:

@@ -14,7 +14,16 @@ from helpers.sweep import swept
 pytest.importorskip("triton")
 
 import infsa_kernels
-from infsa_kernels.triton import configs, first_use, linear, linear_fold, pure, pure_varlen
+from infsa_kernels.triton import (
+    configs,
+    first_use,
+    known_attention,
+    known_pooled,
+    linear,
+    linear_fold,
+    pure,
+    pure_varlen,
+)
 
 CPU = torch.device("cpu")
 MODULES = {"linear": linear, "pure": pure}
@@ -32,13 +41,15 @@ def small(monkeypatch):
     monkeypatch.setattr(configs, "WHOLE", 32)
     monkeypatch.setattr(configs, "resident", lambda *kind: 1)
     monkeypatch.setattr(configs, "multiprocessors", lambda device: 12)
-    monkeypatch.setattr(first_use, "HEADS", (1, 2))
+    monkeypatch.setattr(known_attention, "HEADS", (1, 2))
 
 
-def variant(op="pure", direction="forward", dtype="float32", d=16, tied=False, masked="", **rest) -> first_use.Variant:
-    rest |= {"offsets": "int64"} if op in first_use.PACKED else {}
+def variant(
+    op="pure", direction="forward", dtype="float32", d=16, tied=False, masked="", **rest
+) -> known_attention.Variant:
+    rest |= {"offsets": "int64"} if op in known_attention.PACKED else {}
     rest = {"dv": d, "precision": "ieee" if dtype == "float32" else "", "token_major": True, "described": False} | rest
-    return first_use.Variant(op=op, direction=direction, dtype=dtype, d=d, tied=tied, masked=masked, **rest)
+    return known_attention.Variant(op=op, direction=direction, dtype=dtype, d=d, tied=tied, masked=masked, **rest)
 
 
 @interpreted
@@ -61,7 +72,7 @@ def test_the_shipped_kernels_pass(op, direction, case, small):
 
 
 @interpreted
-@pytest.mark.parametrize("op", first_use.PACKED)
+@pytest.mark.parametrize("op", known_attention.PACKED)
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize(
     "case", [{"tied": True}, swept({"dtype": "bfloat16", "d": 20, "token_major": False})], ids=["tied", "odd"]
@@ -101,7 +112,13 @@ def test_a_packed_call_is_a_variant_of_its_own():
         ("int32", False, 16, 24, True, ""), ("int64", False, 16, 24, True, ""), ("int64", True, 16, 24, True, "")
     ]  # fmt: skip
     assert str(kinds[0]).endswith("token-major, ieee, int32 offsets")
-    assert {v.op for v in first_use.usual(CPU)} == {"linear", "linear_floor", "pure", *first_use.PACKED}
+    assert {v.op for v in first_use.usual(CPU)} == {
+        "linear",
+        "linear_floor",
+        "pure",
+        *known_attention.PACKED,
+        *known_pooled.OPS,
+    }
 
 
 def last_row_is_forgotten(run, calls):

@@ -202,7 +202,9 @@ def test_info_says_what_happens(gpu, monkeypatch):
 
 def variant(op="linear", direction="forward", dtype="float32", d=16, tied=False, masked=""):
     precision = "ieee" if dtype == "float32" else ""
-    return first_use.Variant(op, direction, dtype, precision, d, d, tied, masked, True, False, backend="cuda")
+    return first_use.known_attention.Variant(
+        op, direction, dtype, precision, d, d, tied, masked, True, False, backend="cuda"
+    )
 
 
 @pytest.mark.parametrize("op", ["linear", "linear_floor"])

@@ -15,7 +15,18 @@ pytest.importorskip("triton")
 from infsa_kernels.eager import pure as eager
 from infsa_kernels.ops import linear as linear_op
 from infsa_kernels.ops import pure as pure_op
-from infsa_kernels.triton import configs, launch, linear, linear_backward, linear_fold, pure, pure_backward, pure_tied
+from infsa_kernels.triton import (
+    central_query,
+    configs,
+    launch,
+    linear,
+    linear_backward,
+    linear_fold,
+    pure,
+    pure_backward,
+    pure_tied,
+    score_pool,
+)
 
 RAW = {"linear": linear_op.raw, "pure": pure_op.raw}
 by_op = pytest.mark.parametrize("op", OPS)
@@ -197,6 +208,22 @@ def test_sizes_past_32_bits_are_refused_before_a_launch(op, sizes, words, kernel
     with pytest.raises(ValueError, match=f"infsa::{op}: {words}, the Triton kernels take up to 1073741824; split"):
         run(op, **{"B": 1, "H": 1, "N": 5} | sizes)
     assert kernels.grids == []
+
+
+@pytest.mark.parametrize(
+    ("op", "sizes", "words"),
+    [
+        ("central_query", (1, (1 << 30) + 1, 1, 16), "N is 1073741825"),
+        ("central_query", (1, 5, 1 << 27, 16), r"H \* d is 2147483648"),
+        ("score_pool", (1 << 16, 5, 1 << 15, 1), r"B \* H is 2147483648"),
+    ],
+)
+def test_sizes_of_the_pooled_layer_past_32_bits_are_refused_before_a_launch(op, sizes, words):
+    B, N, H, d = sizes
+    x = torch.empty(B, 1, 8, device="meta").expand(B, N, 8)
+    module, of_heads = {"central_query": (central_query, (H, d, 8)), "score_pool": (score_pool, (B, H, 8))}[op]
+    with pytest.raises(ValueError, match=f"infsa::{op}: {words}, the Triton kernels take up to 1073741824; split"):
+        module.forward(x, torch.empty(1, 1, 1, device="meta").expand(of_heads), None, None, 1e-6, None)
 
 
 def test_too_many_programs_are_refused_before_a_launch(kernels):

@@ -84,8 +84,8 @@ def expected(call: dict, dout: Tensor, draws: int = 8) -> dict[str, Expected]:
     return found
 
 
-def check(call: dict, dout: Tensor) -> None:
-    """Holds a call and its gradients, on the backend in force, to the rule of infsa_kernels/testing.py."""
+def check(call: dict, dout: Tensor) -> dict[str, Tensor]:
+    """Holds a call and its gradients, on the backend in force, to the rule of infsa_kernels/testing.py; returns them."""
     wanted, actual = expected(call, dout), results(pooled_linear_infsa, call, dout)
     assert actual.keys() == wanted.keys()
     for name, result in actual.items():
@@ -93,6 +93,7 @@ def check(call: dict, dout: Tensor) -> None:
         assert_within(
             result, wanted[name].truth, wanted[name].eager_error, FORWARD if name == "out" else GRADIENT, name
         )
+    return actual
 
 
 def output_gradient(call: dict) -> Tensor:

@@ -13,6 +13,7 @@ from triton.runtime.jit import JITFunction
 from infsa_kernels.triton import (
     central_query,
     configs,
+    launch,
     linear,
     linear_backward,
     linear_fold,
@@ -66,6 +67,7 @@ def _target(arch: str, of_arch):
     def forget():
         for kernel in kernels:
             kernel.device_caches.clear()
+        launch.forget_kept()
 
     forget()
     driver.set_active(of_arch)

@@ -154,13 +154,12 @@ def chosen(op, device, dtype=torch.bfloat16, d=64):
     return infsa_kernels.choose_backend(op, device, dtype, (1, 4, 100, d))
 
 
-@pytest.mark.parametrize("op", ["linear", "pure"])
+@pytest.mark.parametrize("op", ["linear", "pure", "pooled_linear"])
 def test_gpus_run_triton(op, gpu, monkeypatch):
     pytest.importorskip("triton")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert chosen(op, gpu) == "triton"
-        assert chosen("pooled_linear", gpu) == "eager"  # it has no other kernels there: nothing is amiss
         monkeypatch.setenv("INFSA_TRITON", "0")
         assert chosen(op, gpu) == "eager"
     assert infsa_kernels.choose_backend(op, gpu, torch.bfloat16, (1, 4, 100, 64), "triton") == "triton"
@@ -177,7 +176,7 @@ def test_amd_runs_what_is_proven(gpu, monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setattr(torch.version, "hip", "7.0")
     monkeypatch.setattr(backends, "_warned_of_fallback", True)
-    assert chosen("pure", gpu) == "triton" and chosen("linear", gpu) == "eager"
+    assert chosen("pure", gpu) == chosen("pooled_linear", gpu) == "triton" and chosen("linear", gpu) == "eager"
     assert "AMD" in infsa_kernels.explain_backend("linear", gpu, torch.bfloat16, (1, 4, 100, 64))["triton"]
 
 

@@ -213,8 +213,11 @@ def usable(device):
 
 def test_operators_and_their_backends():
     everything = {"cpu", "cuda", "triton", "eager"}
-    without_cuda, without_gpu = everything - {"cuda"}, {"cpu", "eager"}
-    assert {"linear": everything, "linear_floor": everything, "pure": without_cuda, "pooled_linear": without_gpu} | {
+    without_cuda = everything - {"cuda"}
+    assert {"linear": everything, "linear_floor": everything, "pure": without_cuda, "pooled_linear": without_cuda} | {
+        "central_query": without_cuda,
+        "score_pool": without_cuda,
+        "score_pool_floor": without_cuda,
         "linear_varlen": without_cuda,
         "linear_varlen_floor": without_cuda,
         "pure_varlen": without_cuda,
@@ -223,7 +226,7 @@ def test_operators_and_their_backends():
         "pure_blocks": without_cuda,
         "sharded_linear": without_cuda,
         "sharded_pure": without_cuda,
-        "sharded_pooled_linear": without_gpu,
+        "sharded_pooled_linear": without_cuda,
     } == OPERATORS
 
 
