@@ -79,7 +79,8 @@ def check_budgets(row: dict[str, str]) -> None:
     assert int(row["per_SM"]) >= 1, f"{name} does not fit on a multiprocessor"
     for known in KNOWN[row["arch"], row["kernel"], row["case"]]:
         assert row["matrix"] == known["matrix"], f"{name} has lost its matrix instruction: {row['matrix']}"
-    products = row["kernel"].startswith("pure") and not row["kernel"].endswith(("rescale", "prepare", "rho"))
+    products = row["kernel"].startswith(("pure", "central_query", "score_pool"))
+    products = products and not row["kernel"].endswith(("rescale", "prepare", "rho"))
     # IEEE float32 has matrix instructions on AMD's GPUs only.
     if products and not row["case"].startswith("fp32"):
         assert row["matrix"] != "-", f"{name} multiplies without a matrix instruction"
@@ -109,7 +110,8 @@ LENGTHS = sorted({rows * columns + 1 for rows in range(14, 65, 3) for columns in
 
 
 @pytest.mark.parametrize(
-    ("op", "heads", "d", "most"), [("linear", 64, 16, 7), ("linear_floor", 64, 16, 7), ("pure", 16, 64, 8)]
+    ("op", "heads", "d", "most"),
+    [("linear", 64, 16, 7), ("linear_floor", 64, 16, 7), ("pure", 16, 64, 8), ("pooled", 64, 16, 9)],
 )
 def test_lengths_share_their_kernels(op, heads, d, most):
     """As many pictures of as many sizes, and 4 kernels forward and backward: each is compiled in seconds, once."""

@@ -16,11 +16,15 @@ from triton.runtime.jit import compute_cache_key
 
 from helpers.triton_sass import CODE, RESOURCES, measure
 from helpers.triton_target import compiled, launching
+from infsa_kernels.ops import central_query as central_query_op
 from infsa_kernels.ops import linear as linear_op
 from infsa_kernels.ops import linear_floor as linear_floor_op
 from infsa_kernels.ops import pure as pure_op
+from infsa_kernels.ops import score_pool as score_pool_op
+from infsa_kernels.ops import score_pool_floor as score_pool_floor_op
 from infsa_kernels.ops import varlen
 from infsa_kernels.triton import (
+    central_query,
     linear,
     linear_floor,
     linear_varlen,
@@ -28,6 +32,8 @@ from infsa_kernels.triton import (
     pure,
     pure_backward,
     pure_varlen,
+    score_pool,
+    score_pool_floor,
 )
 
 TABLE = Path(__file__).parents[1] / "gpu" / "triton_resources.txt"
@@ -46,17 +52,30 @@ class Case:
     N: int
     tied: bool = False
     masked: bool = False
+    normalised: bool = False  # tokens of the pooled layer
 
     def __str__(self) -> str:
-        form = "/packed" * (self.op in PACKED) + "/floor" * self.op.endswith("floor")
+        form = "/packed" * (self.op in PACKED) + "/pooled" * (self.op in POOLED) + "/floor" * self.op.endswith("floor")
         return (
             f"{self.dtype}/d{self.d}/N{self.N}"
             + form
             + ("/tied" if self.tied else "")
             + ("/masked" if self.masked else "")
+            + ("/normalised" if self.normalised else "")
         )
 
+    @property
+    def common(self) -> bool:
+        """Heads of at most 64 of linear and pure, and of the pooled layer those of 64 in bfloat16."""
+        if self.op == "pooled":
+            return (self.dtype, self.d) == ("bf16", 64)
+        return self.d <= 64 and self.op in ("linear", "pure")
+
     def run(self) -> None:
+        if self.op in POOLED:
+            _pooled_forward_and_backward(self)
+            return
+
         def token_major():
             t = torch.empty(1, self.N, 1024 // self.d, self.d, dtype=DTYPES[self.dtype], device="meta")
             return t.transpose(1, 2)
@@ -106,6 +125,34 @@ def _packed_forward_and_backward(op, q, k, v) -> None:
     backward(*arguments, raw.gradients((*arguments, [True] * 4)))
 
 
+# What the pooled layer is made of: raw operators and their modules, without a floor and with one.
+POOLED = {
+    "pooled": ((central_query_op.raw, central_query), (score_pool_op.raw, score_pool)),
+    "pooled_floor": ((score_pool_floor_op.raw, score_pool_floor),),
+}
+
+
+def _pooled_forward_and_backward(call: "Case | Call") -> None:
+    """Tokens of 1024 channels, as many as all heads have together; with biases."""
+    B, N, d = getattr(call, "B", 1), call.N, call.d
+    H, D = getattr(call, "H", 1024 // d), 1024
+
+    def new(*shape, dtype=torch.float32):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    x = new(B, N, D, dtype=DTYPES[call.dtype])
+    mask = new(B, N, dtype=torch.bool) if call.masked else None
+    for raw, module in POOLED[call.op]:
+        of_heads = (new(H, d, D, dtype=x.dtype), new(H, d)) if module is central_query else (new(B, H, D), new(B, H))
+        floor = [0.1] if raw.name.endswith("floor") else []
+        numbers = 1e-6 if call.normalised else None, 1e-6, *floor
+        results = dict(zip(raw.forward.results, module.forward(x, *of_heads, *numbers, mask)))
+        saved = [results[name] for name in raw.backward.arguments if name in results]
+        cotangents = [torch.empty_like(results[name[1:]]) for name in raw.backward.arguments if name[1:] in results]
+        arguments = *cotangents, x, *of_heads, *saved, *numbers, mask
+        module.backward(*arguments, raw.gradients((*arguments, [True] * 3)))
+
+
 def cases() -> list[Case]:
     """Every configuration, in the variant of it that needs the most registers before the others."""
     found = [Case("linear", "bf16", 16, N, tied) for N in (197, 4096) for tied in (False, True)]
@@ -128,6 +175,10 @@ def cases() -> list[Case]:
         found += [Case("pure_varlen", "fp16", d, 4000, tied) for tied in (False, True)]
         found += [Case("pure_varlen", "bf16", d, 4096, tied) for tied in (False, True)]
         found += [Case("pure_varlen", dtype, d, 4000) for dtype in ("fp32", "tf32")]
+    found += [Case("pooled", "bf16", d, 4096, normalised=True) for d in (64, 16, 256)]
+    found += [Case("pooled", dtype, 64, 4096, masked=True, normalised=True) for dtype in ("fp16", "fp32", "tf32")]
+    found += [Case("pooled", "bf16", 64, 4096), Case("pooled", "fp32", 256, 4096)]
+    found += [Case("pooled_floor", dtype, 16, 4096, masked=True, normalised=True) for dtype in ("bf16", "fp16", "fp32")]
     found += [Case("pure", "bf16", 40, 577, True), *(Case("pure", dtype, 72, 577) for dtype in ("bf16", "fp32"))]
     return found
 
@@ -141,8 +192,12 @@ class Call:
     N: int
     H: int
     d: int
+    dtype, masked, normalised = "bf16", False, True  # of the pooled layer
 
     def run(self) -> None:
+        if self.op in POOLED:
+            _pooled_forward_and_backward(self)
+            return
         q, v = (
             torch.empty(self.B, self.N, self.H, self.d, dtype=torch.bfloat16, device="meta").transpose(1, 2)
             for _ in "qv"
@@ -153,8 +208,8 @@ class Call:
 def rows(arch: str, once: bool = False) -> list[dict[str, str]]:
     """One row per kernel and case; what compiles alike is not repeated.
 
-    ``once``: of linear and pure, heads of at most 64, one row per kernel, tile, head dimension and width of the dtype,
-    and only the kernels with a budget for their code disassembled.
+    ``once``: of common cases one row per kernel, tile, head dimension and width of the dtype, and only the kernels with a
+    budget for their code disassembled.
     """
     table, seen, case = {}, set(), None
 
@@ -162,7 +217,7 @@ def rows(arch: str, once: bool = False) -> list[dict[str, str]]:
         row = {"arch": arch, "kernel": kernel.fn.__name__.removesuffix("_kernel"), "case": str(case)}
         row["tile"] = _tile(options)
         key = row["kernel"], row["tile"], case.d, DTYPES[case.dtype].itemsize == 4 and case.dtype, case.op in PACKED
-        if once and (key in seen or case.d > 64 or case.op not in ("linear", "pure")):
+        if once and (key in seen or not case.common):
             return
         seen.add(key)
         made = compiled(kernel, programs, args, options)
@@ -197,7 +252,7 @@ def compilations(calls: list[Call], arch: str = "sm_90") -> set:
 
 
 def _tile(options: dict) -> str:
-    names = [n for n in ("G", "BT", "BLOCK_M", "BLOCK_N", "ROWS") if n in options]
+    names = [n for n in ("G", "BT", "BM", "BK", "BLOCK_M", "BLOCK_N", "ROWS") if n in options]
     described = "+tma" if options.get("DESCRIPTORS") else ""
     return "x".join(str(options[n]) for n in names) + f"/w{options['num_warps']}" + described
 
