@@ -136,7 +136,7 @@ SAME: dict[str, tuple[int, Callable]] = {
     rf"fma\.rn\.{FLOAT}": (3, _fma),
     rf"div\.{INTEGER}": (2, _quotient),
     rf"rem\.{INTEGER}": (2, _remainder),
-    r"div\.(?:full|rn)\.(?P<t>f32)": (2, np.divide),
+    r"div\.(?:full|approx|rn)\.(?P<t>f32)": (2, np.divide),
     rf"min\.{INTEGER}": (2, np.minimum),
     rf"max\.{INTEGER}": (2, np.maximum),
     # The number of (number, NaN), unless NaN is asked for.

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import pytest
+from helpers import pooled_linear_calls
 from helpers.calls import output_gradient
 from helpers.sweep import some
 
@@ -18,12 +19,13 @@ triton = pytest.importorskip("triton")
 if triton.knobs.runtime.interpret:
     pytest.skip("the interpreter does not compile", allow_module_level=True)
 
+from infsa_kernels import pooled_linear_infsa  # noqa: E402
 from infsa_kernels.triton import configs  # noqa: E402
 
 from .launches import Launch, executing  # noqa: E402
 from .machine import Machine  # noqa: E402
 from .memory import Fault  # noqa: E402
-from .test_executed import make, splits  # noqa: E402, F401
+from .test_executed import DTYPES, make, splits  # noqa: E402, F401
 
 POINT = re.compile(
     r"bar\.sync[^;]*;|bar\.warp\.sync[^;]*;|cp\.async\.wait_group[^;]*;|membar[^;]*;|acq_rel|"
@@ -163,6 +165,7 @@ CASES = {
     "pure d = 128": ("pure", "bf16", dict(N=140, M=150, H=1, d=128, dv=128)),
     "pure few": ("pure", "fp16", dict(N=32, M=29, H=1)),
     "pure narrow": ("pure", "bf16", dict(N=130, M=70, H=1, d=16, dv=32, layout="every_other_channel")),
+    "pooled fp32": ("pooled", "fp32", dict(norm="")),
 }
 # As many tiles that every buffer is filled again.
 CASES_ON_HOPPER = {
@@ -175,6 +178,15 @@ CASES_ON_HOPPER = {
     "pure few": ("pure", "fp16", dict(N=32, M=29, H=1)),
     "linear": ("linear", "bf16", dict(N=600, M=530, H=3, d=16, dv=16)),
 }
+
+
+def _forward_and_backward(op, dtype, sizes):
+    if op == "pooled":
+        call = pooled_linear_calls.layer(DTYPES[dtype], tied=False, shape=(1, 150, 80), heads=2, head=16, **sizes)
+        pooled_linear_calls.results(pooled_linear_infsa, call, pooled_linear_calls.output_gradient(call))
+    else:
+        call = make(op, dtype, **sizes)
+        call.gradients(output_gradient(call))
 
 
 def survivors(run: Callable[[], object], spare: dict, arch: str) -> tuple[int, list[str]]:
@@ -199,9 +211,8 @@ def survivors(run: Callable[[], object], spare: dict, arch: str) -> tuple[int, l
 @pytest.mark.parametrize("case", some(CASES, "linear"))
 def test_nothing_is_there_in_vain(case):
     op, dtype, sizes = CASES[case]
-    call = make(op, dtype, **sizes)
     with configs.always_folding() if case.endswith("folding") else contextlib.nullcontext():
-        kernels, alive = survivors(lambda: call.gradients(output_gradient(call)), SPARE, "sm_80")
+        kernels, alive = survivors(lambda: _forward_and_backward(op, dtype, sizes), SPARE, "sm_80")
     assert kernels >= 3
     assert not alive, "\n".join(alive)
 
