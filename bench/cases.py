@@ -58,6 +58,9 @@ BUDGET, QUICK_BUDGET = 0.3, 0.05
 TOGETHER = 6
 COMPILED_PIXELS = 1024
 
+# Where a GPU's pooled layer is compared.
+POOLED_PIXELS = (224, 1024, 4096)
+
 # W in 4 N D (W D + N), the operations of a quadratic mechanism on N tokens: products with weights beside those with scores.
 WEIGHTS = {"operator": 0, "layer": 2, "model": 6}
 
@@ -129,7 +132,9 @@ def _variants(sizes: Iterable[int], device: str) -> list[dict]:
 
 
 def goals(device: str, dry: bool = False) -> list[dict]:
-    """What a GPU's goals need, in CUDA graphs: both operators on each of our backends, beside reads, copies and softmax."""
+    """What a GPU's goals need: both operators on each of our backends, in CUDA graphs, beside reads, copies and softmax; the
+    pooled layer.
+    """
     if dry:
         names = ["linear_infsa@triton", "pure_infsa@triton", "linear_plain", "softmax"]
         names += ["read", "clone", "gemm", "launch"]
@@ -144,7 +149,9 @@ def goals(device: str, dry: bool = False) -> list[dict]:
         plan += turns("operator", ["linear_plain"], (pixels,), device, ("fwd",), ("compile",), batch=batch)
     for pixels, batch in ((224, 32), (1024, 1), (1024, 8), (2048, 1), (4096, 1)):
         plan += turns("operator", pure, (pixels,), device, ways=("graph",), batch=batch, together=True)
-    return plan + turns("operator", pure[:2], (9216,), device, ("fwd",), ("graph",))
+    plan += turns("operator", pure[:2], (9216,), device, ("fwd",), ("graph",))
+    pooled = ["linear_infsa@triton", "linear_infsa@eager", "linear_infsa_per_token"]
+    return plan + turns("layer", pooled, POOLED_PIXELS, device, together=True)
 
 
 def unique(plan: list[dict]) -> list[dict]:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from itertools import product
 
 from . import peers
-from .cases import DTYPE
+from .cases import DTYPE, POOLED_PIXELS
 from .rows import best, over_linear, select, usual
 
 # Linear: N = 65536, Pure: N = 4096, tied, [B, N, H, d], in the device's own dtype where nothing else is said.
@@ -94,7 +94,14 @@ def _gpu() -> list[Goal]:
     last = PURE | graph | {"pixels": 9216, "name": "pure_infsa_untied"}
     # 1 / 1.6 of the GEMM rate.
     what, rate = "9 Pure forward N=331776: FLOP rate / GEMM rate", {"least": 1 / 1.6, "field": "flops_per_s"}
-    return [*goals, Goal(what, last, "fwd", "gemm", other_case={"pixels": 4096}, **rate)]
+    goals.append(Goal(what, last, "fwd", "gemm", other_case={"pixels": 4096}, **rate))
+    for pixels in POOLED_PIXELS:
+        case, at = LAYER | {"pixels": pixels}, f"N={(pixels // 16) ** 2}"
+        goals += [
+            Goal(f"10 Pooled layer {which}: per token / ours, {at}", case, which, "linear_infsa_per_token", least=1)
+            for which in ("fwd", "train")
+        ]
+    return goals
 
 
 GPU = _gpu()

