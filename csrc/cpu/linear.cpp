@@ -44,7 +44,7 @@ struct Statistics {
 
 // The keys of every batch that no mask ignores, at least 1.
 std::vector<double> key_counts(const Floor& floor, const Walk& keys, const Mask& mask, const Sizes& s) {
-  std::vector<double> counts(s.B);
+  std::vector<double> counts(s.B, 1);
   for (int64_t b = 0; floor && b < s.B; ++b) {
     const Range of_batch = keys.of_batch(b);
     int64_t count = of_batch.size();
@@ -69,16 +69,16 @@ template <typename A> std::tuple<Tensor, Statistics> forward(const Sizes& s, con
          value_mean = floor ? empty({s.B, s.H, s.d_v}, acc) : Tensor();
 
   const Plan plan(s, packed.mean(s), q, k, v);
-  const Walk queries(plan, s.N, packed.queries), keys(plan, s.M, packed.keys);
+  const Walk queries(plan, s.N, packed.queries), keys(plan, s.M, packed.keys, 1 + floored);
   const double scale = scale_of(s.d);
   const Buffer score_query(plan.head_bytes(plan.d)), results(plan.head_bytes(s.d_v));
-  const Buffer sums_buffer(std::max(queries.sums_bytes(plan.d), keys.sums_bytes(plan.d_v, 1 + floored)));
+  const Buffer sums_buffer(std::max(queries.sums_bytes(plan.d), keys.sums_bytes(plan.d_v)));
   double* sums = sums_buffer.as<double>();
 
   LinearArgs args{};
   args.q = rows_of(q), args.k = rows_of(k), args.v = rows_of(v);
   args.query_mask = mask_of(query_padding_mask), args.key_mask = mask_of(key_padding_mask);
-  args.H = s.H, args.d = s.d, args.d_v = s.d_v;
+  args.H = s.H, args.d = s.d, args.d_v = s.d_v, args.in_cache = plan.in_cache;
   args.score_query = score_query.data();
 
   const std::vector<double> counts = key_counts(floor, keys, args.key_mask, s);
@@ -103,33 +103,33 @@ template <typename A> std::tuple<Tensor, Statistics> forward(const Sizes& s, con
       for (int64_t c = s.d; c < plan.d; ++c) query.set(head * plan.d + c, 0);
     });
     keys.run(floor ? LinearPass::forward_keys_floor : LinearPass::forward_keys, args, begin, end, sums, plan.d_v,
-             nullptr, 1 + floored);
-    const auto finish = [&](int64_t head, const auto& rows, const auto& weights) {
+             nullptr);
+    keys.for_heads(begin, end, sums, plan.d_v, [&](int64_t head, const auto& rows, const auto& weights) {
       const HeadUnits u = units[head];
       const double head_scale = rho_of(rho, head_rho, head / s.H, head % s.H);
-      const double *sum = rows(0), *values = floor ? rows(1) : nullptr;
+      double* sum = rows(0);
+      const double* values = floor ? rows(1) : nullptr;
       const double scores = weights(0), absolute = floor ? weights(1) : 0, share = floor.value_or(0) * absolute;
-      const double norm = scores + share + eps * u.q * u.k, out_of_units = 1 / u.v;
+      const double norm = scores + share + eps * u.q * u.k, out_of_units = 1 / u.v, per_key = 1 / counts[head / s.H];
+      const bool shares = share > 0 && std::isfinite(share);
       strange[head] |= !plan.is_factor(scores) || !plan.is_sum(sum, s.d_v);
       R.set(head, scores / u.q / u.k);
       if (floor) {
         strange[head] |= !plan.is_factor(absolute) || !plan.is_sum(values, s.d_v);
         T.set(head, absolute / u.q / u.k);
-      }
-      for (int64_t c = 0; c < s.d_v; ++c) {
-        double x = sum[c];
-        if (floor) {
-          const double value = values[c] / counts[head / s.H];
+        for (int64_t c = 0; c < s.d_v; ++c) {
+          const double value = values[c] * per_key;
           mean.set(head * s.d_v + c, value * out_of_units);
           // Every weight is above 0: where a value is infinite so is the result, though its score be 0.
-          x = std::isinf(value) && share > 0 && std::isfinite(share) ? value : x + share * value;
+          sum[c] = shares && std::isinf(value) ? value : sum[c] + share * value;
         }
-        x = x / norm * out_of_units;
+      }
+      for (int64_t c = 0; c < s.d_v; ++c) {
+        const double x = sum[c] / norm * out_of_units;
         z.set(head * s.d_v + c, x);
         result.set(head * s.d_v + c, head_scale * x);
       }
-    };
-    keys.for_heads(begin, end, sums, plan.d_v, finish, 1 + floored);
+    });
   };
   plan.for_waves(run);
   plan.for_strange(strange, [&](int64_t head) { return units.set(head); }, run);

@@ -17,6 +17,7 @@ struct LinearArgs {
   Rows q, k, v, dq, dk, dv;
   Mask query_mask, key_mask;
   int64_t H, d, d_v;
+  bool in_cache;             // forward: what a task reads is
   const void* score_query;   // s qbar: r_j = ReLU(score_query . k_j)
   const void* dcontext;      // rho dz
   const void* dcontext_dot;  // rho dz . context
@@ -32,7 +33,7 @@ struct LinearArgs {
 // The part of a call that one kernel call does: tokens [begin, end) of `heads` consecutive heads.
 struct LinearTask {
   int64_t batch, head, heads, begin, end;
-  // Added to: (heads, padded) of a weighted sum of rows, then (heads) of the weights. forward_keys_floor: twice as many
+  // Set: (heads, padded) of a weighted sum of rows, then (heads) of the weights. forward_keys_floor: twice as many
   // of both, the second half of the rows themselves and of the scores' absolute values.
   double* sums;
   void* dscores;  // tied backward: (all tokens, heads) of dt
@@ -51,6 +52,8 @@ enum class LinearPass {
 struct LinearKernels {
   int64_t (*scratch_bytes)(LinearPass, int64_t heads, int64_t d, int64_t d_v);
   void (*run)(LinearPass, const LinearArgs&, const LinearTask&);
+  // Adds up the sums of chunks that lie `size` apart, in their order, in the first of them.
+  void (*add_up)(double* sums, int64_t size, int64_t chunks);
 };
 
 }  // namespace infsa::cpu

@@ -20,6 +20,10 @@ template <typename T_, bool kOneHead_, int kVecs_, bool kPacked_> struct Variant
   using A = Acc<T>;
   static constexpr bool kOneHead = kOneHead_, kPacked = kPacked_;
   static constexpr int kVecs = kVecs_;
+  // Tokens that the forward takes at once where they are in cache: the sums of a group of heads are loaded and stored
+  // once for all of them. From memory the order of one token after the other is faster, and the backward, which writes
+  // two rows for each, gains nothing.
+  static constexpr int64_t kTokens = kOneHead || kPacked ? 1 : 4;
 };
 
 // Rows of one group: vectors of T, a constant number of elements apart where kStride is not 0, so that the compiler
@@ -29,6 +33,8 @@ template <typename T, int kStride = 0> struct Group {
   int64_t stride;
 
   INFSA_INLINE T* row(int64_t r) const { return data + r * (kStride ? kStride : stride); }
+  // The same rows so many elements further on.
+  INFSA_INLINE Group after(int64_t elements) const { return {data + elements, stride}; }
 };
 
 // The units of a group's rows: `stride` apart, 0 where they share a head.
@@ -61,7 +67,7 @@ template <typename T> struct Ahead {
       : offset((kAhead / (task.heads * d * int64_t(sizeof(T)) + 1) + 1) * rows.token) {}
 
   template <int kStride> INFSA_INLINE Group<T, kStride> operator()(Group<T, kStride> x) const {
-    return {x.data + offset, x.stride};
+    return x.after(offset);
   }
 };
 
@@ -100,60 +106,45 @@ INFSA_INLINE Vec<A> norms(Group<E, kStride> x, int64_t rows, int64_t vecs) {
   }));
 }
 
-// sums (of its head) += weight r * row r; calls each(r, c) at its vector c.
-template <bool kOneHead, typename E, int kStride, typename A, typename Each>
-INFSA_INLINE void add_weighted(A* sums, int64_t sums_stride, Group<E, kStride> x, Vec<A> weight, int64_t rows,
-                               int64_t vecs, const Each& each) {
+// Rows of one head: sums += weight r * row r, and where kPlain plain += row r; calls each(r, c) at its vector c.
+template <bool kPlain, typename E, int kStride, typename A, typename Each>
+INFSA_INLINE void add_head(A* sums, A* plain, Group<E, kStride> x, Vec<A> weight, int64_t rows, int64_t vecs,
+                           const Each& each) {
   A w[kLanes<A>];
   store(w, weight);
-  if constexpr (kOneHead) {
-    for (int64_t c = 0; c < vecs; ++c) {
-      // Four chains: one alone would wait for each addition before it.
-      Vec<A> sum[4] = {load(sums + c * kLanes<A>)};
-      for (int64_t r = 0; r < rows; ++r) {
-        each(r, c);
-        sum[r % 4] += w[r] * load(x.row(r) + c * kLanes<A>);
-      }
-      store(sums + c * kLanes<A>, (sum[0] + sum[1]) + (sum[2] + sum[3]));
-    }
-  } else {
+  for (int64_t c = 0; c < vecs; ++c) {
+    // Four chains: one alone would wait for each addition before it.
+    Vec<A> sum[4] = {load(sums + c * kLanes<A>)}, all[4] = {};
+    if constexpr (kPlain) all[0] = load(plain + c * kLanes<A>);
     for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t c = 0; c < vecs; ++c) {
-        each(r, c);
-        A* sum = sums + r * sums_stride + c * kLanes<A>;
-        store(sum, load(sum) + w[r] * load(x.row(r) + c * kLanes<A>));
-      }
+      each(r, c);
+      const Vec<A> e = load(x.row(r) + c * kLanes<A>);
+      sum[r % 4] += w[r] * e;
+      if constexpr (kPlain) all[r % 4] += e;
     }
+    store(sums + c * kLanes<A>, (sum[0] + sum[1]) + (sum[2] + sum[3]));
+    if constexpr (kPlain) store(plain + c * kLanes<A>, (all[0] + all[1]) + (all[2] + all[3]));
   }
 }
 
-// The same, and plain (of its head) += row r.
-template <bool kOneHead, typename E, int kStride, typename A, typename Each>
-INFSA_INLINE void add_weighted_and_plain(A* sums, A* plain, int64_t sums_stride, Group<E, kStride> x, Vec<A> weight,
-                                         int64_t rows, int64_t vecs, const Each& each) {
-  A w[kLanes<A>];
-  store(w, weight);
-  if constexpr (kOneHead) {
+// Heads of some tokens, whose groups lie `next` elements apart and have their weights in w: the same per head. Each sum
+// is loaded and stored once for all of these tokens, which it adds up in their order.
+template <bool kPlain, typename E, int kStride, typename A, typename Each>
+INFSA_INLINE void add_heads(A* sums, A* plain, int64_t sums_stride, Group<E, kStride> x, int64_t next,
+                            const A (*w)[kLanes<A>], int64_t tokens, int64_t rows, int64_t vecs, const Each& each) {
+  for (int64_t r = 0; r < rows; ++r) {
     for (int64_t c = 0; c < vecs; ++c) {
-      Vec<A> sum[4] = {load(sums + c * kLanes<A>)}, all[4] = {load(plain + c * kLanes<A>)};
-      for (int64_t r = 0; r < rows; ++r) {
-        each(r, c);
-        const Vec<A> e = load(x.row(r) + c * kLanes<A>);
-        sum[r % 4] += w[r] * e;
-        all[r % 4] += e;
+      const int64_t at = r * sums_stride + c * kLanes<A>;
+      Vec<A> sum = load(sums + at), all{};
+      if constexpr (kPlain) all = load(plain + at);
+      for (int64_t t = 0; t < tokens; ++t) {
+        each(t, r, c);
+        const Vec<A> e = load(x.after(t * next).row(r) + c * kLanes<A>);
+        sum += w[t][r] * e;
+        if constexpr (kPlain) all += e;
       }
-      store(sums + c * kLanes<A>, (sum[0] + sum[1]) + (sum[2] + sum[3]));
-      store(plain + c * kLanes<A>, (all[0] + all[1]) + (all[2] + all[3]));
-    }
-  } else {
-    for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t c = 0; c < vecs; ++c) {
-        each(r, c);
-        const int64_t at = r * sums_stride + c * kLanes<A>;
-        const Vec<A> e = load(x.row(r) + c * kLanes<A>);
-        store(sums + at, load(sums + at) + w[r] * e);
-        store(plain + at, load(plain + at) + e);
-      }
+      store(sums + at, sum);
+      if constexpr (kPlain) store(plain + at, all);
     }
   }
 }
@@ -172,19 +163,25 @@ INFSA_INLINE void write_rank_one(Group<E, kStride> out, Vec<A> weight, const A* 
   }
 }
 
-// body(n, h, rows) for each group of tokens [begin, end) and all heads of the task; `rows` a constant for whole groups.
-template <bool kOneHead, int64_t kRows, typename Body>
+// body(n, h, rows, tokens) for each group of tokens [begin, end) and all heads of the task; `rows` a constant for whole
+// groups. Groups of heads come kTokens at once, and the tokens that are left over one by one.
+template <bool kOneHead, int64_t kRows, int64_t kTokens, typename Body>
 INFSA_INLINE void for_groups(int64_t begin, int64_t end, int64_t heads, const Body& body) {
-  for (int64_t n = begin; n < end; n += kOneHead ? kRows : 1) {
+  const auto for_heads = [&](int64_t n, auto tokens) INFSA_LAMBDA {
     for (int64_t h = 0; h < heads; h += kRows) {
       const int64_t rows = least(kRows, kOneHead ? end - n : heads - h);
       if (rows == kRows) {
-        body(n, h, kRows);
+        body(n, h, kRows, tokens);
       } else {
-        body(n, h, rows);
+        body(n, h, rows, tokens);
       }
     }
+  };
+  int64_t n = begin;
+  if constexpr (kTokens > 1) {
+    for (; n + kTokens <= end; n += kTokens) for_heads(n, std::integral_constant<int64_t, kTokens>());
   }
+  for (; n < end; n += kOneHead ? kRows : 1) for_heads(n, std::integral_constant<int64_t, 1>());
 }
 
 // Calls counted(begin, end) and ignored(begin, end) for the runs of tokens that the mask makes.

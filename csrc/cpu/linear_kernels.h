@@ -79,8 +79,9 @@ template <typename V, int kKinds = 1> struct Pass {
     return V::kOneHead ? broadcast(*scalars) : load(scalars + h);
   }
 
-  // Runs group(n, h, rows) over the tokens that count, block by block, with the sums it adds to flushed to double.
-  template <typename OfGroup, typename Ignored>
+  // Runs group(n, h, rows, tokens) over the tokens that count, block by block, with the sums it adds to flushed to
+  // double.
+  template <int64_t kTokens, typename OfGroup, typename Ignored>
   INFSA_INLINE void for_blocks(const Mask& mask, int64_t width, const OfGroup& group, const Ignored& ignored) const {
     const int64_t vectors = kKinds * task.heads * width, row = row_length<A>(task.heads), size = vectors + kKinds * row;
     for (int64_t begin = task.begin; begin < task.end; begin += kBlock) {
@@ -88,18 +89,22 @@ template <typename V, int kKinds = 1> struct Pass {
       if (task.sums) __builtin_memset(sums, 0, size * sizeof(A));
       for_runs(
           mask, task.batch, begin, end,
-          [&](int64_t from, int64_t to) { for_groups<V::kOneHead, lanes>(from, to, task.heads, group); }, ignored);
-      if (!task.sums) continue;
-      for (int64_t i = 0; i < vectors; ++i) task.sums[i] += sums[i];
-      for (int kind = 0; kind < kKinds; ++kind) {
-        const A* weights = sums + vectors + kind * row;
-        double* weight_sums = task.sums + vectors + kind * task.heads;
-        if constexpr (V::kOneHead) {
-          *weight_sums += sum_lanes(load(weights));
-        } else {
-          for (int64_t h = 0; h < task.heads; ++h) weight_sums[h] += weights[h];
-        }
-      }
+          [&](int64_t from, int64_t to) { for_groups<V::kOneHead, lanes, kTokens>(from, to, task.heads, group); },
+          ignored);
+      if (task.sums) begin == task.begin ? flush<true>(vectors, row) : flush<false>(vectors, row);
+    }
+  }
+
+  // The sums of the task's first block are 0 before.
+  template <bool kFirst> void flush(int64_t vectors, int64_t row) const {
+    const auto add = [&](double* to, const A* from, int64_t n) INFSA_LAMBDA {
+      for (int64_t i = 0; i < n; ++i) to[i] = (kFirst ? 0 : to[i]) + from[i];
+    };
+    add(task.sums, sums, vectors);
+    for (int kind = 0; kind < kKinds; ++kind) {
+      const A* weights = sums + vectors + kind * row;
+      const A of_lanes = V::kOneHead ? sum_lanes(load(weights)) : A(0);
+      add(task.sums + vectors + kind * task.heads, V::kOneHead ? &of_lanes : weights, task.heads);
     }
   }
 
@@ -139,44 +144,54 @@ template <typename V, Weight kWeight> void forward(const LinearArgs& args, const
   A* absolute_sums = weight_sums + row_length<A>(task.heads);
   const Ahead<typename V::T> x_ahead(x_rows, task, args.d), y_ahead(y_rows, task, y_size);
 
-  pass.for_blocks(
-      mask, width,
-      [&](int64_t n, int64_t h, int64_t rows) INFSA_LAMBDA {
-        const auto x_group = pass.group(x_rows, n, h), y_group = pass.group(y_rows, n, h);
-        const auto next_x = x_ahead(x_group), next_y = y_ahead(y_group);
-        const auto each = [&](int64_t r, int64_t c) INFSA_LAMBDA {
-          if constexpr (!V::kPacked) {
-            prefetch(next_y, r, c);
-            if constexpr (!kNorm) prefetch(next_x, r, c);
-          }
-        };
-        const auto sum = [&](auto x, auto y) INFSA_LAMBDA {
-          Vec<A> weight;
-          if constexpr (kNorm) {
-            weight = norms<A>(x, rows, pass.d_vecs());
-          } else {
-            const Vec<A> score = dots(x, vector + h * pass.d, pass.d_stride(), rows, pass.d_vecs());
-            weight = relu(score);
-            if constexpr (kFloor) store(absolute_sums + h, load(absolute_sums + h) + abs(score));
-          }
-          store(weight_sums + h, load(weight_sums + h) + weight);
-          if constexpr (kFloor) {
-            add_weighted_and_plain<V::kOneHead>(sums + h * width, plain + h * width, stride, y, weight, rows, y_vecs,
-                                                each);
-          } else {
-            add_weighted<V::kOneHead>(sums + h * width, stride, y, weight, rows, y_vecs, each);
-          }
-        };
-        if constexpr (V::kPacked) {
-          const Group<A> x = pass.d_tile(), y = kNorm ? x : pass.d_v_tile();
-          pack(x_group, x_rows.channel, rows, args.d, x, pass.units(x_unit, h));
-          if (!kNorm) pack(y_group, y_rows.channel, rows, y_size, y, pass.units(y_unit, h));
-          sum(x, y);
-        } else {
-          sum(x_group, y_group);
-        }
-      },
-      [](int64_t, int64_t) {});
+  const auto group = [&](int64_t n, int64_t h, int64_t rows, auto tokens) INFSA_LAMBDA {
+    const auto x_group = pass.group(x_rows, n, h), y_group = pass.group(y_rows, n, h);
+    const auto next_x = x_ahead(x_group), next_y = y_ahead(y_group);
+    const auto each = [&](int64_t t, int64_t r, int64_t c) INFSA_LAMBDA {
+      if constexpr (!V::kPacked) {
+        prefetch(next_y.after(t * y_rows.token), r, c);
+        if constexpr (!kNorm) prefetch(next_x.after(t * x_rows.token), r, c);
+      }
+    };
+    // The weights of the rows, which their sums gain.
+    const auto weigh = [&](auto x) INFSA_LAMBDA {
+      Vec<A> weight;
+      if constexpr (kNorm) {
+        weight = norms<A>(x, rows, pass.d_vecs());
+      } else {
+        const Vec<A> score = dots(x, vector + h * pass.d, pass.d_stride(), rows, pass.d_vecs());
+        weight = relu(score);
+        if constexpr (kFloor) store(absolute_sums + h, load(absolute_sums + h) + abs(score));
+      }
+      store(weight_sums + h, load(weight_sums + h) + weight);
+      return weight;
+    };
+    const auto sum = [&](auto x, auto y) INFSA_LAMBDA {
+      A *to = sums + h * width, *to_plain = plain + h * width;
+      if constexpr (V::kOneHead) {
+        add_head<kFloor>(to, to_plain, y, weigh(x), rows, y_vecs,
+                         [&](int64_t r, int64_t c) INFSA_LAMBDA { each(0, r, c); });
+      } else {
+        constexpr int64_t kTokens = decltype(tokens)::value;
+        A w[kTokens][kLanes<A>];
+        for (int64_t t = 0; t < kTokens; ++t) store(w[t], weigh(x.after(t * x_rows.token)));
+        add_heads<kFloor>(to, to_plain, stride, y, y_rows.token, w, kTokens, rows, y_vecs, each);
+      }
+    };
+    if constexpr (V::kPacked) {
+      const Group<A> x = pass.d_tile(), y = kNorm ? x : pass.d_v_tile();
+      pack(x_group, x_rows.channel, rows, args.d, x, pass.units(x_unit, h));
+      if (!kNorm) pack(y_group, y_rows.channel, rows, y_size, y, pass.units(y_unit, h));
+      sum(x, y);
+    } else {
+      sum(x_group, y_group);
+    }
+  };
+  const auto ignored = [](int64_t, int64_t) {};
+  if (V::kTokens > 1 && args.in_cache)
+    pass.template for_blocks<V::kTokens>(mask, width, group, ignored);
+  else
+    pass.template for_blocks<1>(mask, width, group, ignored);
 }
 
 template <typename V, bool kFloor> void backward_keys(const LinearArgs& args, const LinearTask& task) {
@@ -191,9 +206,9 @@ template <typename V, bool kFloor> void backward_keys(const LinearArgs& args, co
   const bool want_dscores = task.sums || args.dk.data;
   const Ahead<typename V::T> k_ahead(args.k, task, args.d), v_ahead(args.v, task, args.d_v);
 
-  pass.for_blocks(
+  pass.template for_blocks<1>(
       args.key_mask, pass.d,
-      [&](int64_t n, int64_t h, int64_t rows) INFSA_LAMBDA {
+      [&](int64_t n, int64_t h, int64_t rows, auto) INFSA_LAMBDA {
         const auto at = [&](const Rows& r) INFSA_LAMBDA { return pass.group(r, n, h); };
         const A *h_score_query = score_query + h * pass.d, *h_dcontext = dcontext + h * pass.d_v;
         const auto each_k = [&, next = k_ahead(at(args.k))](int64_t r, int64_t c) INFSA_LAMBDA {
@@ -224,9 +239,17 @@ template <typename V, bool kFloor> void backward_keys(const LinearArgs& args, co
               else
                 store_first(to, dscore, rows);
             }
-            if (task.sums)
-              add_weighted<V::kOneHead>(pass.sums + h * pass.d, pass.d_stride(), k, dscore, rows, pass.d_vecs(),
-                                        each_k);
+            if (task.sums) {
+              A* sums = pass.sums + h * pass.d;
+              if constexpr (V::kOneHead) {
+                add_head<false>(sums, sums, k, dscore, rows, pass.d_vecs(), each_k);
+              } else {
+                A w[1][lanes];
+                store(w[0], dscore);
+                add_heads<false>(sums, sums, pass.d_stride(), k, 0, w, 1, rows, pass.d_vecs(),
+                                 [&](int64_t, int64_t r, int64_t c) INFSA_LAMBDA { each_k(r, c); });
+              }
+            }
             if (args.dk.data) {
               if constexpr (V::kPacked) {
                 write_rank_one(d_tile, dscore, h_score_query, pass.d_stride(), rows, pass.d_vecs(), nothing);
@@ -271,9 +294,9 @@ template <typename V> void backward_queries(const LinearArgs& args, const Linear
   const A* dscores = static_cast<const A*>(task.dscores);
   const Ahead<typename V::T> q_ahead(args.q, task, args.d);
 
-  pass.for_blocks(
+  pass.template for_blocks<1>(
       args.query_mask, pass.d,
-      [&](int64_t n, int64_t h, int64_t rows) INFSA_LAMBDA {
+      [&](int64_t n, int64_t h, int64_t rows, auto) INFSA_LAMBDA {
         const auto q_group = pass.group(args.q, n, h), dq_group = pass.group(args.dq, n, h);
         const auto next_q = q_ahead(q_group);
         const auto differentiate = [&](auto q, auto dq) INFSA_LAMBDA {
@@ -354,6 +377,11 @@ template <typename T> constexpr LinearKernels linear_kernels() {
       [](LinearPass pass, const LinearArgs& args, const LinearTask& task) {
         task.heads == 1 ? linear::choose_variant<T, true>(pass, args, task)
                         : linear::choose_variant<T, false>(pass, args, task);
+      },
+      [](double* sums, int64_t size, int64_t chunks) {
+        for (const double *part = sums + size, *end = sums + chunks * size; part < end; part += size) {
+          for (int64_t i = 0; i < size; ++i) sums[i] += part[i];
+        }
       },
   };
 }

@@ -20,8 +20,11 @@ namespace infsa::cpu::linear {
 constexpr int64_t kGrain = 1 << 15;
 // More would make adding the partial sums show, fewer would leave threads idle.
 constexpr int64_t kMaxChunks = 128;
+constexpr int64_t kFewTokens = 64;
 // Bytes of q that one wave of heads may have, so that its second pass finds them in the last-level cache.
 constexpr int64_t kWaveBytes = 8 << 20;
+// Bytes of q and v that are taken to stay in a core's own cache from one call's pass to the next.
+constexpr int64_t kCacheBytes = 2 << 20;
 
 // How the work of one call is cut. A unit is what one kernel call may span: a head, or all heads of a batch where the
 // heads of a token lie side by side ("token-major", a (B, N, H, d) tensor).
@@ -31,6 +34,7 @@ struct Plan {
   const bool wide;  // the accumulation type is double
   const int64_t acc_bytes, element_bytes, heads, units;
   const int64_t d, d_v;  // in whole vectors
+  const bool in_cache;
   int64_t wave;
 
   // tokens: queries of a batch, or what they are on average.
@@ -43,16 +47,19 @@ struct Plan {
         heads(s.H > 1 && token_major(q) && token_major(k) && token_major(v) ? s.H : 1),
         units(s.B * s.H / heads),
         d(round_up(s.d, kernels.lanes)),
-        d_v(round_up(s.d_v, kernels.lanes)) {
+        d_v(round_up(s.d_v, kernels.lanes)),
+        in_cache(std::max(tokens, s.M) * heads * (s.d + s.d_v) * element_bytes <= kCacheBytes) {
     const int64_t unit_bytes = tokens * s.d * heads * element_bytes;
     wave = std::clamp<int64_t>(kWaveBytes / std::max<int64_t>(unit_bytes, 1), 1, std::max<int64_t>(units, 1));
   }
 
-  int64_t chunk(int64_t tokens) const {
-    const int64_t least = ceil_div(kGrain, heads * std::max<int64_t>(d + d_v, 1));
+  // Tokens of a chunk. Where it has few, adding up the sums shows: of twice as many sums, twice as many tokens.
+  int64_t chunk(int64_t tokens, int64_t kinds) const {
+    const int64_t worth = ceil_div(kGrain, heads * std::max<int64_t>(d + d_v, 1));
+    const int64_t least = std::max(worth, std::min(kinds * worth, kFewTokens));
     return round_up(std::max(ceil_div(tokens, kMaxChunks), least), 16);
   }
-  // Of `kinds` weighted sums of rows, and of their weights.
+  // Numbers in `kinds` weighted sums of rows, and of their weights.
   int64_t sums_size(int64_t width, int64_t kinds) const { return kinds * heads * (width + 1); }
   // Bytes of a vector or a scalar per head.
   int64_t head_bytes(int64_t width) const { return s.B * s.H * width * acc_bytes; }
@@ -79,7 +86,7 @@ struct Plan {
   bool is_sum(const Largest& x) const { return within(x.size, kMostSum, wide); }
   bool is_sum(const double* x, int64_t n) const {
     Largest largest;
-    for (int64_t i = 0; i < n; ++i) largest.of(x[i]);
+    largest.of(x, n);
     return is_sum(largest);
   }
 
@@ -90,12 +97,12 @@ struct Plan {
 // The queries or the keys of a call, in chunks: at least one for each unit, by its own number of tokens alone.
 class Walk {
  public:
-  // Every batch has so many tokens; or they are packed, and `all` is the number of all of them.
-  Walk(const Plan& plan, int64_t tokens, const Offsets* packed)
-      : plan_(plan), packed_(packed), all_(packed ? packed->at.back() : tokens), first_(plan.units + 1) {
+  // Every batch has so many tokens; or they are packed, and `all` is the number of all of them. kinds: of sums.
+  Walk(const Plan& plan, int64_t tokens, const Offsets* packed, int64_t kinds = 1)
+      : plan_(plan), packed_(packed), kinds_(kinds), all_(packed ? packed->at.back() : tokens), first_(plan.units + 1) {
     for (int64_t unit = 0; unit < plan.units; ++unit) {
       const int64_t n = this->tokens(unit * plan.heads).size();
-      first_[unit + 1] = first_[unit] + std::max<int64_t>(1, ceil_div(n, plan.chunk(n)));
+      first_[unit + 1] = first_[unit] + std::max<int64_t>(1, ceil_div(n, plan.chunk(n, kinds)));
     }
   }
 
@@ -104,18 +111,18 @@ class Walk {
   Range of_batch(int64_t b) const { return packed_ ? Range{packed_->at[b], packed_->at[b + 1]} : Range{0, all_}; }
 
   // Bytes of the sums of a wave.
-  int64_t sums_bytes(int64_t width, int64_t kinds = 1) const {
+  int64_t sums_bytes(int64_t width) const {
     int64_t most = 0;
     plan_.for_waves([&](int64_t begin, int64_t end) { most = std::max(most, first_[end] - first_[begin]); });
-    return most * plan_.sums_size(width, kinds) * sizeof(double);
+    return most * plan_.sums_size(width, kinds_) * sizeof(double);
   }
   // Bytes of a scalar for each token and head: of a wave, or of all where they are packed.
   int64_t scalars_bytes() const { return (packed_ ? groups() : plan_.wave) * unit_bytes(); }
 
   // One pass over the tokens of units [begin, end). sums, where given, is (chunks, sums_size(width, kinds)).
   void run(LinearPass pass, const LinearArgs& args, int64_t begin, int64_t end, double* sums, int64_t width,
-           char* dscores, int64_t kinds = 1) const {
-    const int64_t heads = plan_.heads, H = plan_.s.H, size = plan_.sums_size(width, kinds);
+           char* dscores) const {
+    const int64_t heads = plan_.heads, H = plan_.s.H, size = plan_.sums_size(width, kinds_);
     const int64_t grain = std::max<int64_t>(1, kGrain / ((mean() + 1) * heads * (plan_.d + plan_.d_v + 1)));
     parallel_for(first_[begin], first_[end], grain, [&](int64_t from, int64_t to) {
       const Buffer scratch(plan_.kernels.linear.scratch_bytes(pass, heads, plan_.s.d, plan_.s.d_v));
@@ -124,9 +131,9 @@ class Walk {
         unit += i == first_[unit + 1];
         const int64_t head = unit * heads;
         const Range all = tokens(head);
-        const int64_t step = plan_.chunk(all.size()), at = all.begin + (i - first_[unit]) * step;
+        const int64_t step = plan_.chunk(all.size(), kinds_), at = all.begin + (i - first_[unit]) * step;
         double* chunk_sums = sums ? sums + (i - first_[begin]) * size : nullptr;
-        if (sums) std::memset(chunk_sums, 0, size * sizeof(double));
+        if (sums && !all.size()) std::memset(chunk_sums, 0, size * sizeof(double));
         char* scalars = dscores ? dscores + (packed_ ? unit % groups() : unit - begin) * unit_bytes() : nullptr;
         plan_.kernels.linear.run(
             pass, args,
@@ -137,16 +144,14 @@ class Walk {
 
   // Adds the chunks' sums up and calls body(head, vector sums, weight sums) for every head of the units, both by kind.
   template <typename Body>
-  void for_heads(int64_t begin, int64_t end, double* sums, int64_t width, const Body& body, int64_t kinds = 1) const {
-    const int64_t heads = plan_.heads, size = plan_.sums_size(width, kinds);
+  void for_heads(int64_t begin, int64_t end, double* sums, int64_t width, const Body& body) const {
+    const int64_t heads = plan_.heads, size = plan_.sums_size(width, kinds_);
     const int64_t chunks = first_.back() / std::max<int64_t>(plan_.units, 1);
     parallel_for(begin, end, std::max<int64_t>(1, kGrain / ((chunks + 1) * size)), [&](int64_t from, int64_t to) {
       for (int64_t unit = from; unit < to; ++unit) {
         double* total = sums + (first_[unit] - first_[begin]) * size;
-        for (int64_t c = 1; c < first_[unit + 1] - first_[unit]; ++c) {
-          for (int64_t i = 0; i < size; ++i) total[i] += total[c * size + i];
-        }
-        const double* weights = total + kinds * heads * width;
+        plan_.kernels.linear.add_up(total, size, first_[unit + 1] - first_[unit]);
+        const double* weights = total + kinds_ * heads * width;
         for (int64_t h = 0; h < heads; ++h) {
           body(
               unit * heads + h, [&](int64_t kind) { return total + (kind * heads + h) * width; },
@@ -164,7 +169,7 @@ class Walk {
 
   const Plan& plan_;
   const Offsets* packed_;
-  const int64_t all_;
+  const int64_t kinds_, all_;
   std::vector<int64_t> first_;  // the number of each unit's first chunk, and of the one behind the last
 };
 

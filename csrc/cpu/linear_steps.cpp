@@ -59,7 +59,7 @@ Tensor linear_queries_fwd(const Tensor& q, const OptTensor& query_padding_mask) 
   double* sums = sums_buffer.as<double>();
   LinearArgs args{};
   args.q = rows_of(q), args.query_mask = mask_of(query_padding_mask);
-  args.H = s.H, args.d = s.d, args.d_v = s.d_v;
+  args.H = s.H, args.d = s.d, args.d_v = s.d_v, args.in_cache = plan.in_cache;
 
   Units units(plan, queries, keys, args);
   std::vector<char> strange(s.B * s.H);
@@ -99,12 +99,12 @@ template <bool kFloor> Tensor linear_keys_fwd(const Tensor& k, const Tensor& v, 
   double* to = result.data_ptr<double>();
 
   const Plan plan(s, 0, k, k, v);
-  const Walk queries(plan, 0, nullptr), keys(plan, s.M, nullptr);
-  const Buffer score_query(plan.head_bytes(plan.d)), sums_buffer(keys.sums_bytes(plan.d_v, kKinds));
+  const Walk queries(plan, 0, nullptr), keys(plan, s.M, nullptr, kKinds);
+  const Buffer score_query(plan.head_bytes(plan.d)), sums_buffer(keys.sums_bytes(plan.d_v));
   double* sums = sums_buffer.as<double>();
   LinearArgs args{};
   args.k = rows_of(k), args.v = rows_of(v), args.key_mask = mask_of(key_padding_mask);
-  args.H = s.H, args.d = s.d, args.d_v = s.d_v;
+  args.H = s.H, args.d = s.d, args.d_v = s.d_v, args.in_cache = plan.in_cache;
   args.score_query = score_query.data();
 
   Units units(plan, queries, keys, args);
@@ -113,7 +113,7 @@ template <bool kFloor> Tensor linear_keys_fwd(const Tensor& k, const Tensor& v, 
   const auto run = [&](int64_t begin, int64_t end) {
     set_score_query(plan, qbar, units, query, begin * plan.heads, end * plan.heads);
     keys.run(kFloor ? LinearPass::forward_keys_floor : LinearPass::forward_keys, args, begin, end, sums, plan.d_v,
-             nullptr, kKinds);
+             nullptr);
     const auto finish = [&](int64_t head, const auto& sums_of, const auto& weights_of) {
       const HeadUnits u = units[head];
       strange[head] = false;
@@ -125,7 +125,7 @@ template <bool kFloor> Tensor linear_keys_fwd(const Tensor& k, const Tensor& v, 
         *of_head++ = weights / u.q / u.k;
       }
     };
-    keys.for_heads(begin, end, sums, plan.d_v, finish, kKinds);
+    keys.for_heads(begin, end, sums, plan.d_v, finish);
   };
   const auto set = [&](int64_t head) {
     HeadUnits u = units.measure(head);

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
 #include <limits>
 
 namespace infsa::cpu {
@@ -22,6 +23,12 @@ struct Largest {
 
   void of(double x) {
     if (!(std::abs(x) <= size)) size = std::abs(x);
+  }
+  void of(const double* x, int64_t n) {
+    // Four at once: one alone would wait for each comparison before it.
+    Largest of_four[4];
+    for (int64_t i = 0; i < n; ++i) of_four[i % 4].of(x[i]);
+    for (const Largest& other : of_four) of(other.size);
   }
 };
 
