@@ -32,12 +32,12 @@ python=$(basename "$here"/root/usr/include/python3.*)
 # Debian's pyconfig.h includes one for every architecture, from the folder above.
 ln -sfn ../aarch64-linux-gnu "$here/root/usr/include/$python/aarch64-linux-gnu"
 # A virtual environment, but that its python is this script. Torch's wheel has instructions that older cores lack; what the cross
-# compiler makes, for ARMv8-A, has none.
+# compiler makes, for ARMv8-A, has none. NEON_CPU names another core.
 echo "home = $here/root/usr/bin" > "$here/pyvenv.cfg"
 cat > "$here/bin/python" <<END
 #!/bin/sh
 export CC=aarch64-linux-gnu-gcc CXX=aarch64-linux-gnu-g++ CPATH="$here/root/usr/include/$python"
-exec qemu-aarch64 -cpu neoverse-n1 -L "$here/root" -0 "$here/bin/python" "$here/root/usr/bin/$python" "\$@"
+exec qemu-aarch64 -cpu "\${NEON_CPU:-neoverse-n1}" -L "$here/root" -0 "$here/bin/python" "$here/root/usr/bin/$python" "\$@"
 END
 chmod +x "$here/bin/python"
 

@@ -4,7 +4,7 @@
 // Included by isa_<set>.cpp only, like vec.h.
 #pragma once
 
-#include "vec.h"
+#include "pairs.h"
 
 namespace infsa::cpu::INFSA_ISA {
 
@@ -19,20 +19,21 @@ constexpr int kTileRows = 4;
 constexpr int kTileVectors = 2;
 template <typename A> constexpr int64_t kPanel = kTileVectors * kLanes<A>;
 
-// done(c) with c[i] = sum_l a[i * a_row + l * a_depth] b[l * b_depth ...]: the one loop where the time goes.
-template <int kVectors, typename A, typename Done> INFSA_INLINE void tile(const A* a, int64_t a_row, int64_t a_depth,
-                                                                          const A* b, int64_t b_depth, int64_t depth,
+// done(c) with c[i] = sum_l a[i * a_row + l * a_depth] b[l * b_depth ...]: the one loop where the time goes. Of
+// numbers, or of pairs of them.
+template <int kVectors, typename E, typename Done> INFSA_INLINE void tile(const E* a, int64_t a_row, int64_t a_depth,
+                                                                          const E* b, int64_t b_depth, int64_t depth,
                                                                           Done&& done) {
-  Vec<A> c[kTileRows][kVectors] = {};
+  Vec<SumOf<E>> c[kTileRows][kVectors] = {};
   for (int64_t l = 0; l < depth; ++l) {
-    Vec<A> right[kVectors];
+    Vec<E> right[kVectors];
 #pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) right[v] = load(b + v * kLanes<A>);
+    for (int v = 0; v < kVectors; ++v) right[v] = load(b + v * kLanes<E>);
 #pragma GCC unroll 12
     for (int i = 0; i < kTileRows; ++i) {
-      const Vec<A> left = broadcast(a[i * a_row]);
+      const Vec<E> left = broadcast(a[i * a_row]);
 #pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) c[i][v] += left * right[v];
+      for (int v = 0; v < kVectors; ++v) c[i][v] = multiply_add(c[i][v], left, right[v]);
     }
     a += a_depth;
     b += b_depth;
@@ -42,11 +43,11 @@ template <int kVectors, typename A, typename Done> INFSA_INLINE void tile(const 
 
 // C += A B over whole vectors of columns. A block's sum starts from 0 and is added once, which keeps the rounding of a
 // sum over many blocks near that of one block. A may be read past `rows` up to a whole tile; C is not.
-template <int kVectors, typename A> INFSA_INLINE void add_columns(int64_t rows, int64_t depth, const A* a,
-                                                                  int64_t a_row, int64_t a_depth, const A* b,
-                                                                  int64_t b_row, A* c, int64_t c_row) {
+template <int kVectors, typename E> INFSA_INLINE void add_columns(int64_t rows, int64_t depth, const E* a,
+                                                                  int64_t a_row, int64_t a_depth, const E* b,
+                                                                  int64_t b_row, SumOf<E>* c, int64_t c_row) {
   for (int64_t r = 0; r < rows; r += kTileRows) {
-    A* to = c + r * c_row;
+    SumOf<E>* to = c + r * c_row;
     const int64_t count = least(rows - r, kTileRows);
     for (int64_t i = 0; i < count; ++i) __builtin_prefetch(to + i * c_row, 1);
     tile<kVectors>(a + r * a_row, a_row, a_depth, b, b_row, depth, [&](auto& sum) INFSA_LAMBDA {
@@ -55,7 +56,7 @@ template <int kVectors, typename A> INFSA_INLINE void add_columns(int64_t rows, 
         if (i >= count) break;
 #pragma GCC unroll 2
         for (int v = 0; v < kVectors; ++v) {
-          A* at = to + i * c_row + v * kLanes<A>;
+          SumOf<E>* at = to + i * c_row + v * kLanes<E>;
           store(at, load(at) + sum[i][v]);
         }
       }
@@ -63,11 +64,11 @@ template <int kVectors, typename A> INFSA_INLINE void add_columns(int64_t rows, 
   }
 }
 
-template <typename A> INFSA_INLINE void add_product(int64_t rows, int64_t columns, int64_t depth, const A* a,
-                                                    int64_t a_row, int64_t a_depth, const A* b, int64_t b_row, A* c,
-                                                    int64_t c_row) {
+template <typename E> INFSA_INLINE void add_product(int64_t rows, int64_t columns, int64_t depth, const E* a,
+                                                    int64_t a_row, int64_t a_depth, const E* b, int64_t b_row,
+                                                    SumOf<E>* c, int64_t c_row) {
   int64_t j = 0;
-  for (; j + kPanel<A> <= columns; j += kPanel<A>)
+  for (; j + kPanel<E> <= columns; j += kPanel<E>)
     add_columns<kTileVectors>(rows, depth, a, a_row, a_depth, b + j, b_row, c + j, c_row);
   if (j < columns) add_columns<1>(rows, depth, a, a_row, a_depth, b + j, b_row, c + j, c_row);
 }
@@ -78,8 +79,8 @@ template <bool kSecond, typename V, int... i> INFSA_INLINE V interleave(V a, V b
   return __builtin_shufflevector(a, b, ((kSecond ? lanes / 2 : 0) + i / 2 + i % 2 * lanes)...);
 }
 
-// The rows as columns, times scale: panels of kPanel rows, each (columns x kPanel), `panel_size` elements apart.
-// Missing rows are 0.
+// The rows as columns, times scale, which is 1 for pairs: panels of kPanel rows, each (columns x kPanel), `panel_size`
+// elements apart. Missing rows are 0.
 template <typename A> void make_panels(const A* rows, int64_t stride, int64_t count, int64_t columns, A scale,
                                        A* panels, int64_t panel_size) {
   constexpr int lanes = kLanes<A>;

@@ -1,4 +1,5 @@
-// All kernels of one instruction set.
+// All kernels of one instruction set; or of one that adds to another what multiplies bfloat16 (INFSA_BF16_PRODUCTS),
+// Pure on bfloat16 alone.
 //
 // Included by isa_<set>.cpp only, which names the set (INFSA_ISA), its register width (INFSA_VEC_BYTES) and what to
 // compile for (INFSA_TARGET).
@@ -13,6 +14,19 @@ INFSA_PRAGMA_OF(clang attribute push(__attribute__((target(INFSA_TARGET))), appl
 INFSA_PRAGMA_OF(GCC target(INFSA_TARGET))
 #endif
 #endif
+
+#if defined(INFSA_BF16_PRODUCTS)
+
+#include "kernels.h"
+#include "pure_pairs.h"
+
+namespace infsa::cpu::INFSA_ISA {
+
+extern const PureKernels pure_of_bfloat16 = pure_kernels_in_pairs();
+
+}  // namespace infsa::cpu::INFSA_ISA
+
+#else
 
 #include "central_query_kernels.h"
 #include "convert.h"
@@ -39,6 +53,8 @@ template <typename T> constexpr Kernels kernels_of() {
 extern const KernelTable kernels = {kernels_of<float>(), kernels_of<double>(), kernels_of<bf16>(), kernels_of<fp16>()};
 
 }  // namespace infsa::cpu::INFSA_ISA
+
+#endif
 
 #if defined(INFSA_TARGET) && defined(__clang__)
 #pragma clang attribute pop

@@ -7,6 +7,11 @@
 #include "score_pool.h"
 #include "tokens.h"
 
+// Where the compiler knows ARM's BF16 instructions, and Linux tells whether the CPU has them.
+#if defined(__aarch64__) && defined(__linux__) && (!defined(__clang__) || __clang_major__ >= 16)
+#define INFSA_NEON_BF16
+#endif
+
 namespace infsa::cpu {
 
 struct Kernels {
@@ -31,6 +36,13 @@ extern const KernelTable kernels;
 }
 namespace avx512 {
 extern const KernelTable kernels;
+}
+// These add to the table of avx512, and of portable.
+namespace avx512_bf16 {
+extern const PureKernels pure_of_bfloat16;
+}
+namespace neon_bf16 {
+extern const PureKernels pure_of_bfloat16;
 }
 
 }  // namespace infsa::cpu

@@ -58,12 +58,12 @@ template <typename A> struct PureScratch {
 };
 
 // One tile of products over the depth, in runs of kRun where that is asked for.
-template <int kVectors, bool kRuns, typename A, typename Done>
-INFSA_INLINE void row_tile(const A* rows, int64_t stride, const A* panel, int64_t depth, Done&& done) {
+template <int kVectors, bool kRuns, typename E, typename Done>
+INFSA_INLINE void row_tile(const E* rows, int64_t stride, const E* panel, int64_t depth, Done&& done) {
   if constexpr (kRuns) {
-    Vec<A> total[kTileRows][kVectors] = {};
+    Vec<SumOf<E>> total[kTileRows][kVectors] = {};
     for (int64_t l = 0; l < depth; l += kRun) {
-      tile<kVectors>(rows + l, stride, 1, panel + l * kPanel<A>, kPanel<A>, least(depth - l, kRun),
+      tile<kVectors>(rows + l, stride, 1, panel + l * kPanel<E>, kPanel<E>, least(depth - l, kRun),
                      [&](auto& c) INFSA_LAMBDA {
 #pragma GCC unroll 12
                        for (int r = 0; r < kTileRows; ++r) {
@@ -74,18 +74,18 @@ INFSA_INLINE void row_tile(const A* rows, int64_t stride, const A* panel, int64_
     }
     done(total);
   } else {
-    tile<kVectors>(rows, stride, 1, panel, kPanel<A>, depth, done);
+    tile<kVectors>(rows, stride, 1, panel, kPanel<E>, depth, done);
   }
 }
 
 // epilogue(tile, key, query, rows) for every tile of rows(keys) x panels(queries).
-template <bool kRuns = false, typename A, typename Epilogue>
-INFSA_INLINE void each_tile(int64_t keys, int64_t queries, int64_t depth, const A* rows, int64_t stride,
-                            const A* panels, int64_t panel_size, Epilogue&& epilogue) {
-  for (int64_t j = 0; j < queries; j += kPanel<A>, panels += panel_size) {
+template <bool kRuns = false, typename E, typename Epilogue>
+INFSA_INLINE void each_tile(int64_t keys, int64_t queries, int64_t depth, const E* rows, int64_t stride,
+                            const E* panels, int64_t panel_size, Epilogue&& epilogue) {
+  for (int64_t j = 0; j < queries; j += kPanel<E>, panels += panel_size) {
     for (int64_t i = 0; i < keys; i += kTileRows) {
       const auto done = [&](auto& c) INFSA_LAMBDA { epilogue(c, i, j, least(keys - i, kTileRows)); };
-      if (queries - j > kLanes<A>) {
+      if (queries - j > kLanes<E>) {
         row_tile<kTileVectors, kRuns>(rows + i * stride, stride, panels, depth, done);
       } else {
         row_tile<1, kRuns>(rows + i * stride, stride, panels, depth, done);
