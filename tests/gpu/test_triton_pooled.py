@@ -66,6 +66,7 @@ def check(x, mask, H, d, *, bias, norm_eps):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("norm_eps", [None, 1e-5])
+@pytest.mark.one_in(3)
 def test_central_query(dtype, norm_eps):
     """Odd sizes, with and without masks, biases and strides."""
     for masked, (H, d, D) in itertools.product((False, True), ((3, 5, 24), (2, 16, 80))):
@@ -80,6 +81,7 @@ def test_a_mean_far_above_the_deviation():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("d", [130, 256])
+@pytest.mark.one_in(2)
 def test_wide_heads(dtype, d):
     """The tiles of heads of more than 128 channels."""
     x, mask = tokens_amid_nan(2, 70, 24, dtype, strided=True, masked=True)

@@ -74,6 +74,7 @@ def check(x, mask, H, *, bias, norm_eps, score_floor=0.0):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("norm_eps", [None, 1e-5])
 @pytest.mark.parametrize("score_floor", [0.0, 0.3])
+@pytest.mark.one_in(4)
 def test_score_pool(dtype, norm_eps, score_floor):
     """Odd sizes, with and without masks, biases and strides; several tiles of channels."""
     for masked, H, D in (False, 3, 23), (True, 17, 135):
@@ -82,6 +83,7 @@ def test_score_pool(dtype, norm_eps, score_floor):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.one_in(3)
 def test_groups_of_heads(dtype):
     x, mask = tokens_amid_nan(1, 40, 24, dtype, strided=False, masked=True)
     for score_floor in (0.0, 0.3):
@@ -160,6 +162,7 @@ def test_range_of_float16():
 
 
 @pytest.mark.parametrize("wanted", list(itertools.product((False, True), repeat=3)))
+@pytest.mark.one_in(4)
 def test_gradients_that_nobody_asked_for(wanted):
     from infsa_kernels.triton import score_pool
 
