@@ -10,6 +10,10 @@ Backward forms u once more and writes the gradient of W x^ + b, rounded to the d
 give the gradients of W and x.
 """
 
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+
 import torch
 import triton
 import triton.language as tl
@@ -22,6 +26,12 @@ from .token_rows import input_gradient, rows_of, statistics_of
 
 # Tokens of backward's intermediates, in all samples together.
 BLOCK_TOKENS = 1 << 14
+
+
+def block_tokens(B):
+    """Of each sample."""
+    return max(1, BLOCK_TOKENS // max(1, B))
+
 
 SIZES = ["H", "N", "splits", "split_tokens"]
 
@@ -151,19 +161,49 @@ def central_query_bwd_kernel(
         tl.store(dbias_parts + (b * splits + split) * H * d + at, dbias, mask=exist)
 
 
-class Tiling:
-    """How the products are cut: chosen by bytes of shared memory and registers of the sums, measured on no GPU."""
+# Tokens of the tiles of a GPU that they fill, and of the others.
+LARGE, SMALL = 128, 64
+# Where a kernel with large tiles spills in no variant.
+LARGE_ON = {"forward": tuple(configs.MULTIPROCESSORS), "backward": ("sm_80", "sm_90", "gfx942")}
+# Which of the two, for the check before first use, whose calls are small; otherwise their tokens decide.
+_chosen: ContextVar[bool | None] = ContextVar("large", default=None)
 
-    def __init__(self, x, weight):
-        H, d, D = weight.shape
+
+@contextlib.contextmanager
+def tiles(large: bool) -> Iterator[None]:
+    """In this block, and this thread, tiles are large wherever a call can have them, or nowhere."""
+    before = _chosen.set(large)
+    try:
+        yield
+    finally:
+        _chosen.reset(before)
+
+
+class Tiling:
+    """How the products are cut: chosen by bytes of shared memory and registers of the sums, measured on no GPU.
+
+    In 16 bits tiles are large where they leave no multiprocessor without one: W comes from the L2 cache once per tile of tokens,
+    and x once per 128 channels. Tiles of 256 channels spill; so do those of 128 x 128 that take more than 32 of D at a time.
+    One tiling serves every block of a backward pass.
+    """
+
+    def __init__(self, x, weight, direction):
+        (B, N, _), (H, d, D) = x.shape, weight.shape
         DP, wide = padded(d), x.element_size() == 4
         columns = max(32 if wide else 128, DP)
         G = max(min(padded(H), columns // DP), 16 // DP)
-        large = G * DP > 128
-        BM, BK = ((16, 16) if large else (32, 32)) if wide else (32 if large else 64, 64)
-        self.rows, self.groups = BM, ceil_div(H, G)
-        self.options = {"D": D, "d": d, "DP": DP, "G": G, "BM": BM, "BK": BK, "PRECISION": configs.precision(x)}
-        self.options |= {"num_warps": 8, "num_stages": 1 if wide else 2 if large else 3} | configs.all_registers(x)
+        self.groups = ceil_div(H, G)
+        programs = B * (min(N, block_tokens(B)) // LARGE) * self.groups
+        large = programs >= configs.multiprocessors(x.device) if _chosen.get() is None else _chosen.get()
+        self.large = large and not wide and G * DP <= 128 and configs.arch_of(x.device) in LARGE_ON[direction]
+        if wide:
+            self.rows, BK, stages = *((16, 16) if G * DP > 128 else (32, 32)), 1
+        elif G * DP > 128:
+            self.rows, BK, stages = 32, 64, 2
+        else:
+            self.rows, BK, stages = (LARGE, 32, 3) if self.large else (SMALL, 64, 3)
+        self.options = {"D": D, "d": d, "DP": DP, "G": G, "BM": self.rows, "BK": BK, "PRECISION": configs.precision(x)}
+        self.options |= {"num_warps": 8, "num_stages": stages} | configs.all_registers(x)
 
     def splits(self, B, N, device):
         """How many runs of how many tokens: two waves of programs."""
@@ -186,7 +226,7 @@ def forward(x, weight, bias, norm_eps, eps, padding_mask):
         return eager.forward(x, weight, bias, norm_eps, eps, padding_mask)
     B, N, _ = x.shape
     H, d, _ = weight.shape
-    tiling = Tiling(x, weight)
+    tiling = Tiling(x, weight, "forward")
     splits, split_tokens = tiling.splits(B, N, x.device)
     statistics = None if norm_eps is None else statistics_of(x, norm_eps, padding_mask)
     central_parts = x.new_empty((B, splits, H, d), dtype=torch.float32)
@@ -212,10 +252,10 @@ def backward(dcentral_query, x, weight, bias, central_query, energy_sum, norm_ep
     scaled = (dcentral_query * (d**-0.5 / (energy_sum + eps))[..., None]).contiguous()
     offset = (scaled * central_query).sum(-1)
     bias = None if bias is None else bias.contiguous()
-    tiling, matrix = Tiling(x, weight), weight.reshape(H * d, D)
+    tiling, matrix = Tiling(x, weight, "backward"), weight.reshape(H * d, D)
     dweight_sum = x.new_zeros((H * d, D), dtype=torch.float32)
     dbias_sum = x.new_zeros((H, d), dtype=torch.float32)
-    step = max(1, BLOCK_TOKENS // B)
+    step = block_tokens(B)
     for begin in range(0, N, step):
         tokens = slice(begin, begin + step)
         block, mask = x[:, tokens], None if padding_mask is None else padding_mask[:, tokens]

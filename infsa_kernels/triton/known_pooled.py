@@ -1,6 +1,6 @@
 """Calls of the pooled layer's operators whose results are known, for the check before a kernel's first use (first_use.py)."""
 
-import contextlib
+import functools
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -32,6 +32,7 @@ class Variant:
     normalised: bool
     masked: bool
     dense: bool  # channels lie side by side
+    large: bool  # tiles of central_query, for so many tokens
 
     backend = "triton"  # there is no other
 
@@ -39,7 +40,7 @@ class Variant:
         words = [f"infsa::{self.op} {self.direction}", self.dtype, f"{self.width} channels", f"{self.heads} heads"]
         words[-1] += f" of {self.d}" * bool(self.d)
         words += ["with a bias"] * self.biased + ["normalised"] * self.normalised + ["masked"] * self.masked
-        words += [] if self.dense else ["channels apart"]
+        words += ([] if self.dense else ["channels apart"]) + ["large tiles"] * self.large
         return ", ".join([*words, *([self.precision] if self.dtype == "float32" else [])])
 
 
@@ -48,11 +49,13 @@ def usual(device: torch.device) -> list[Variant]:
     return [
         Variant(
             op, direction, dtype, "ieee" if dtype == "float32" else "", 16, 64 if op == "central_query" else 0, 1024,
-            True, True, masked, True,
+            True, True, masked, True, large,
         )
-        for op, direction, dtype, masked in itertools.product(
-            OPS, ("forward", "backward"), ("bfloat16", "float16", "float32"), (False, True)
+        for op, direction, dtype, masked, large in itertools.product(
+            OPS, ("forward", "backward"), ("bfloat16", "float16", "float32"), (False, True), (False, True)
         )
+        if not large
+        or (op == "central_query" and dtype != "float32" and configs.arch_of(device) in central_query.LARGE_ON[direction])
     ]  # fmt: skip
 
 
@@ -67,14 +70,16 @@ def of(op: str, direction: str, arguments) -> Variant:
         *(given["keys"].shape[1], 0) if weight is None else weight.shape[:2], x.shape[2],
         given["key_bias" if weight is None else "bias"] is not None, given["norm_eps"] is not None,
         given["padding_mask"] is not None, x.stride(2) == 1,
+        weight is not None and central_query.Tiling(x, weight, direction).large,
     )  # fmt: skip
 
 
 def calls(variant: Variant, device: torch.device) -> Iterator[Known]:
     """The calls of a check."""
+    around = functools.partial(central_query.tiles, variant.large)
     for number, tokens in enumerate(_lengths(variant, device)):
         random = torch.Generator("cpu").manual_seed(number)
-        yield Known(f"{tokens} tokens", _arguments(variant, device, tokens, random), contextlib.nullcontext)
+        yield Known(f"{tokens} tokens", _arguments(variant, device, tokens, random), around)
 
 
 def alone(variant: Variant, arguments: list) -> list:
@@ -87,7 +92,9 @@ def _lengths(variant: Variant, device: torch.device) -> list[int]:
     dtype = getattr(torch, variant.dtype)
     x = torch.empty(SAMPLES, 1, variant.width, dtype=dtype, device=device)
     if variant.op == "central_query":
-        tiling = central_query.Tiling(x, x.new_empty(variant.heads, variant.d, variant.width))
+        with central_query.tiles(variant.large):
+            weight = x.new_empty(variant.heads, variant.d, variant.width)
+            tiling = central_query.Tiling(x, weight, variant.direction)
         tile, (splits, _) = tiling.rows, tiling.splits(SAMPLES, 1 << 30, device)
     else:
         launches = score_pool.Calls(x, variant.heads, 0.0 if variant.normalised else None)

@@ -26,13 +26,14 @@ def small(monkeypatch):
 
 def variant(op="central_query", direction="forward", dtype="float32", **form) -> known_pooled.Variant:
     form = {"heads": 2, "d": 5 if op == "central_query" else 0, "width": 24} | form
-    form = dict.fromkeys(("biased", "normalised", "masked"), False) | {"dense": True} | form
+    form = dict.fromkeys(("biased", "normalised", "masked", "large"), False) | {"dense": True} | form
     precision = "ieee" if dtype == "float32" else ""
     return known_pooled.Variant(op=op, direction=direction, dtype=dtype, precision=precision, **form)
 
 
 CASES = {
     "plain": {},
+    "large": {"dtype": "bfloat16", "biased": True, "masked": True, "large": True},
     "everything": {"biased": True, "normalised": True, "masked": True},
     "bfloat16": {"dtype": "bfloat16", "biased": True, "normalised": True},
     "float16": {"dtype": "float16", "masked": True, "width": 33, "normalised": True},
@@ -43,9 +44,11 @@ directions = pytest.mark.parametrize("direction", ["forward", "backward"])
 
 @pytest.mark.parametrize("op", known_pooled.OPS)
 @directions
-@pytest.mark.parametrize("case", some(CASES, "everything", "bfloat16", "apart"))
+@pytest.mark.parametrize("case", some(CASES, "everything", "bfloat16", "apart", "large"))
 @pytest.mark.one_in(4)
 def test_the_shipped_kernels_pass(op, direction, case):
+    if op != "central_query" and case == "large":
+        pytest.skip("its tiles have one size")
     assert first_use.check(variant(op, direction, **CASES[case]), CPU) is None
 
 
@@ -149,3 +152,15 @@ def test_what_is_compiled_anew_is_a_variant_of_its_own():
         backward = (saved[0], *call[:3], *saved, *call[3:])
         assert first_use.of("central_query", "backward", backward) == replace(plain, direction="backward", **change)
     assert str(plain) == "infsa::central_query forward, float32, 24 channels, 3 heads of 5, ieee"
+    many, of_heads = torch.randn(2, 128, 24).half(), (weight.half(), None, None, 1e-6, None)
+    halves = replace(plain, dtype="float16", precision="")
+    assert first_use.of("central_query", "forward", (many, *of_heads)) == replace(halves, large=True)
+    assert first_use.of("central_query", "forward", (many[:, 1:], *of_heads)) == halves
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_a_check_runs_the_tiles_of_its_variant(large, monkeypatch):
+    asked = variant(dtype="float16", large=large)
+    for known in known_pooled.calls(asked, CPU):
+        with known.around():
+            assert first_use.of("central_query", "forward", known.arguments) == asked, known.where

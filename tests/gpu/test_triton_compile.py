@@ -111,10 +111,13 @@ LENGTHS = sorted({rows * columns + 1 for rows in range(14, 65, 3) for columns in
 
 @pytest.mark.parametrize(
     ("op", "heads", "d", "most"),
-    [("linear", 64, 16, 7), ("linear_floor", 64, 16, 7), ("pure", 16, 64, 8), ("pooled", 64, 16, 9)],
+    [("linear", 64, 16, 7), ("linear_floor", 64, 16, 7), ("pure", 16, 64, 8), ("pooled", 64, 16, 11)],
 )
 def test_lengths_share_their_kernels(op, heads, d, most):
-    """As many pictures of as many sizes, and 4 kernels forward and backward: each is compiled in seconds, once."""
+    """As many pictures of as many sizes, and 4 kernels forward and backward: each is compiled in seconds, once.
+
+    The pooled layer's two products have tiles of two sizes.
+    """
     assert len(LENGTHS) >= 40
     assert len(compilations([Call(op, 8, N, heads, d) for N in LENGTHS])) <= most
 

@@ -64,14 +64,43 @@ def check(x, mask, H, d, *, bias, norm_eps):
     assert all(torch.equal(again[name], actual[name]) for name in actual), "two runs differ"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+TILES = [(torch.float32, False), *itertools.product((torch.bfloat16, torch.float16), (False, True))]
+
+
+@pytest.mark.parametrize(("dtype", "large"), TILES, ids=str)
 @pytest.mark.parametrize("norm_eps", [None, 1e-5])
 @pytest.mark.one_in(3)
-def test_central_query(dtype, norm_eps):
+def test_central_query(dtype, large, norm_eps):
     """Odd sizes, with and without masks, biases and strides."""
+    from infsa_kernels.triton import central_query
+
+    with central_query.tiles(large):
+        every_form(dtype, norm_eps)
+
+
+def every_form(dtype, norm_eps):
     for masked, (H, d, D) in itertools.product((False, True), ((3, 5, 24), (2, 16, 80))):
         x, mask = tokens_amid_nan(2, 150, D, dtype, strided=masked, masked=masked)
         check(x, mask, H, d, bias=masked, norm_eps=norm_eps)
+
+
+@pytest.mark.parametrize("multiprocessors", [8, 108, 132])
+@pytest.mark.parametrize("heads", [1, 16, 64])
+def test_large_tiles_leave_no_multiprocessor_without_one(heads, multiprocessors, monkeypatch):
+    """Nor do they start where most of a tile would lie past the last token."""
+    from infsa_kernels.triton import central_query, configs
+
+    monkeypatch.setattr(configs, "multiprocessors", lambda device: multiprocessors)
+    monkeypatch.setattr(central_query, "BLOCK_TOKENS", 1 << 14)
+    weight, found = torch.empty(heads, 16, 32, dtype=torch.bfloat16, device="meta"), set()
+    for B, N in itertools.product((1, 2, 7, 64, 1000), (1, 127, 128, 197, 1025, 4224, 65536)):
+        x = torch.empty(B, N, 32, dtype=torch.bfloat16, device="meta")
+        tiling = central_query.Tiling(x, weight, "forward")
+        found.add(tiling.large)
+        if tiling.large:
+            assert N >= tiling.rows and B * -(-N // tiling.rows) * tiling.groups >= multiprocessors
+        assert not central_query.Tiling(x.float(), weight.float(), "forward").large
+    assert False in found and (True in found) == (128 * max(1, heads // 8) >= multiprocessors)
 
 
 def test_a_mean_far_above_the_deviation():

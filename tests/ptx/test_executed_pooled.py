@@ -50,6 +50,18 @@ IN_MAKE_TEST = ("bf16", "normalised", 0.0), ("fp16", "masked", 0.3), ("fp32", "p
 
 @pytest.mark.parametrize(("dtype", "form", "floor"), some(CASES, *IN_MAKE_TEST))
 def test_tiles_and_a_tail(dtype, form, floor):
+    with central_query.tiles(large=dtype == "bf16"):
+        tiles_and_a_tail(dtype, form, floor)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_the_other_tiles(dtype):
+    with central_query.tiles(large=dtype == "fp16"):
+        tiles_and_a_tail(dtype, "normalised", 0.0)
+
+
+def tiles_and_a_tail(dtype, form, floor):
     call = pooled_linear_calls.layer(DTYPES[dtype], **FORMS[form], shape=(1, 150, 80), heads=2, head=16) | {
         "eps": 1e-2,
         "score_floor": floor,
