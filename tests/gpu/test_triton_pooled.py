@@ -98,7 +98,7 @@ def test_large_tiles_leave_no_multiprocessor_without_one(heads, multiprocessors,
         tiling = central_query.Tiling(x, weight, "forward")
         found.add(tiling.large)
         if tiling.large:
-            assert N >= tiling.rows and B * -(-N // tiling.rows) * tiling.groups >= multiprocessors
+            assert tiling.rows <= N and B * -(-N // tiling.rows) * tiling.groups >= multiprocessors
         assert not central_query.Tiling(x.float(), weight.float(), "forward").large
     assert False in found and (True in found) == (128 * max(1, heads // 8) >= multiprocessors)
 
