@@ -163,7 +163,7 @@ def central_query_bwd_kernel(
 
 # Tokens of the tiles of a GPU that they fill, and of the others.
 LARGE, SMALL = 128, 64
-# Where a kernel with large tiles spills in no variant.
+# Where a kernel with large tiles spills in no variant for heads of 16 to 128.
 LARGE_ON = {"forward": tuple(configs.MULTIPROCESSORS), "backward": ("sm_80", "sm_90", "gfx942")}
 # Which of the two, for the check before first use, whose calls are small; otherwise their tokens decide.
 _chosen: ContextVar[bool | None] = ContextVar("large", default=None)
@@ -195,7 +195,8 @@ class Tiling:
         self.groups = ceil_div(H, G)
         programs = B * (min(N, block_tokens(B)) // LARGE) * self.groups
         large = programs >= configs.multiprocessors(x.device) if _chosen.get() is None else _chosen.get()
-        self.large = large and not wide and G * DP <= 128 and configs.arch_of(x.device) in LARGE_ON[direction]
+        # Of narrower heads backward spills on sm_90.
+        self.large = large and not wide and 16 <= DP <= 128 and configs.arch_of(x.device) in LARGE_ON[direction]
         if wide:
             self.rows, BK, stages = *((16, 16) if G * DP > 128 else (32, 32)), 1
         elif G * DP > 128:

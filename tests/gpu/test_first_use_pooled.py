@@ -33,7 +33,7 @@ def variant(op="central_query", direction="forward", dtype="float32", **form) ->
 
 CASES = {
     "plain": {},
-    "large": {"dtype": "bfloat16", "biased": True, "masked": True, "large": True},
+    "large": {"dtype": "bfloat16", "d": 16, "biased": True, "masked": True, "large": True},
     "everything": {"biased": True, "normalised": True, "masked": True},
     "bfloat16": {"dtype": "bfloat16", "biased": True, "normalised": True},
     "float16": {"dtype": "float16", "masked": True, "width": 33, "normalised": True},
@@ -152,15 +152,15 @@ def test_what_is_compiled_anew_is_a_variant_of_its_own():
         backward = (saved[0], *call[:3], *saved, *call[3:])
         assert first_use.of("central_query", "backward", backward) == replace(plain, direction="backward", **change)
     assert str(plain) == "infsa::central_query forward, float32, 24 channels, 3 heads of 5, ieee"
-    many, of_heads = torch.randn(2, 128, 24).half(), (weight.half(), None, None, 1e-6, None)
-    halves = replace(plain, dtype="float16", precision="")
+    many, of_heads = torch.randn(2, 128, 24).half(), (torch.randn(3, 16, 24).half(), None, None, 1e-6, None)
+    halves = replace(plain, dtype="float16", precision="", d=16)
     assert first_use.of("central_query", "forward", (many, *of_heads)) == replace(halves, large=True)
     assert first_use.of("central_query", "forward", (many[:, 1:], *of_heads)) == halves
 
 
 @pytest.mark.parametrize("large", [False, True])
 def test_a_check_runs_the_tiles_of_its_variant(large, monkeypatch):
-    asked = variant(dtype="float16", large=large)
+    asked = variant(dtype="float16", d=16, large=large)
     for known in known_pooled.calls(asked, CPU):
         with known.around():
             assert first_use.of("central_query", "forward", known.arguments) == asked, known.where
