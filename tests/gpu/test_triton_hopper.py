@@ -21,10 +21,10 @@ triton = pytest.importorskip("triton")
 if triton.knobs.runtime.interpret:
     pytest.skip("the interpreter does not compile", allow_module_level=True)
 
-from helpers.triton_resources import Case  # noqa: E402
+from helpers.triton_resources import Case, Pooled  # noqa: E402
 from helpers.triton_sass import TOOLS  # noqa: E402
 from helpers.triton_target import compiled, launching  # noqa: E402
-from helpers.wgmma import hazards, parse  # noqa: E402
+from helpers.wgmma import hazards, parse, unfenced  # noqa: E402
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Compiled:
 
 
 @functools.cache
-def kernels(case: Case) -> list[Compiled]:
+def kernels(case: Case | Pooled) -> list[Compiled]:
     """Those of a call, forward and backward, that have asynchronous products."""
     found = []
 
@@ -105,3 +105,25 @@ def test_each_wait_of_the_forward_kernel_is_missed():
     assert len(waits) >= 2
     for wait in waits:
         assert hazards(sass[: wait.start()] + "NOP" + sass[wait.end() :])
+
+
+# Tokens so narrow that LLVM unrolls the steps over their channels and makes constants or the bias where the first product sums.
+NARROW = [
+    Pooled(dtype, width, normalised)
+    for dtype in ("bf16", "fp16")
+    for width in (48, 64, 80, 128)
+    for normalised in (False, True)
+]
+
+
+@pytest.mark.parametrize("case", some(NARROW), ids=str)
+def test_what_the_pooled_layers_products_begin_with_is_there_before(case):
+    found = kernels(case)
+    assert len(found) >= 4
+    for kernel in found:
+        assert "Used" in kernel.log and not re.findall(r"C75\d\d.*", kernel.log), kernel.log
+        assert not hazards(kernel.sass), "\n".join([kernel.name, *hazards(kernel.sass)])
+        assert not unfenced(kernel.sass), "\n".join([kernel.name, *unfenced(kernel.sass)])
+        sums = re.search(r"HGMMA\S* (R\d+)", kernel.sass)[1]
+        late = kernel.sass.replace("WARPGROUP.ARRIVE ;", f"WARPGROUP.ARRIVE ;\n /*0000*/ MOV {sums}, RZ ;")
+        assert unfenced(late), kernel.name

@@ -132,10 +132,29 @@ POOLED = {
 }
 
 
-def _pooled_forward_and_backward(call: "Case | Call") -> None:
-    """Tokens of 1024 channels, as many as all heads have together; with biases."""
-    B, N, d = getattr(call, "B", 1), call.N, call.d
-    H, D = getattr(call, "H", 1024 // d), 1024
+@dataclass(frozen=True)
+class Pooled:
+    """The pooled layer of tokens of another width, heads of 16."""
+
+    dtype: str
+    D: int
+    normalised: bool
+    op: str = "pooled"
+    d: int = 16
+    N: int = 4096
+    masked: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.dtype}/D{self.D}" + "/normalised" * self.normalised
+
+    def run(self) -> None:
+        _pooled_forward_and_backward(self)
+
+
+def _pooled_forward_and_backward(call: "Case | Call | Pooled") -> None:
+    """Tokens of 1024 channels where the call does not say, as many as all heads have together; with biases."""
+    B, N, d, D = getattr(call, "B", 1), call.N, call.d, getattr(call, "D", 1024)
+    H = getattr(call, "H", D // d)
 
     def new(*shape, dtype=torch.float32):
         return torch.empty(shape, dtype=dtype, device="meta")

@@ -77,6 +77,20 @@ def hazards(sass: str) -> list[str]:
     return found
 
 
+def unfenced(sass: str) -> list[str]:
+    """Each register in which a product sums that is written behind the WARPGROUP.ARRIVE before the product, in words."""
+    found, since, armed = [], [], False
+    for line in parse(sass)[0]:
+        if line.op.startswith("WARPGROUP.ARRIVE"):
+            since, armed = [], True
+        elif line.op.startswith("HGMMA"):
+            found += [f"{line}: {other}" for other in since if _touched(other)[0] & _accumulators(line)]
+            armed = armed and not line.groups()
+        elif armed:
+            since.append(line)
+    return found
+
+
 def _accumulators(product: Line) -> set[int]:
     columns = int(re.search(r"\.64x(\d+)x", product.op)[1])
     return _registers(product.operands[0], columns // 2 if ".F32" in product.op else columns // 4)

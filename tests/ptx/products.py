@@ -2,6 +2,10 @@
 
 What a product on its way reads or writes nothing else may touch until the wait for its group: not the registers, which is an
 error here, nor what it reads of shared memory (memory.py). Threads' own accesses to the registers are before a wgmma.fence.
+
+A move into a sum counts as what was last done to its source: LLVM puts constants and copies right before the product that takes
+them, behind a fence too. ptxas has them before it or, of zeros, a product that adds nothing: tests/gpu/test_triton_hopper.py
+looks for what it leaves behind.
 """
 
 import re
@@ -32,8 +36,11 @@ class Products:
     def __init__(self, m):
         self.m = m
         operands = (o for i in m.kernel.code if i.opcode.startswith("wgmma.mma") for o in i.operands if o[0] == "{")
-        registers = dict.fromkeys(register for operand in operands for register in parts(operand))
-        self.row = {register: row for row, register in enumerate(registers)}
+        self.used = dict.fromkeys(register for operand in operands for register in parts(operand))
+        sums = {r for i in m.kernel.code if i.opcode.startswith("wgmma.mma") for r in parts(i.operands[0])}
+        self.moves = _moves_into(sums, m.kernel.code)
+        sources = dict.fromkeys(i.operands[1] for i in m.kernel.code if i in self.moves and i.operands[1][0] == "%")
+        self.row = {register: row for row, register in enumerate(self.used | sources)}
         groups = len(m.thread) // GROUP
         self.committed, self.completed = np.zeros(groups, np.int64), np.zeros(groups, np.int64)
         # The last product, by its group, that sums in a register, and that reads A from it.
@@ -45,15 +52,21 @@ class Products:
         self.started: list[Started] = []
 
     def rows_of(self, i: Instruction) -> np.ndarray:
-        """Of the registers that an instruction other than products names."""
-        names = () if i.opcode.startswith("wgmma") else re.findall(r"%\w+", " ".join(i.operands))
-        return np.array([self.row[name] for name in names if name in self.row], np.int64)
+        """Of the registers that an instruction other than products names; what is only moved into them it has to write."""
+        operands = () if i.opcode.startswith("wgmma") else i.operands
+        names = [name for name in re.findall(r"%\w+", " ".join(operands[1:])) if name in self.used]
+        names += [name for name in re.findall(r"%\w+", " ".join(operands[:1])) if name in self.row]
+        return np.array([self.row[name] for name in names], np.int64)
 
     def touch(self, rows: np.ndarray, mask: np.ndarray, i: Instruction) -> None:
         groups = np.flatnonzero(mask.reshape(-1, GROUP).any(1))
         at = np.ix_(rows, groups)
         if (np.maximum(self.sums_in[at], self.reads[at]) >= self.completed[groups]).any():
             raise Fault(f"{i}: touches a register of a product on its way")
+        if i in self.moves:
+            to, source = (self.row.get(operand) for operand in i.operands)
+            self.touched[to, groups] = 0 if source is None else self.touched[source, groups]
+            return
         self.now += 1
         self.touched[at] = self.now
 
@@ -131,6 +144,16 @@ class Products:
         if (groups.any(1) != groups.all(1)).any():
             raise Fault(f"{i}: only some threads of four warps are here")
         return np.flatnonzero(groups.any(1))
+
+
+def _moves_into(registers: set[str], code: tuple[Instruction, ...]) -> set[Instruction]:
+    """Moves whose value ends in one of these registers, after more moves or none."""
+    moves, before = {i for i in code if i.opcode == "mov.b32" and i.guard is None and i.operands[0][0] == "%"}, -1
+    found: set[Instruction] = set()
+    while len(found) > before:
+        before = len(found)
+        found |= {i for i in moves if i.operands[0] in registers | {move.operands[1] for move in found}}
+    return found
 
 
 def addresses_of(descriptors: np.ndarray, rows: int, columns: int, mn_major: bool, i: Instruction) -> np.ndarray:

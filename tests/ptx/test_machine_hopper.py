@@ -151,6 +151,19 @@ def test_a_product_of_matrices_in_shared_memory():
     assert torch.equal(product(FILL, A_AND_B, FENCES, PRODUCT, again, COMMIT, WAIT, STORE, x=x), 2 * (A @ B.T).float())
 
 
+def test_what_was_there_before_the_fence_may_be_moved_into_sums_behind_it():
+    A, B, x = matrices()
+    one = "mov.b32 %r15, 0f3F800000;"
+    moves = "mov.b32 %r20, 0f3F800000;\nmov.b32 %r22, %r16;\n" + "".join(
+        f"mov.b32 %r{n}, %r15;\n" for n in (16, 21, 23)
+    )
+    rest = PRODUCT.replace("%p3", "%p2"), COMMIT, WAIT, STORE
+    found = product(FILL, A_AND_B, one, "mov.b32 %r16, %r15;", FENCES, moves, *rest, x=x)
+    assert torch.equal(found, (A @ B.T).float() + 1)
+    with pytest.raises(Fault, match=r"no wgmma\.fence since threads touched"):
+        product(FILL, A_AND_B, one, "mov.b32 %r16, %r15;", FENCES, "add.f32 %r16, %r16, %r16;", moves, *rest)
+
+
 def test_a_product_with_a_in_registers():
     A, B, x = matrices()
     load = """
@@ -196,8 +209,12 @@ def test_a_product_with_b_by_columns():
         ((FILL, A_AND_B, FENCES, PRODUCT, COMMIT), "ends while this product is on its way"),
         ((FILL, A_AND_B, FENCES.rpartition("\n")[0], PRODUCT, COMMIT, WAIT, STORE), "no wgmma.fence before the first"),
         (
-            (FILL, A_AND_B, FENCES, "mov.b32 %r20, 0;", PRODUCT, COMMIT, WAIT, STORE),
+            (FILL, A_AND_B, FENCES, "add.s32 %r20, %r3, 0;", PRODUCT, COMMIT, WAIT, STORE),
             "no wgmma.fence since threads touched a register",
+        ),
+        (
+            (FILL, A_AND_B, FENCES, PRODUCT, "mov.b32 %r20, 0;", COMMIT, WAIT, STORE),
+            "a register of a product on its way",
         ),
         ((FILL, A_AND_B, FENCES.partition("\n")[2], PRODUCT, COMMIT, WAIT, STORE), "no fence.proxy.async between"),
         ((FILL, A_AND_B, FENCES.replace("bar.sync 0;", ""), PRODUCT, COMMIT, WAIT, STORE), "no barrier between"),

@@ -9,6 +9,7 @@ import itertools
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from unittest import mock
 
 import pytest
 from helpers import pooled_linear_calls
@@ -47,6 +48,12 @@ TAIL = (
     "the tail of a few keys is one tile: what is still on its way then are zeros for tiles past the end, into buffers that "
     "nothing else uses any more"
 )
+AGAIN = "the wait and the barrier at the end of the turn before, or before the loop, are for the same copies"
+TWICE = "Triton waits twice, once for each tile of the stage: test_of_two_waits_in_a_row_one_is_needed"
+OWN_COPIES = (
+    "each thread reads back what it has copied itself and waited for; what others have copied, and what is written in place of "
+    "the turn's last reads, is behind other barriers"
+)
 # (what was removed, what stands before, what after) -> why nothing needs it. Elsewhere the same may be needed, and is found.
 SPARE = {
     ("bar.sync", "ldmatrix", "bar.sync"): TICKET,
@@ -54,12 +61,17 @@ SPARE = {
     ("bar.sync", "bar.sync", "atom"): TICKET,
     ("bar.sync", "cp.async.wait_group", "cp.async.cg"): LOOP_ENDS_WITH_ONE,
     ("bar.sync", "cp.async.wait_group", "st.shared"): LOOP_ENDS_WITH_ONE,
-    ("cp.async.wait_group", "label", "bar.sync"): TAIL,
+    ("cp.async.wait_group", "label", "bar.sync"): f"{TAIL}; in the pooled layer {AGAIN}",
+    ("bar.sync", "cp.async.wait_group", "ldmatrix"): AGAIN,
+    ("cp.async.wait_group", "cp.async.commit_group", "cp.async.wait_group"): TWICE,
+    ("cp.async.wait_group", "cp.async.wait_group", "bar.sync"): TWICE,
+    ("bar.sync", "cp.async.wait_group", "ld.shared"): OWN_COPIES,
     (
         "bar.sync",
         "label",
         "st.shared",
-    ): "the last barrier in the loop before comes after the last read of what is written here",
+    ): "the last barrier in the loop before comes after the last read of what is written here; of the "
+    "pooled layer's heads, where they are one group, the loop goes round once",
 }
 
 
@@ -165,7 +177,14 @@ CASES = {
     "pure d = 128": ("pure", "bf16", dict(N=140, M=150, H=1, d=128, dv=128)),
     "pure few": ("pure", "fp16", dict(N=32, M=29, H=1)),
     "pure narrow": ("pure", "bf16", dict(N=130, M=70, H=1, d=16, dv=32, layout="every_other_channel")),
-    "pooled fp32": ("pooled", "fp32", dict(norm="")),
+    # In two steps over the channels, which LLVM unrolls, and in more than there are stages.
+    "pooled fp32": ("pooled", "fp32", dict(width=80, norm="")),
+    "pooled bf16": ("pooled", "bf16", dict(width=80, norm="")),
+    "pooled fp16": ("pooled", "fp16", dict(width=80, norm="")),
+    "pooled bf16 wide": ("pooled", "bf16", dict(width=208, norm="")),
+    "pooled fp16 wide": ("pooled", "fp16", dict(width=208, norm="")),
+    "pooled bf16 normalised": ("pooled", "bf16", dict(width=208, norm="affine")),
+    "pooled fp16 normalised": ("pooled", "fp16", dict(width=208, norm="plain", masked=True)),
 }
 # As many tiles that every buffer is filled again.
 CASES_ON_HOPPER = {
@@ -180,9 +199,20 @@ CASES_ON_HOPPER = {
 }
 
 
+def pooled(dtype: str, width: int, length: int = 150, heads: int = 2, head: int = 16, **form) -> dict:
+    return pooled_linear_calls.layer(
+        DTYPES[dtype], tied=False, shape=(1, length, width), heads=heads, head=head, **form
+    )
+
+
+def several_tiles(op: str):
+    """Of the pooled layer's tokens too: every loop goes round again."""
+    return mock.patch.object(configs, "multiprocessors", return_value=1) if op == "pooled" else contextlib.nullcontext()
+
+
 def _forward_and_backward(op, dtype, sizes):
     if op == "pooled":
-        call = pooled_linear_calls.layer(DTYPES[dtype], tied=False, shape=(1, 150, 80), heads=2, head=16, **sizes)
+        call = pooled(dtype, **sizes)
         pooled_linear_calls.results(pooled_linear_infsa, call, pooled_linear_calls.output_gradient(call))
     else:
         call = make(op, dtype, **sizes)
@@ -211,7 +241,7 @@ def survivors(run: Callable[[], object], spare: dict, arch: str) -> tuple[int, l
 @pytest.mark.parametrize("case", some(CASES, "linear"))
 def test_nothing_is_there_in_vain(case):
     op, dtype, sizes = CASES[case]
-    with configs.always_folding() if case.endswith("folding") else contextlib.nullcontext():
+    with configs.always_folding() if case.endswith("folding") else several_tiles(op):
         kernels, alive = survivors(lambda: _forward_and_backward(op, dtype, sizes), SPARE, "sm_80")
     assert kernels >= 3
     assert not alive, "\n".join(alive)
@@ -275,4 +305,22 @@ def test_before_the_ticket_one_of_two_barriers_is_needed():
     op, dtype, sizes = CASES["linear"]
     with executing(see=see):
         make(op, dtype, **sizes).run()
+    assert found == [False]
+
+
+@pytest.mark.sweep
+def test_of_two_waits_in_a_row_one_is_needed():
+    pair, found = (
+        re.compile(r"cp\.async\.wait_group \s*(\d+);(\s*(?:\.loc[^\n]*|\$L\w+:)?)*?cp\.async\.wait_group \s*\1;"),
+        [],
+    )
+
+    def see(launch: Launch, right: Machine) -> None:
+        if launch.name == "central_query_fwd_kernel":
+            assert pair.search(launch.ptx)
+            found.append(survives(launch, pair.sub("", launch.ptx), right))
+
+    op, dtype, sizes = CASES["pooled fp16"]
+    with several_tiles(op), executing(see=see):
+        pooled_linear_infsa(**pooled(dtype, **sizes))
     assert found == [False]
