@@ -32,12 +32,14 @@ def arch_of(device: torch.device) -> str:
     return {9: "sm_90", 10: "sm_100"}.get(major, "sm_120")
 
 
-@functools.cache
 def multiprocessors(device: torch.device) -> int:
     """Of this GPU, or of the part of it that the process has."""
-    if device.type != "cuda":
-        return MULTIPROCESSORS[arch_of(device)]
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    return _multiprocessors_of(device) if device.type == "cuda" else MULTIPROCESSORS[arch_of(device)]
+
+
+@functools.cache
+def _multiprocessors_of(gpu: torch.device) -> int:
+    return torch.cuda.get_device_properties(gpu).multi_processor_count
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ if triton.knobs.runtime.interpret:
     pytest.skip("the interpreter does not compile", allow_module_level=True)
 
 from infsa_kernels import pooled_linear_infsa  # noqa: E402
-from infsa_kernels.triton import configs  # noqa: E402
+from infsa_kernels.triton import central_query, configs  # noqa: E402
 
 from .launches import Launch, executing  # noqa: E402
 from .machine import Machine  # noqa: E402
@@ -185,6 +185,8 @@ CASES = {
     "pooled fp16 wide": ("pooled", "fp16", dict(width=208, norm="")),
     "pooled bf16 normalised": ("pooled", "bf16", dict(width=208, norm="affine")),
     "pooled fp16 normalised": ("pooled", "fp16", dict(width=208, norm="plain", masked=True)),
+    "pooled bf16 large": ("pooled", "bf16", dict(width=208, length=300, norm="affine")),
+    "pooled fp16 large": ("pooled", "fp16", dict(width=208, length=300, norm="")),
 }
 # As many tiles that every buffer is filled again.
 CASES_ON_HOPPER = {
@@ -205,9 +207,14 @@ def pooled(dtype: str, width: int, length: int = 150, heads: int = 2, head: int 
     )
 
 
-def several_tiles(op: str):
+@contextlib.contextmanager
+def several_tiles(op: str, large: bool = False):
     """Of the pooled layer's tokens too: every loop goes round again."""
-    return mock.patch.object(configs, "multiprocessors", return_value=1) if op == "pooled" else contextlib.nullcontext()
+    if op != "pooled":
+        yield
+        return
+    with mock.patch.object(configs, "multiprocessors", return_value=1), central_query.tiles(large):
+        yield
 
 
 def _forward_and_backward(op, dtype, sizes):
@@ -241,7 +248,7 @@ def survivors(run: Callable[[], object], spare: dict, arch: str) -> tuple[int, l
 @pytest.mark.parametrize("case", some(CASES, "linear"))
 def test_nothing_is_there_in_vain(case):
     op, dtype, sizes = CASES[case]
-    with configs.always_folding() if case.endswith("folding") else several_tiles(op):
+    with configs.always_folding() if case.endswith("folding") else several_tiles(op, case.endswith("large")):
         kernels, alive = survivors(lambda: _forward_and_backward(op, dtype, sizes), SPARE, "sm_80")
     assert kernels >= 3
     assert not alive, "\n".join(alive)
