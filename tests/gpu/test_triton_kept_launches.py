@@ -9,7 +9,6 @@ if triton.knobs.runtime.interpret:
     pytest.skip("the interpreter starts nothing", allow_module_level=True)
 
 from helpers.triton_target import starting  # noqa: E402
-from triton.runtime.jit import JITFunction  # noqa: E402
 
 import infsa_kernels  # noqa: E402
 from infsa_kernels import pooled_linear_infsa  # noqa: E402
@@ -24,19 +23,6 @@ def gpu(monkeypatch):
     monkeypatch.setattr(first_use, "CHECKED", ())
     with starting("sm_90") as gpu, infsa_kernels.backend("triton"):
         yield gpu
-
-
-@pytest.fixture
-def by_triton(monkeypatch):
-    """The launches that went Triton's own way."""
-    run, seen = JITFunction.run, []
-
-    def counted(kernel, *args, **options):
-        seen.append(kernel.fn.__name__)
-        return run(kernel, *args, **options)
-
-    monkeypatch.setattr(JITFunction, "run", counted)
-    return seen
 
 
 def started(gpu, call: dict) -> list:

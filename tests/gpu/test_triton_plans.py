@@ -18,7 +18,6 @@ from helpers import packed_calls  # noqa: E402
 from helpers.sweep import swept  # noqa: E402
 from helpers.triton_target import starting  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
-from triton.runtime.jit import JITFunction  # noqa: E402
 
 from infsa_kernels.ops import backends, plans  # noqa: E402
 from infsa_kernels.torch_private import OpOverload  # noqa: E402
@@ -37,19 +36,6 @@ def gpu(monkeypatch):
     with starting("sm_90") as gpu:
         yield gpu
     plans.forget()
-
-
-@pytest.fixture
-def by_triton(monkeypatch):
-    """How many launches went through Triton's own way."""
-    run, seen = JITFunction.run, []
-
-    def counted(kernel, *args, **options):
-        seen.append(kernel.fn.__name__)
-        return run(kernel, *args, **options)
-
-    monkeypatch.setattr(JITFunction, "run", counted)
-    return seen
 
 
 def make(op, *, B=1, N=600, H=2, d=16, dtype=torch.bfloat16, tied=False, **options) -> Call:
