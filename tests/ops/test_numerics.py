@@ -434,6 +434,16 @@ def test_pure_in_bfloat16(N, d, dv, layout, tied, device, backend):
 
 
 @pytest.mark.only_backend("cpu")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_pure_along_its_output(tied, dtype, device, backend):
+    """What a score's gradient owes to the norm F, which random gradients of the output hardly see."""
+    q, k, v = (torch.randn(1, 2, 700, 24).to(dtype) for _ in range(3))
+    call = Call("pure", q, None if tied else k, v)
+    check(call, call.reference(torch.float64).to(dtype))
+
+
+@pytest.mark.only_backend("cpu")
 @pytest.mark.sweep
 @pytest.mark.parametrize("isa", ["avx512_bf16", "avx512", "avx2", "portable"])
 def test_pure_in_bfloat16_on_every_instruction_set(isa):
