@@ -22,7 +22,7 @@ struct Largest {
   double size = 0;
 
   void of(double x) {
-    if (!(std::abs(x) <= size)) size = std::abs(x);
+    if (std::abs(x) > size || x != x) size = std::abs(x);
   }
   void of(const double* x, int64_t n) {
     // Four at once: one alone would wait for each comparison before it.

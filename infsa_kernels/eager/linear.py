@@ -13,7 +13,8 @@ def forward(q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask):
 
     scores = _scores(kappa, central_query, key_padding_mask)  # (B, H, M)
     score_sum = scores.sum(-1)
-    context = (scores[..., None, :] @ v).squeeze(-2) / (score_sum + eps * u_unit * k_unit)[..., None]  # (B, H, dv)
+    weights = scores / (score_sum + eps * u_unit * k_unit)[..., None]  # before they sum values, which may cancel
+    context = (weights[..., None, :] @ v).squeeze(-2)  # (B, H, dv)
     out = (effective_rho(rho, head_rho, 1) * context).to(q.dtype)
     return out, context, central_query / u_unit[..., None], energy_sum / u_unit, score_sum / u_unit / k_unit
 

@@ -15,13 +15,14 @@ def forward(q, k, v, eps, score_floor, rho, head_rho, key_padding_mask, query_pa
     products = _products(kappa, central_query, key_padding_mask)  # (B, H, M)
     scores = torch.relu(products)
     score_sum, absolute_sum = scores.sum(-1), products.abs().sum(-1)
-    value_mean = v.sum(-2) / _count(v, key_padding_mask)
+    # Divided first here and below: sums of values that cancel stay in range.
+    value_mean = (v / _count(v, key_padding_mask)).sum(-2)  # (B, H, dv)
     floor = score_floor * absolute_sum
-    norm = score_sum + floor + eps * u_unit * k_unit
-    pooled = (scores[..., None, :] @ v).squeeze(-2) + floor[..., None] * value_mean  # (B, H, dv)
+    norm = (score_sum + floor + eps * u_unit * k_unit)[..., None]
+    pooled = ((scores / norm)[..., None, :] @ v).squeeze(-2) + floor[..., None] / norm * value_mean  # (B, H, dv)
     # Every weight is above 0: where a value is infinite so is the result, though its score be 0.
     infinite = value_mean.isinf() & ((floor > 0) & floor.isfinite())[..., None]
-    context = torch.where(infinite, value_mean, pooled) / norm[..., None]
+    context = torch.where(infinite, value_mean, pooled)
     out = (effective_rho(rho, head_rho, 1) * context).to(q.dtype)
     sums = (t / u_unit / k_unit for t in (score_sum, absolute_sum))
     return out, context, central_query / u_unit[..., None], energy_sum / u_unit, *sums, value_mean
@@ -46,7 +47,7 @@ def backward(
     # z = rho sum_j a_j v_j,  a_j = (ReLU(t_j) + floor T / M) / R,  t_j = qbar . kappa_j,  T = sum_j |t_j|
     products = _products(kappa, central_query, key_padding_mask)
     if dv is not None:
-        share = (score_floor * absolute_sum / norm)[..., None] / _count(v_acc, key_padding_mask)
+        share = (score_floor * absolute_sum / norm)[..., None] / _count(v_acc, key_padding_mask)[..., 0]
         weights = torch.relu(products) / R * per_score + share
         dv.copy_(remove(weights[..., None] * dcontext[..., None, :], key_padding_mask))
     if dhead_rho is not None:
@@ -70,8 +71,8 @@ def _products(kappa: Tensor, central_query: Tensor, key_padding_mask: Tensor | N
     return products if key_padding_mask is None else products.masked_fill(rows(key_padding_mask), 0)
 
 
-def _count(v: Tensor, key_padding_mask: Tensor | None) -> Tensor | int:
-    """The keys that count, at least 1: a number, or (B, 1, 1)."""
+def _count(v: Tensor, key_padding_mask: Tensor | None) -> Tensor:
+    """The keys that count, at least 1: (B or 1, 1, 1, 1)."""
     if key_padding_mask is None:
-        return max(1, v.shape[2])
-    return (~key_padding_mask).sum(-1).clamp(min=1)[:, None, None]
+        return v.new_full((1, 1, 1, 1), max(1, v.shape[2]))
+    return (~key_padding_mask).sum(-1).clamp(min=1)[:, None, None, None]

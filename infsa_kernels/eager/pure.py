@@ -18,6 +18,8 @@ FEW_SCORES = 32 * 32
 
 def forward(q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask):
     u, kappa, v_acc, u_unit, k_unit = _inputs(q, k, v, key_padding_mask, query_padding_mask)
+    v_unit = unit(v_acc)  # values that cancel stay in range as they are summed
+    v_acc = v_acc * v_unit
     out = u.new_empty(*u.shape[:3], v.shape[3])
     squares = u.new_zeros(u.shape[:2])
     for block in _blocks(u, kappa):
@@ -25,7 +27,7 @@ def forward(q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask):
         squares += scores.square().sum((-2, -1))
         out[:, :, block] = scores @ v_acc
     norm = squares.sqrt()
-    out *= effective_rho(rho, head_rho, 2) / (norm + eps * u_unit * k_unit)[..., None, None]
+    out *= effective_rho(rho, head_rho, 2) / (norm + eps * u_unit * k_unit)[..., None, None] / v_unit
     return output_like(q, v).copy_(remove(out, query_padding_mask)), norm / u_unit / k_unit
 
 

@@ -147,6 +147,23 @@ def test_products_of_values_and_gradients_that_vanish(compiled, score_floor, siz
         assert error <= 1e-5 * right.abs().max() + torch.finfo(torch.float32).smallest_normal, name
 
 
+@pytest.mark.parametrize("channel", [0, 3, 15])
+@pytest.mark.parametrize("layout", ["contiguous", "token_major"])
+@pytest.mark.parametrize("op, options", [("linear", {}), ("linear", {"score_floor": 0.1}), ("pure", {})], ids=str)
+@pytest.mark.parametrize("compiled", [name for name in backends_of("cpu") if name != "triton"])
+def test_sums_of_values_that_cancel(op, options, channel, layout, compiled):
+    """A sum may be infinity less infinity on its way to a finite number, in one channel among others that stay small."""
+    call = make(op, "cpu", N=64)
+    q, k, v = call.q.abs() + 1, call.k.abs() + 1, call.v
+    v[..., ::2, channel], v[..., 1::2, channel] = 3e38, -3e38
+    call = Call(op, LAYOUTS[layout](q), LAYOUTS[layout](k), LAYOUTS[layout](v), **options)
+    truth, right = call.reference(torch.float64), torch.arange(16) == channel
+    with infsa_kernels.backend(compiled):
+        out = call.run()
+    for part in (right, ~right):
+        assert (out - truth)[..., part].abs().max() <= 1e-5 * truth[..., part].abs().max()
+
+
 @pytest.mark.parametrize("compiled", [name for name in backends_of("cpu") if name != "triton"])
 def test_the_norm_of_large_scores(compiled):
     """Squares of 1e36 and more: float32 holds the norm, and the scores' shares of it."""
