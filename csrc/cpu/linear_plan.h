@@ -21,6 +21,8 @@ constexpr int64_t kGrain = 1 << 15;
 // More would make adding the partial sums show, fewer would leave threads idle.
 constexpr int64_t kMaxChunks = 128;
 constexpr int64_t kFewTokens = 64;
+// Chunks are cut between so many tokens: as many as the longest vector has lanes.
+constexpr int64_t kWhole = 16;
 // Bytes of q that one wave of heads may have, so that its second pass finds them in the last-level cache.
 constexpr int64_t kWaveBytes = 8 << 20;
 // Bytes of q and v that are taken to stay in a core's own cache from one call's pass to the next.
@@ -53,11 +55,18 @@ struct Plan {
     wave = std::clamp<int64_t>(kWaveBytes / std::max<int64_t>(unit_bytes, 1), 1, std::max<int64_t>(units, 1));
   }
 
-  // Tokens of a chunk. Where it has few, adding up the sums shows: of twice as many sums, twice as many tokens.
-  int64_t chunk(int64_t tokens, int64_t kinds) const {
+  // Chunks of so many tokens, an even number, which two threads share alike. Where a chunk has few tokens adding up the
+  // sums shows: of twice as many sums, twice as many tokens.
+  int64_t chunks(int64_t tokens, int64_t kinds) const {
     const int64_t worth = ceil_div(kGrain, heads * std::max<int64_t>(d + d_v, 1));
-    const int64_t least = std::max(worth, std::min(kinds * worth, kFewTokens));
-    return round_up(std::max(ceil_div(tokens, kMaxChunks), least), 16);
+    const int64_t least = round_up(std::max(worth, std::min(kinds * worth, kFewTokens)), kWhole);
+    const int64_t n = std::clamp<int64_t>(tokens / least, 1, kMaxChunks);
+    return n > 1 ? n - n % 2 : n;
+  }
+  // The i-th of n chunks: alike, but for groups of rows that stay whole.
+  static Range chunk(const Range& all, int64_t n, int64_t i) {
+    const auto at = [&](int64_t i) { return i == n ? all.end : all.begin + all.size() * i / n / kWhole * kWhole; };
+    return {at(i), at(i + 1)};
   }
   // Numbers in `kinds` weighted sums of rows, and of their weights.
   int64_t sums_size(int64_t width, int64_t kinds) const { return kinds * heads * (width + 1); }
@@ -102,7 +111,7 @@ class Walk {
       : plan_(plan), packed_(packed), kinds_(kinds), all_(packed ? packed->at.back() : tokens), first_(plan.units + 1) {
     for (int64_t unit = 0; unit < plan.units; ++unit) {
       const int64_t n = this->tokens(unit * plan.heads).size();
-      first_[unit + 1] = first_[unit] + std::max<int64_t>(1, ceil_div(n, plan.chunk(n, kinds)));
+      first_[unit + 1] = first_[unit] + plan.chunks(n, kinds);
     }
   }
 
@@ -131,13 +140,12 @@ class Walk {
         unit += i == first_[unit + 1];
         const int64_t head = unit * heads;
         const Range all = tokens(head);
-        const int64_t step = plan_.chunk(all.size(), kinds_), at = all.begin + (i - first_[unit]) * step;
+        const Range part = Plan::chunk(all, first_[unit + 1] - first_[unit], i - first_[unit]);
         double* chunk_sums = sums ? sums + (i - first_[begin]) * size : nullptr;
         if (sums && !all.size()) std::memset(chunk_sums, 0, size * sizeof(double));
         char* scalars = dscores ? dscores + (packed_ ? unit % groups() : unit - begin) * unit_bytes() : nullptr;
         plan_.kernels.linear.run(
-            pass, args,
-            {head / H, head % H, heads, at, std::min(at + step, all.end), chunk_sums, scalars, scratch.data()});
+            pass, args, {head / H, head % H, heads, part.begin, part.end, chunk_sums, scalars, scratch.data()});
       }
     });
   }
