@@ -86,20 +86,19 @@ template <typename A> std::tuple<Tensor, Statistics> forward(const Sizes& s, con
   std::vector<char> strange(s.B * s.H);
   const NumbersOf<A> qbar(central_query), E(energy_sum), R(score_sum), T(absolute_sum), z(context), mean(value_mean),
       query(score_query), result(results);
+  const LinearKernels& finish = plan.kernels.linear;
   const auto run = [&](int64_t begin, int64_t end) {
     queries.run(LinearPass::forward_queries, args, begin, end, sums, plan.d, nullptr);
     queries.for_heads(begin, end, sums, plan.d, [&](int64_t head, const auto& rows, const auto& weights) {
       const HeadUnits u = units[head];
       const double* sum = rows(0);
       const double energy = scale * weights(0), norm = energy + eps * u.q, out_of_units = 1 / u.q;
-      strange[head] = !plan.is_factor(energy) || !plan.is_sum(sum, s.d);
+      strange[head] = !plan.is_factor(energy) || !plan.is_sum({finish.largest(sum, s.d)});
       E.set(head, energy * out_of_units);
-      for (int64_t c = 0; c < s.d; ++c) {
-        qbar.set(head * s.d + c, scale * scale * sum[c] / norm * out_of_units);
-        // From qbar as it is saved, as in the backward: scores have the same bits there, and their rounding cancels
-        // in r_j / R where few keys share the weight.
-        query.set(head * plan.d + c, scale * qbar[head * s.d + c] * u.q);
-      }
+      // score_query from qbar as it is saved, as in the backward: scores have the same bits there, and their rounding
+      // cancels in r_j / R where few keys share the weight.
+      finish.divide(sum, s.d, scale * scale, norm, out_of_units, qbar.from(head * s.d), scale * u.q,
+                    query.from(head * plan.d));
       for (int64_t c = s.d; c < plan.d; ++c) query.set(head * plan.d + c, 0);
     });
     keys.run(floor ? LinearPass::forward_keys_floor : LinearPass::forward_keys, args, begin, end, sums, plan.d_v,
@@ -110,25 +109,15 @@ template <typename A> std::tuple<Tensor, Statistics> forward(const Sizes& s, con
       double* sum = rows(0);
       const double* values = floor ? rows(1) : nullptr;
       const double scores = weights(0), absolute = floor ? weights(1) : 0, share = floor.value_or(0) * absolute;
-      const double norm = scores + share + eps * u.q * u.k, out_of_units = 1 / u.v, per_key = 1 / counts[head / s.H];
-      const bool shares = share > 0 && std::isfinite(share);
-      strange[head] |= !plan.is_factor(scores) || !plan.is_sum(sum, s.d_v);
+      const double norm = scores + share + eps * u.q * u.k, out_of_units = 1 / u.v;
+      strange[head] |= !plan.is_factor(scores) || !plan.is_sum({finish.largest(sum, s.d_v)});
       R.set(head, scores / u.q / u.k);
       if (floor) {
-        strange[head] |= !plan.is_factor(absolute) || !plan.is_sum(values, s.d_v);
+        strange[head] |= !plan.is_factor(absolute) || !plan.is_sum({finish.largest(values, s.d_v)});
         T.set(head, absolute / u.q / u.k);
-        for (int64_t c = 0; c < s.d_v; ++c) {
-          const double value = values[c] * per_key;
-          mean.set(head * s.d_v + c, value * out_of_units);
-          // Every weight is above 0: where a value is infinite so is the result, though its score be 0.
-          sum[c] = shares && std::isinf(value) ? value : sum[c] + share * value;
-        }
+        finish.add_mean(sum, values, s.d_v, counts[head / s.H], share, out_of_units, mean.from(head * s.d_v));
       }
-      for (int64_t c = 0; c < s.d_v; ++c) {
-        const double x = sum[c] / norm * out_of_units;
-        z.set(head * s.d_v + c, x);
-        result.set(head * s.d_v + c, head_scale * x);
-      }
+      finish.divide(sum, s.d_v, 1, norm, out_of_units, z.from(head * s.d_v), head_scale, result.from(head * s.d_v));
     });
   };
   plan.for_waves(run);

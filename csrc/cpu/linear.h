@@ -54,6 +54,14 @@ struct LinearKernels {
   void (*run)(LinearPass, const LinearArgs&, const LinearTask&);
   // Adds up the sums of chunks that lie `size` apart, in their order, in the first of them.
   void (*add_up)(double* sums, int64_t size, int64_t chunks);
+  // The largest |sum|; NaN where one is.
+  double (*largest)(const double* sums, int64_t n);
+  // x_i = factor sums_i / norm * unit, rounded to the accumulation type, and scale x_i of that.
+  void (*divide)(const double* sums, int64_t n, double factor, double norm, double unit, void* x, double scale,
+                 void* scaled);
+  // What a floor adds: sums_i += share mean_i with mean_i = values_i / count, which goes times unit, rounded, to
+  // `mean`.
+  void (*add_mean)(double* sums, const double* values, int64_t n, double count, double share, double unit, void* mean);
 };
 
 }  // namespace infsa::cpu

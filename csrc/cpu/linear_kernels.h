@@ -367,6 +367,28 @@ void choose_variant(LinearPass pass, const LinearArgs& args, const LinearTask& t
   run_variant<Variant<T, kOneHead, 0, false>>(pass, args, task);
 }
 
+template <typename A> void divide(const double* sums, int64_t n, double factor, double norm, double unit, void* x_data,
+                                  double scale, void* scaled_data) {
+  A* __restrict x = static_cast<A*>(x_data), * __restrict scaled = static_cast<A*>(scaled_data);
+  for (int64_t i = 0; i < n; ++i) {
+    x[i] = A(factor * sums[i] / norm * unit);
+    scaled[i] = A(scale * x[i]);
+  }
+}
+
+template <typename A> void add_mean(double* __restrict sums, const double* values, int64_t n, double count,
+                                    double share, double unit, void* mean_data) {
+  A* __restrict mean = static_cast<A*>(mean_data);
+  const double per_key = 1 / count;
+  // Every weight is above 0: where a value is infinite so is the result, though its score be 0.
+  const bool shares = share > 0 && __builtin_isfinite(share);
+  for (int64_t i = 0; i < n; ++i) {
+    const double value = values[i] * per_key;
+    mean[i] = A(value * unit);
+    sums[i] = shares && __builtin_isinf(value) ? value : sums[i] + share * value;
+  }
+}
+
 }  // namespace linear
 
 template <typename T> constexpr LinearKernels linear_kernels() {
@@ -383,6 +405,9 @@ template <typename T> constexpr LinearKernels linear_kernels() {
           for (int64_t i = 0; i < size; ++i) sums[i] += part[i];
         }
       },
+      largest_of<double>,
+      linear::divide<Acc<T>>,
+      linear::add_mean<Acc<T>>,
   };
 }
 

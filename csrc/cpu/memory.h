@@ -90,6 +90,7 @@ template <typename A> class NumbersOf {
 
   double operator[](int64_t i) const { return data_[i]; }
   void set(int64_t i, double x) const { data_[i] = static_cast<A>(x); }
+  A* from(int64_t i) const { return data_ + i; }
 
  private:
   Tensor owner_;

@@ -14,7 +14,8 @@ constexpr int kMostFactor = 50, kMostSum = 100;
 
 // Whether |x| is 0 or within 2^-most .. 2^most, for double six times as far.
 inline bool within(double x, int most, bool wide) {
-  return x == 0 || (std::isfinite(x) && std::abs(std::ilogb(x)) <= (wide ? 6 * most : most));
+  const double limit = wide ? std::ldexp(1, 6 * most) : std::ldexp(1, most);
+  return x == 0 || (std::abs(x) >= 1 / limit && std::abs(x) < 2 * limit);
 }
 
 // The largest of some numbers, before they are rounded to the accumulation type, where all may be 0. NaN where one is.

@@ -231,8 +231,12 @@ class backend(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if len(args) <= takes_backend.get(func, -1) and not kwargs.get("backend"):
-            kwargs = {**kwargs, "backend": self.name}
+        at = takes_backend.get(func)
+        if at is not None:
+            if len(args) > at:
+                args = *args[:at], args[at] or self.name, *args[at + 1 :]
+            elif not kwargs.get("backend"):
+                kwargs = {**kwargs, "backend": self.name}
         elif func in _RUN_BACKWARD and not torch.compiler.is_compiling() and not backend_of_backward():
             # They run with this mode off, and with them whatever is recomputed for them, as by torch.utils.checkpoint.
             set_for_backward(_BACKEND_OF_BACKWARD, self.name)

@@ -51,7 +51,9 @@ const Kernels counting = {
        const int64_t width = round_up(pass == LinearPass::forward_keys ? a.d_v : a.d, 16);
        if (t.sums) std::fill_n(t.sums, t.heads * (width + 1), 0.0);
      },
-     [](double*, int64_t, int64_t) {}},
+     [](double*, int64_t, int64_t) {}, [](const double*, int64_t) { return 1.0; },
+     [](const double*, int64_t, double, double, double, void*, double, void*) {},
+     [](double*, const double*, int64_t, double, double, double, void*) {}},
     {[](const PureHead&, bool) -> int64_t { return 0; },
      [](const PureHead& h, const PureSums&, Range keys, Range queries, bool mirrored, void*) {
        note_cell(h, keys, queries, mirrored);

@@ -88,6 +88,9 @@ def test_explicit_argument_wins(call):
         assert backends_of(op, *arguments, "eager") == ["eager"]
         assert backends_of(lambda: op(*arguments, backend="eager")) == ["eager"]
         assert backends_of(op.default, *arguments) == USABLE[:1]
+    # The default, said: no choice of the caller's.
+    with infsa_kernels.backend("eager"):
+        assert backends_of(op, *arguments, "") == backends_of(lambda: op(*arguments, backend="")) == ["eager"]
 
 
 def test_backward_stays_on_the_backend_of_forward(call):
