@@ -93,7 +93,7 @@ template <typename A> std::tuple<Tensor, Statistics> forward(const Sizes& s, con
       const HeadUnits u = units[head];
       const double* sum = rows(0);
       const double energy = scale * weights(0), norm = energy + eps * u.q, out_of_units = 1 / u.q;
-      strange[head] = !plan.is_factor(energy) || !plan.is_sum({finish.largest(sum, s.d)});
+      strange[head] = plan.strange(energy, sum, s.d) & kOutOfRange;
       E.set(head, energy * out_of_units);
       // score_query from qbar as it is saved, as in the backward: scores have the same bits there, and their rounding
       // cancels in r_j / R where few keys share the weight.
@@ -110,10 +110,10 @@ template <typename A> std::tuple<Tensor, Statistics> forward(const Sizes& s, con
       const double* values = floor ? rows(1) : nullptr;
       const double scores = weights(0), absolute = floor ? weights(1) : 0, share = floor.value_or(0) * absolute;
       const double norm = scores + share + eps * u.q * u.k, out_of_units = 1 / u.v;
-      strange[head] |= !plan.is_factor(scores) || !plan.is_sum({finish.largest(sum, s.d_v)});
+      strange[head] |= plan.strange(scores, sum, s.d_v);
       R.set(head, scores / u.q / u.k);
       if (floor) {
-        strange[head] |= !plan.is_factor(absolute) || !plan.is_sum({finish.largest(values, s.d_v)});
+        strange[head] |= plan.strange(absolute, values, s.d_v);
         T.set(head, absolute / u.q / u.k);
         finish.add_mean(sum, values, s.d_v, counts[head / s.H], share, out_of_units, mean.from(head * s.d_v));
       }
@@ -121,7 +121,10 @@ template <typename A> std::tuple<Tensor, Statistics> forward(const Sizes& s, con
     });
   };
   plan.for_waves(run);
-  plan.for_strange(strange, [&](int64_t head) { return units.set(head); }, run);
+  const auto set = [&](int64_t head) {
+    return (strange[head] & kOutOfRange || units.has_values(head)) && units.set(head);
+  };
+  plan.for_strange(strange, set, run);
   plan.kernels.tokens.store({out.data_ptr(), s.d_v, 1}, results.data(), s.d_v, s.d_v, 1, {0, s.B * s.H});
   return {std::move(out),
           {std::move(context), std::move(central_query), std::move(energy_sum), std::move(score_sum),
@@ -192,7 +195,7 @@ template <typename A> void backward(const Sizes& s, const Packed& packed, const 
       for (int64_t c = s.d; c < plan.d; ++c) query.set(head * plan.d + c, 0);
       // The scores' gradients may vanish though dk, which is theirs times qbar, does not.
       strange[head] =
-          !plan.is_factor(E[head]) || !plan.is_factor(R[head]) || !plan.is_sum({of_dz.size * of_z.size / norm(head)});
+          !plan.is_factor(E[head]) || !plan.is_factor(R[head]) || !plan.is_sum(of_dz.size * of_z.size / norm(head));
       rho_dz_dot.set(head, head_scale * dot * u.dout * u.v);
       const double of_score = 1 / norm(head) / u.q / u.k * u.score;
       per_score.set(head, of_score);
@@ -221,7 +224,7 @@ template <typename A> void backward(const Sizes& s, const Packed& packed, const 
         dot += x * qbar[head * s.d + c] * u.q;
       }
       for (int64_t c = s.d; c < plan.d; ++c) f.set(head * plan.d + c, 0);
-      strange[head] |= !plan.is_sum(largest);
+      strange[head] |= !plan.is_sum(largest.size);
       f_dot.set(head, dot / scale);
     });
     queries.run(LinearPass::backward_queries, args, begin, end, nullptr, 0, dscores);

@@ -28,6 +28,10 @@ constexpr int64_t kWaveBytes = 8 << 20;
 // Bytes of q and v that are taken to stay in a core's own cache from one call's pass to the next.
 constexpr int64_t kCacheBytes = 2 << 20;
 
+// What a head may be, but for 0: its numbers left the range of the accumulation type; or a sum of values is 0 though
+// that of their weights is not, so that the values are, or were their products too small.
+constexpr char kOutOfRange = 1, kVanished = 2;
+
 // How the work of one call is cut. A unit is what one kernel call may span: a head, or all heads of a batch where the
 // heads of a token lie side by side ("token-major", a (B, N, H, d) tensor).
 struct Plan {
@@ -92,11 +96,12 @@ struct Plan {
 
   // Normalisers divide products of two rows; sums of products may be larger.
   bool is_factor(double x) const { return within(x, kMostFactor, wide); }
-  bool is_sum(const Largest& x) const { return within(x.size, kMostSum, wide); }
-  bool is_sum(const double* x, int64_t n) const {
-    Largest largest;
-    largest.of(x, n);
-    return is_sum(largest);
+  bool is_sum(double largest) const { return within(largest, kMostSum, wide); }
+  // What a head is by a sum of its rows and that of their weights.
+  char strange(double weights, const double* sum, int64_t n) const {
+    const double largest = kernels.linear.largest(sum, n);
+    if (!is_factor(weights) || !is_sum(largest)) return kOutOfRange;
+    return largest == 0 && weights != 0 ? kVanished : 0;
   }
 
  private:
@@ -205,6 +210,10 @@ class Units {
     return install(head, u);
   }
 
+  bool has_values(int64_t head) const {
+    return largest(args_.v, head, keys_.tokens(head), plan_.s.d_v, args_.key_mask) != 0;
+  }
+
   // What brings the rows of a head to order one.
   HeadUnits measure(int64_t head) const {
     const Sizes& s = plan_.s;
@@ -238,6 +247,11 @@ class Units {
 
  private:
   double unit(const Rows& rows, int64_t head, Range tokens, int64_t columns, const Mask& mask) const {
+    return unit_of(largest(rows, head, tokens, columns, mask), plan_.wide);
+  }
+
+  // Infinite where a number is not finite.
+  double largest(const Rows& rows, int64_t head, Range tokens, int64_t columns, const Mask& mask) const {
     const int64_t b = head / plan_.s.H;
     const Tokens of_head = tokens_of(rows, b, head % plan_.s.H, plan_.element_bytes);
     double most = 0;
@@ -245,10 +259,10 @@ class Units {
       end = mask.data ? n + 1 : tokens.end;
       if (mask.data && mask.data[b * mask.batch + n * mask.token]) continue;
       const double x = plan_.kernels.tokens.largest(of_head, columns, {n, end});
-      if (!std::isfinite(x)) return 0;
+      if (!std::isfinite(x)) return std::numeric_limits<double>::infinity();
       most = std::max(most, x);
     }
-    return unit_of(most, plan_.wide);
+    return most;
   }
 
   const Plan& plan_;

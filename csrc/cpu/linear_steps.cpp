@@ -69,7 +69,7 @@ Tensor linear_queries_fwd(const Tensor& q, const OptTensor& query_padding_mask) 
       const double* sum = sums_of(0);
       const double norm_sum = weights_of(0);
       const HeadUnits u = units[head];
-      strange[head] = !plan.is_factor(scale * norm_sum) || !plan.is_sum(sum, s.d);
+      strange[head] = plan.strange(scale * norm_sum, sum, s.d) & kOutOfRange;
       double* of_head = to + head * (s.d + 1);
       for (int64_t c = 0; c < s.d; ++c) of_head[c] = scale * sum[c] / u.q * scale / u.q;
       of_head[s.d] = scale * norm_sum / u.q;
@@ -116,11 +116,11 @@ template <bool kFloor> Tensor linear_keys_fwd(const Tensor& k, const Tensor& v, 
              nullptr);
     const auto finish = [&](int64_t head, const auto& sums_of, const auto& weights_of) {
       const HeadUnits u = units[head];
-      strange[head] = false;
+      strange[head] = 0;
       double* of_head = to + head * kKinds * (s.d_v + 1);
       for (int64_t kind = 0; kind < kKinds; ++kind) {
         const double *sum = sums_of(kind), weights = weights_of(kind);
-        strange[head] |= !plan.is_factor(weights) || !plan.is_sum(sum, s.d_v);
+        strange[head] |= plan.strange(weights, sum, s.d_v);
         for (int64_t c = 0; c < s.d_v; ++c) *of_head++ = (kind ? sum[c] : sum[c] / u.q / u.k) / u.v;
         *of_head++ = weights / u.q / u.k;
       }
@@ -128,6 +128,7 @@ template <bool kFloor> Tensor linear_keys_fwd(const Tensor& k, const Tensor& v, 
     keys.for_heads(begin, end, sums, plan.d_v, finish);
   };
   const auto set = [&](int64_t head) {
+    if (!(strange[head] & kOutOfRange) && !units.has_values(head)) return false;
     HeadUnits u = units.measure(head);
     u.q = unit_of_numbers(qbar, head * s.d, s.d, plan.wide);
     return units.install(head, u);
@@ -215,7 +216,7 @@ KeyGradients keys_bwd(const Tensor& dcontext_, const Tensor& k, const Tensor& v,
       const double per_score = 1 / norm(head) / u.q / u.k * u.score;
       plan.numbers(score_scale).set(head, per_score);
       // The scores' gradients may vanish though dk, which is theirs times qbar, does not.
-      strange[head] = !plan.is_factor(R[head]) || !plan.is_sum({of_dz.size * of_z.size / norm(head)});
+      strange[head] = !plan.is_factor(R[head]) || !plan.is_sum(of_dz.size * of_z.size / norm(head));
       if (floor) {
         strange[head] |= !plan.is_factor(T[head]);
         plan.numbers(floor_weight).set(head, share(head) / norm(head) / count[head] * u.score);
@@ -229,7 +230,7 @@ KeyGradients keys_bwd(const Tensor& dcontext_, const Tensor& k, const Tensor& v,
     keys.for_heads(begin, end, sums, plan.d, [&](int64_t head, const auto& sums_of, const auto&) {
       const double* sum = sums_of(0);
       const HeadUnits u = units[head];
-      strange[head] |= !plan.is_sum(sum, s.d);
+      strange[head] |= !plan.is_sum(plan.kernels.linear.largest(sum, s.d));
       double* of_head = dcentral.data_ptr<double>() + head * s.d;
       for (int64_t c = 0; c < s.d; ++c) of_head[c] = scale * sum[c] * u.q / u.dout / u.v / u.score;
     });
@@ -303,7 +304,7 @@ Tensor linear_queries_bwd(const Tensor& dcentral_query, const OptTensor& dscores
         if (c < s.d) dot += x * qbar[head * s.d + c] * u.q;
       }
       plan.numbers(query_dot).set(head, dot / scale);
-      strange[head] = !plan.is_factor(E[head]) || !plan.is_sum(largest);
+      strange[head] = !plan.is_factor(E[head]) || !plan.is_sum(largest.size);
     }
     const int64_t unit_bytes = s.N * plan.heads * plan.acc_bytes;
     queries.run(LinearPass::backward_queries, args, begin, end, nullptr, 0,

@@ -66,8 +66,9 @@ void forward(Call& call, double eps, const Tensor& out, const Tensor& norm) {
   run({0, call.heads()});
   for (int64_t head = 0; head < call.heads(); ++head) {
     const double F = std::sqrt(square_sum(head)), most = sum(&largest[head * n], n);
-    // F is 0 where no score is positive, and where the squares were too small: then P v is not 0, or eps is as small.
-    const bool lost = F == 0 && (most != 0 || !call.is_factor(eps));
+    // F is 0 where no score is positive, and where the squares were too small: then P v is not 0, or eps is as small. P
+    // v is 0 where v is, and where their products were too small.
+    const bool lost = F == 0 ? most != 0 || !call.is_factor(eps) : most == 0 && call.has_values(head);
     const bool ordinary = !lost && call.is_factor(F) && call.is_sum(most);
     if (!ordinary && call.scale_head(head)) run({head, head + 1});
   }

@@ -81,6 +81,11 @@ struct Call {
   bool is_factor(double x) const { return within(x, kMostFactor, wide); }
   bool is_sum(double x) const { return within(x, kMostSum, wide); }
 
+  bool has_values(int64_t index) const {
+    const PureHead p = head(index);
+    return kernels.tokens.largest(p.v, p.d_v, {0, p.M}) != 0;
+  }
+
   // Brings q, k and v of a head to order one, and g = dout / norm where given. False where that is no help: one is not
   // finite.
   bool scale_head(int64_t index, const Tensor* dout = nullptr, double norm = 1) {

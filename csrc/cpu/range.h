@@ -25,12 +25,6 @@ struct Largest {
   void of(double x) {
     if (std::abs(x) > size || x != x) size = std::abs(x);
   }
-  void of(const double* x, int64_t n) {
-    // Four at once: one alone would wait for each comparison before it.
-    Largest of_four[4];
-    for (int64_t i = 0; i < n; ++i) of_four[i % 4].of(x[i]);
-    for (const Largest& other : of_four) of(other.size);
-  }
 };
 
 // What brings numbers up to `largest` to order one; 0 where nothing does, since one is not finite.

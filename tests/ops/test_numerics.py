@@ -164,6 +164,20 @@ def test_sums_of_values_that_cancel(op, options, channel, layout, compiled):
         assert (out - truth)[..., part].abs().max() <= 1e-5 * truth[..., part].abs().max()
 
 
+@pytest.mark.parametrize("op, options", [("linear", {}), ("linear", {"score_floor": 0.1}), ("pure", {})], ids=str)
+@pytest.mark.parametrize("dtype, allowed", [(torch.float32, 1e-5), (torch.bfloat16, 5e-3)], ids=str)
+@pytest.mark.parametrize("compiled", [name for name in backends_of("cpu") if name != "triton"])
+def test_products_of_scores_and_values_that_vanish(op, options, dtype, allowed, compiled):
+    """Every r_j v_j is below float32, beside a head whose values are 0."""
+    call = make(op, "cpu", N=64, dtype=dtype, eps=1e-17, **options)
+    call = replace(call, q=call.q * 2.0**-22, k=call.k * 2.0**-22, v=call.v * 2.0**-108)
+    call.v[:, 1] = 0
+    truth = call.reference(torch.float64)
+    with infsa_kernels.backend(compiled):
+        out = call.run()
+    assert (out - truth).abs().max() <= allowed * truth.abs().max()
+
+
 @pytest.mark.parametrize("compiled", [name for name in backends_of("cpu") if name != "triton"])
 def test_the_norm_of_large_scores(compiled):
     """Squares of 1e36 and more: float32 holds the norm, and the scores' shares of it."""

@@ -50,7 +50,13 @@ def test_sums_of_large_and_small_tokens_stay_in_range(backend, device, size, tie
 @pytest.mark.parametrize("floor", [0.0, 0.3])
 @pytest.mark.parametrize(
     ("q_size", "k_size", "v_size", "dout_size"),
-    [(1e-6, 1e-6, 1e-30, 1e-12), (1e-6, 1e-6, 1e-10, 1e-32), (1e13, 1e-1, 1e-25, 1e-10), (1e-6, None, 1e-30, 1e-12)],
+    [
+        (1e-6, 1e-6, 1e-30, 1e-12),
+        (1e-6, 1e-6, 1e-10, 1e-32),
+        (1e13, 1e-1, 1e-25, 1e-10),
+        (1e-6, None, 1e-30, 1e-12),
+        (1e-7, 1e-7, 1e-33, 1.0),
+    ],
 )
 def test_products_of_values_and_gradients_that_vanish(backend, device, q_size, k_size, v_size, dout_size, floor):
     """dout . v, or that over the sum of the scores, is below float32; over small scores, or times large queries, it is not."""
