@@ -470,8 +470,9 @@ def test_pure_in_bfloat16(N, d, dv, layout, tied, device, backend):
 def test_pure_along_its_output(tied, dtype, device, backend):
     """What a score's gradient owes to the norm F, which random gradients of the output hardly see."""
     q, k, v = (torch.randn(1, 2, 700, 24).to(dtype) for _ in range(3))
-    call = Call("pure", q, None if tied else k, v)
-    check(call, call.reference(torch.float64).to(dtype))
+    for values in (v, v + 2):
+        call = Call("pure", q, None if tied else k, values)
+        check(call, call.reference(torch.float64).to(dtype))
 
 
 @pytest.mark.only_backend("cpu")
