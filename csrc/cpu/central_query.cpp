@@ -75,9 +75,9 @@ std::tuple<Tensor, Tensor> central_query_fwd(const Tensor& x, const Tensor& weig
               const int64_t part = task / shares;
               const auto [image, tokens] = parts[part];
               images.kernels.central_query.forward(images.image(image, {}), args, tokens, task % shares, shares,
-                                                   &sums[part * (C + H)], scratch);
+                                                   sums.data() + part * (C + H), scratch);
             });
-  double* totals = &sums[count * (C + H)];
+  double* totals = sums.data() + count * (C + H);
   for (int64_t part = 0; part < count; ++part) {
     for (int64_t i = 0; i < C + H; ++i) totals[parts[part].image * (C + H) + i] += sums[part * (C + H) + i];
   }

@@ -203,13 +203,13 @@ class Projection(NamedTuple):
     @classmethod
     def of(cls, weight, bias, num_heads, norm_weight, norm_bias):
         acc = acc_dtype(weight)
-        weight = weight.to(acc)
-        if norm_bias is not None:
-            shift = weight @ norm_bias.to(acc)
-            bias = shift if bias is None else bias.to(acc) + shift
         heads = num_heads, weight.shape[0] // num_heads
-        bias = None if bias is None else bias.to(acc).unflatten(0, heads)
-        return cls(weight.unflatten(0, heads), bias, None if norm_weight is None else norm_weight.to(acc))
+        if norm_bias is not None:
+            shift = weight.to(acc) @ norm_bias.to(acc)
+            bias = shift if bias is None else bias.to(acc) + shift
+        bias = None if bias is None else bias.to(acc).view(heads)
+        scale = None if norm_weight is None else norm_weight.to(acc)
+        return cls(weight.view(*heads, weight.shape[1]), bias, scale)
 
     def whole(self) -> Tensor:
         """The matrix of normalised tokens."""
@@ -221,8 +221,7 @@ def keys_of(qbar, projection):
     weight, bias, scale = projection
     if qbar.shape[-1]:
         qbar = qbar * qbar.shape[-1] ** -0.5
-    # Inside vmap, functorch brings autocast back, and with it a lower dtype.
-    keys = torch.einsum("bhd,hdc->bhc", qbar, weight).to(weight.dtype)
+    keys = _per_head(qbar, weight)
     return keys if scale is None else keys * scale, None if bias is None else (qbar * bias).sum(-1)
 
 
@@ -230,7 +229,7 @@ def output_of(pooled, mass, projection, rho, out_weight, out_bias):
     """The layer's row (B, D_out), in the dtype of sums, from pooled tokens (B, H, D) and the sums of their weights (B, H)."""
     acc = pooled.dtype
     weight, bias, scale = projection
-    z = torch.einsum("bhc,hec->bhe", pooled if scale is None else pooled * scale, weight)
+    z = _per_head(pooled if scale is None else pooled * scale, weight.mT)
     if bias is not None:
         z = z + mass[..., None] * bias
     if isinstance(rho, Tensor):
@@ -239,6 +238,13 @@ def output_of(pooled, mass, projection, rho, out_weight, out_bias):
     z = z if rho is None else rho * z
     out_bias = None if out_bias is None else out_bias.to(acc)
     return torch.nn.functional.linear(z.flatten(1), out_weight.to(acc), out_bias)
+
+
+def _per_head(rows, matrices):
+    """rows (B, H, m) in the dtype of sums times matrices (H, m, n): (B, H, n)."""
+    acc = rows.dtype
+    # Inside vmap, functorch brings autocast back, and with it a lower dtype.
+    return (rows.transpose(0, 1) @ matrices.to(acc)).transpose(0, 1).to(acc)
 
 
 def _check_heads(num_heads, **weights):

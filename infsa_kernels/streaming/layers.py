@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function
 
+from ..eager.common import acc_dtype
 from ..nn.attention import InfSAAttention
 from ..nn.plain import has_forward, is_plain
 from ..nn.vit import Block, InfViT
@@ -47,8 +48,7 @@ class Attention:
 
     def set_queries(self, sums: list[Tensor]) -> None:
         """The sums over all tokens: now scores can be computed."""
-        acc = self.key_projection.weight.dtype
-        central = (sums[0] / (sums[1] + self.eps)[:, None]).to(acc)
+        central = (sums[0] / (sums[1] + self.eps)[:, None]).to(acc_dtype(self.weight))
         self.keys, self.shift = keys_of(central[None], self.key_projection)
 
     def score_sums(self, x: Tensor) -> list[Tensor]:

@@ -20,9 +20,9 @@ import triton.language as tl
 
 from ..eager import central_query as eager
 from . import configs
-from .launch import all_countable, ceil_div, kept_launch, padded, strides
+from .launch import Launch, all_countable, ceil_div, maker, padded, planned, strides
 from .tiles import dot
-from .token_rows import input_gradient, rows_of, statistics_of
+from .token_rows import plan_input_gradient, plan_rows, plan_statistics
 
 # Tokens of backward's intermediates, in all samples together.
 BLOCK_TOKENS = 1 << 14
@@ -222,61 +222,95 @@ def _runs(x, weight):
     return 0 not in (*x.shape, *weight.shape)
 
 
+@planned
 def forward(x, weight, bias, norm_eps, eps, padding_mask):
     if not _runs(x, weight):
-        return eager.forward(x, weight, bias, norm_eps, eps, padding_mask)
+        return eager.forward
     B, N, _ = x.shape
     H, d, _ = weight.shape
     tiling = Tiling(x, weight, "forward")
     splits, split_tokens = tiling.splits(B, N, x.device)
-    statistics = None if norm_eps is None else statistics_of(x, norm_eps, padding_mask)
-    central_parts = x.new_empty((B, splits, H, d), dtype=torch.float32)
-    energy_parts = x.new_empty((B, splits, H), dtype=torch.float32)
-    sums = kept_launch(
+    statistics_of = None if norm_eps is None else plan_statistics(x, norm_eps, padding_mask)
+    new_central_parts, new_energy_parts = (maker(x.device, torch.float32, B, splits, H, *more) for more in ((d,), ()))
+    sum_up = Launch(
         central_query_fwd_kernel, B * splits * tiling.groups, x.device,
         x.stride(), weight.stride(), strides(padding_mask, 2), H, N, splits, split_tokens, d**-0.5,
         **tiling.options,
     )  # fmt: skip
-    sums(x, weight, None if bias is None else bias.contiguous(), statistics, padding_mask, central_parts, energy_parts)
-    energy_sum = energy_parts.sum(1)
-    return central_parts.sum(1) / (energy_sum + eps)[..., None], energy_sum
+
+    def run(x, weight, bias, norm_eps, eps, padding_mask):
+        statistics = None if statistics_of is None else statistics_of(x, padding_mask)
+        central_parts, energy_parts = new_central_parts(), new_energy_parts()
+        bias = None if bias is None else bias.contiguous()
+        sum_up(x, weight, bias, statistics, padding_mask, central_parts, energy_parts)
+        energy_sum = energy_parts.sum(1)
+        return central_parts.sum(1) / (energy_sum + eps)[..., None], energy_sum
+
+    return run
 
 
+@planned
 def backward(dcentral_query, x, weight, bias, central_query, energy_sum, norm_eps, eps, padding_mask, gradients):
     if not _runs(x, weight):
-        return eager.backward(
-            dcentral_query, x, weight, bias, central_query, energy_sum, norm_eps, eps, padding_mask, gradients
-        )
+        return eager.backward
     B, N, D = x.shape
     H, d, _ = weight.shape
-    dx, dweight, dbias = gradients
-    scaled = (dcentral_query * (d**-0.5 / (energy_sum + eps))[..., None]).contiguous()
-    offset = (scaled * central_query).sum(-1)
-    bias = None if bias is None else bias.contiguous()
-    tiling, matrix = Tiling(x, weight, "backward"), weight.reshape(H * d, D)
-    dweight_sum = x.new_zeros((H * d, D), dtype=torch.float32)
-    dbias_sum = x.new_zeros((H, d), dtype=torch.float32)
-    step = block_tokens(B)
-    for begin in range(0, N, step):
-        tokens = slice(begin, begin + step)
-        block, mask = x[:, tokens], None if padding_mask is None else padding_mask[:, tokens]
-        rows, statistics = rows_of(block, norm_eps, mask)
-        length = rows.shape[1]
-        splits, split_tokens = tiling.splits(B, length, x.device)
-        dq = x.new_empty((B, length, H * d))
-        dbias_parts = None if dbias is None else x.new_empty((B, splits, H, d), dtype=torch.float32)
-        gradient = kept_launch(
-            central_query_bwd_kernel, B * splits * tiling.groups, x.device,
-            rows.stride(), weight.stride(), strides(mask, 2), H, length, splits, split_tokens, d**-0.5, **tiling.options,
-        )  # fmt: skip
-        gradient(rows, weight, bias, scaled, offset, mask, dq, dbias_parts)
-        if dx is not None:
-            input_gradient(dq @ matrix, block, statistics, mask, dx[:, tokens])
+    step, tiling = block_tokens(B), Tiling(x, weight, "backward")
+    blocks = [
+        _plan_block(slice(begin, begin + step), tiling, x, weight, norm_eps, padding_mask, gradients)
+        for begin in range(0, N, step)
+    ]
+
+    def run(dcentral_query, x, weight, bias, central_query, energy_sum, norm_eps, eps, padding_mask, gradients):
+        dx, dweight, dbias = gradients
+        scaled = (dcentral_query * (d**-0.5 / (energy_sum + eps))[..., None]).contiguous()
+        offset = (scaled * central_query).sum(-1)
+        bias = None if bias is None else bias.contiguous()
+        given = x, weight, bias, scaled, offset, padding_mask, dx
+        of_weight = of_bias = None
+        for block in blocks:
+            of_weight, of_bias = map(_added, (of_weight, of_bias), block(*given))
         if dweight is not None:
-            dweight_sum += dq.flatten(0, 1).mT @ rows.flatten(0, 1)
+            dweight.copy_(of_weight.view(H, d, D))
         if dbias is not None:
-            dbias_sum += dbias_parts.sum((0, 1))
-    if dweight is not None:
-        dweight.copy_(dweight_sum.view(H, d, D))
-    if dbias is not None:
-        dbias.copy_(dbias_sum)
+            dbias.copy_(of_bias)
+
+    return run
+
+
+def _added(total, part):
+    """In float32, where there is something to add."""
+    return part if total is None else total.float() + part
+
+
+def _plan_block(tokens, tiling, x, weight, norm_eps, padding_mask, gradients):
+    """(x, weight, bias, scaled, offset, padding_mask, dx) -> what a block of tokens gives to dweight (H d, D) and dbias (H, d),
+    or None; fills its part of dx."""
+    (B, N, D), (H, d, _), (dx, dweight, dbias) = x.shape, weight.shape, gradients
+    block, mask = x[:, tokens], None if padding_mask is None else padding_mask[:, tokens]
+    length = block.shape[1]
+    whole, wants_weight = length == N, dweight is not None
+    rows_of = plan_rows(block, norm_eps, mask)
+    row_strides = block.stride() if norm_eps is None and mask is None else (length * D, D, 1)
+    splits, split_tokens = tiling.splits(B, length, x.device)
+    new_dq = maker(x.device, x.dtype, B, length, H * d)
+    new_dbias_parts = None if dbias is None else maker(x.device, torch.float32, B, splits, H, d)
+    differentiate = Launch(
+        central_query_bwd_kernel, B * splits * tiling.groups, x.device,
+        row_strides, weight.stride(), strides(mask, 2), H, length, splits, split_tokens, d**-0.5, **tiling.options,
+    )  # fmt: skip
+    fill_dx = None if dx is None else plan_input_gradient(block, norm_eps, mask, dx[:, tokens])
+
+    def run(x, weight, bias, scaled, offset, padding_mask, dx):
+        block, mask = x, padding_mask
+        if not whole:
+            block, mask = x[:, tokens], None if mask is None else mask[:, tokens]
+        rows, statistics = rows_of(block, mask)
+        dq, dbias_parts = new_dq(), None if new_dbias_parts is None else new_dbias_parts()
+        differentiate(rows, weight, bias, scaled, offset, mask, dq, dbias_parts)
+        if fill_dx is not None:
+            fill_dx(dq @ weight.reshape(H * d, D), block, statistics, mask, dx if whole else dx[:, tokens])
+        of_weight = dq.flatten(0, 1).mT @ rows.flatten(0, 1) if wants_weight else None
+        return of_weight, None if dbias_parts is None else dbias_parts.sum((0, 1))
+
+    return run

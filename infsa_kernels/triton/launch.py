@@ -143,33 +143,6 @@ class Launch:
         return again
 
 
-# As many launches as are kept outside plans.
-MOST_KEPT = 1024
-_kept: dict[tuple, Launch] = {}
-
-
-def kept_launch(kernel, programs: int, device: torch.device, *settled, **options) -> Callable[..., None]:
-    """As Launch, for operators without plans: what a launch compiled is kept for others of the same kind."""
-    kind = id(kernel), programs, device, settled, *options.items()
-
-    def start(*tensors: Tensor | None) -> None:
-        key = *kind, *(None if t is None else (t.dtype, t.data_ptr() & 15) for t in tensors)
-        found = _kept.get(key)
-        if found is None:
-            if len(_kept) >= MOST_KEPT:
-                _kept.clear()
-            # Two threads may both have made it: either will do.
-            found = _kept[key] = Launch(kernel, programs, device, *settled, **options)
-        found(*tensors)
-
-    return start
-
-
-def forget_kept() -> None:
-    """After a change of what launches compile for."""
-    _kept.clear()
-
-
 def planned(plan: Callable[..., Callable]) -> Callable:
     """A backend's forward or backward, whose ``plan`` makes of a call what runs it and every other of the same kind.
 

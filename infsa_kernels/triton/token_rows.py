@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import ceil_div, kept_launch, padded, strides
+from .launch import Launch, ceil_div, maker, padded, strides
 
 # Tokens of a program, and channels at a time: 16 elements a thread.
 ROWS, CHANNELS, WARPS = 8, 256, 4
@@ -97,36 +97,52 @@ def input_gradient_kernel(
         tl.store(out, tl.where(kept, b_dx, 0.0).to(dx.dtype.element_ty), mask=exist)
 
 
-def _launch(kernel, x: Tensor, *settled) -> Callable[..., None]:
+def _launch(kernel, x: Tensor, strided: tuple, *settled) -> Launch:
     B, N, D = x.shape
     blocks = ceil_div(N, ROWS)
     sizes = {"D": D, "BM": ROWS, "BK": min(CHANNELS, padded(D)), "num_warps": WARPS}
-    strided, rest = settled
-    return kept_launch(kernel, B * blocks, x.device, *strided, N, blocks, *rest, **sizes)
+    return Launch(kernel, B * blocks, x.device, *strided, N, blocks, *settled, **sizes)
 
 
-def statistics_of(x: Tensor, norm_eps: float, padding_mask: Tensor | None, normalised: Tensor | None = None) -> Tensor:
-    """Mean, what its rounding left and 1 / deviation of every token, (B, N, 3); fills ``normalised`` if it is given."""
-    statistics = x.new_empty((*x.shape[:2], 3), dtype=torch.float32)
-    launch = _launch(statistics_kernel, x, (x.stride(), strides(padding_mask, 2)), (norm_eps,))
-    launch(x, padding_mask, statistics, normalised)
-    return statistics
+def plan_statistics(x: Tensor, norm_eps: float, padding_mask: Tensor | None) -> Callable[..., Tensor]:
+    """(x, padding_mask, normalised) -> mean, what its rounding left and 1 / deviation of every token, (B, N, 3); fills
+    ``normalised``, which is given always or never."""
+    launch = _launch(statistics_kernel, x, (x.stride(), strides(padding_mask, 2)), norm_eps)
+    new_statistics = maker(x.device, torch.float32, *x.shape[:2], 3)
+
+    def statistics_of(x, padding_mask, normalised=None):
+        statistics = new_statistics()
+        launch(x, padding_mask, statistics, normalised)
+        return statistics
+
+    return statistics_of
 
 
-def rows_of(x: Tensor, norm_eps: float | None, padding_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Tokens as products take them, removed ones 0 and normalised if there is norm_eps, and their statistics."""
-    if norm_eps is None:
-        return x if padding_mask is None else x.masked_fill(padding_mask[..., None], 0), None
-    normalised = x.new_empty(x.shape)
-    return normalised, statistics_of(x, norm_eps, padding_mask, normalised)
+def plan_rows(
+    x: Tensor, norm_eps: float | None, padding_mask: Tensor | None
+) -> Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
+    """(x, padding_mask) -> tokens as products take them, removed ones 0 and normalised if there is norm_eps, and statistics."""
+    if norm_eps is not None:
+        statistics_of, new_rows = plan_statistics(x, norm_eps, padding_mask), maker(x.device, x.dtype, *x.shape)
+
+        def normalise(x, padding_mask):
+            rows = new_rows()
+            return rows, statistics_of(x, padding_mask, rows)
+
+        return normalise
+    if padding_mask is None:
+        return lambda x, padding_mask: (x, None)
+    return lambda x, padding_mask: (x.masked_fill(padding_mask[..., None], 0).contiguous(), None)
 
 
-def input_gradient(
-    drows: Tensor, x: Tensor, statistics: Tensor | None, padding_mask: Tensor | None, dx: Tensor
-) -> None:
-    """Fills the gradient of x from that of the rows, which are contiguous."""
-    if statistics is None:
+def plan_input_gradient(
+    x: Tensor, norm_eps: float | None, padding_mask: Tensor | None, dx: Tensor
+) -> Callable[..., None]:
+    """(drows, x, statistics, padding_mask, dx): fills the gradient of x from that of the rows, which are contiguous."""
+    if norm_eps is not None:
+        return _launch(input_gradient_kernel, x, (x.stride(), dx.stride(), strides(padding_mask, 2)))
+
+    def copy(drows, x, statistics, padding_mask, dx):
         dx.copy_(drows if padding_mask is None else drows.masked_fill(padding_mask[..., None], 0))
-        return
-    strided = x.stride(), dx.stride(), strides(padding_mask, 2)
-    _launch(input_gradient_kernel, x, strided, ())(drows, x, statistics, padding_mask, dx)
+
+    return copy

@@ -13,7 +13,6 @@ from triton.runtime.jit import JITFunction
 from infsa_kernels.triton import (
     central_query,
     configs,
-    launch,
     linear,
     linear_backward,
     linear_fold,
@@ -67,7 +66,6 @@ def _target(arch: str, of_arch):
     def forget():
         for kernel in kernels:
             kernel.device_caches.clear()
-        launch.forget_kept()
 
     forget()
     driver.set_active(of_arch)
