@@ -7,7 +7,7 @@ import triton.language as tl
 from ..eager import linear as eager
 from ..eager.common import scale
 from . import configs
-from .launch import SIZES, Launch, countable, in_elements, padded, planned, relu, strides
+from .launch import SIZES, Launch, countable, in_elements, maker, padded, planned, relu, strides
 from .linear_fold import Fold
 from .packed import Packing, tiles_of_all, tiles_of_sequence
 from .tokens import (
@@ -219,6 +219,10 @@ def plan_backward(
             H, N, M, splits, split_tokens, sequences, scale(q), eps, **sizes,
         )  # fmt: skip
 
+    new_dcentral_parts, new_dscores = (
+        maker(q.device, torch.float32, B, H, *shape) for shape in ((key_splits, d), (M,))
+    )
+
     def run(
         dout, q, k, v, context, central_query, energy_sum, score_sum, absolute_sum, value_mean, head_rho, key_padding_mask,
         query_padding_mask, gradients, cu_seqlens_q=None, cu_seqlens_k=None,
@@ -229,8 +233,8 @@ def plan_backward(
             None if t is None else t.contiguous()
             for t in (context, central_query, energy_sum, score_sum, absolute_sum, value_mean)
         )
-        dcentral_parts = q.new_empty((B, H, key_splits, d), dtype=torch.float32) if want_q else None
-        dscores = q.new_empty((B, H, M), dtype=torch.float32) if want_q and tied else None
+        dcentral_parts = new_dcentral_parts() if want_q else None
+        dscores = new_dscores() if want_q and tied else None
         keys(
             dout, k, v, key_padding_mask, head_rho, cu_seqlens_k, context, central_query, score_sum,
             absolute_sum, value_mean, key_counts(score_floor, key_padding_mask), dk, dv, dhead_rho, dscores, dcentral_parts,

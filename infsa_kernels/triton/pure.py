@@ -24,7 +24,7 @@ import triton.language as tl
 from ..eager import pure as eager
 from ..eager.common import scale
 from . import configs
-from .launch import SIZES, Launch, countable, in_elements, padded, planned, relu, strides
+from .launch import SIZES, Launch, countable, in_elements, maker, padded, planned, relu, strides
 from .packed import Packing, span_of, tiles_of_all, tiles_of_sequence
 from .pure_backward import backward
 from .tiles import (
@@ -151,10 +151,11 @@ def forward(q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask, d
     if 0 in (*q.shape, *v.shape):
         return _forward_of_nothing
     like = eager.output_like(q, v, dtype)
+    new_out = maker(like.device, like.dtype, *like.shape, steps=like.stride())
     multiply = plan_forward(q, k, v, like, eps, rho, head_rho, key_padding_mask, query_padding_mask)
 
     def run(q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask, dtype=None):
-        out = eager.output_like(q, v, dtype)
+        out = new_out()
         return out, multiply(q, k, v, out, head_rho, key_padding_mask, query_padding_mask)
 
     return run
@@ -199,14 +200,16 @@ def plan_forward(
         tiles_of(t, size, described) for t, size in ((q, config.block_m), (k, config.block_n), (v, config.block_n))
     )
 
+    new_norm, new_square_parts, new_row_scales = (
+        maker(q.device, torch.float32, *shape) for shape in ((samples, H), (B, H, blocks), (B, H, N))
+    )
+
     def run(
         q, k, v, out, head_rho, key_padding_mask=None, query_padding_mask=None, cu_seqlens_q=None, cu_seqlens_k=None
     ):
         k = q if k is None else k
         q, k, v = addressable(q), addressable(k), addressable(v)
-        norm = q.new_empty((samples, H), dtype=torch.float32)
-        square_parts = q.new_empty((B, H, blocks), dtype=torch.float32)
-        row_scales = q.new_empty((B, H, N), dtype=torch.float32) if half else None
+        norm, square_parts, row_scales = new_norm(), new_square_parts(), new_row_scales() if half else None
         multiply(
             q_tiles(q), k_tiles(k), v_tiles(v), query_padding_mask, key_padding_mask, cu_seqlens_q, cu_seqlens_k,
             out, square_parts, row_scales,

@@ -7,7 +7,7 @@ import triton.language as tl
 from ..eager import pure as eager
 from ..eager.common import scale
 from . import configs
-from .launch import COUNTS, Launch, countable, in_elements, padded, planned, relu, strides
+from .launch import COUNTS, Launch, countable, in_elements, maker, padded, planned, relu, strides
 from .packed import Packing, span_of, tiles_of_all
 from .pure_tied import plan_tied, sum_of_blocks
 from .tiles import (
@@ -292,6 +292,8 @@ def plan_backward(
         dout, q, q if twice else k, v, masks, head_rho, _both(gradients) if twice else gradients, counts, sizes, packing
     )
 
+    new_parts = maker(q.device, torch.float32, 3 if half else 1, B, H, blocks)
+
     def run(
         dout, q, k, v, out, norm, head_rho, gradients, key_padding_mask=None, query_padding_mask=None,
         cu_seqlens_q=None, cu_seqlens_k=None, dout_out=None,
@@ -300,7 +302,7 @@ def plan_backward(
         masks = query_padding_mask, key_padding_mask
         packed = cu_seqlens_q, cu_seqlens_k
         norm = norm.contiguous()
-        parts = q.new_empty((3 if half else 1, B, H, blocks), dtype=torch.float32)
+        parts = new_parts()
         prepare(dout, out, q, *_seen(few, q, k, v, masks, norm, head_rho), *packed, parts)
         if dout_out is not None:
             # It takes the place of the parts that these queries have of it.
@@ -351,6 +353,7 @@ def _untied(dout, q, k, v, masks, head_rho, gradients, counts, sizes, packing):
             DESCRIPTORS=described, WANT_K=dk is not None, WANT_V=dv is not None, **sizes, **by_key.options(q),
             **loops_over(q, N, by_key.block_m, masks[0] is not None, packing),
         )  # fmt: skip
+    new_drho_parts = maker(q.device, torch.float32, B, H, blocks)
     sum_up = sum_of_blocks(packing, N, H, blocks, by_query.block_m, q.device)
     of_query, of_key = (
         [tiles_of(t, c.block_m, described) for t in (dout, q)] + [tiles_of(t, c.block_n, described) for t in (k, v)]
@@ -361,7 +364,7 @@ def _untied(dout, q, k, v, masks, head_rho, gradients, counts, sizes, packing):
         dq, dk, dv, dhead_rho = gradients
         read, rest = (dout, q, k, v), (*masks, head_rho, *packed, norm, parts)
         if want_queries:
-            drho_parts = q.new_empty((B, H, blocks), dtype=torch.float32) if want_rho else None
+            drho_parts = new_drho_parts() if want_rho else None
             queries(*(tiles(t) for tiles, t in zip(of_query, read)), *rest, dq, drho_parts)
             if want_rho:
                 sum_up(drho_parts, packed[0], dhead_rho)

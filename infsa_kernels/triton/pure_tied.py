@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from . import configs
-from .launch import COUNTS, Launch, in_elements, relu, strides
+from .launch import COUNTS, Launch, in_elements, maker, relu, strides
 from .packed import tiles_of_all, tiles_of_sequence
 from .tiles import (
     describable,
@@ -159,12 +159,13 @@ def plan_tied(dout, q, k, v, masks, head_rho, gradients, counts, sizes, packing)
         DESCRIPTORS=described, **loops_over(q, N, config.block_n, masks != (None, None), packing),
         WANT_Q=dq is not None, WANT_V=dv is not None, WANT_RHO=want_rho, **sizes, **config.options(q),
     )  # fmt: skip
+    new_drho_parts = maker(q.device, torch.float32, B, H, blocks)
     sum_up = sum_of_blocks(packing, N, H, blocks, config.block_m, q.device)
     q_tiles, dout_tiles, v_tiles = (tiles_of(t, config.block_n, described) for t in (q, dout, v))
 
     def run(dout, q, k, v, masks, head_rho, packed, norm, parts, gradients):
         dq, _, dv, dhead_rho = gradients
-        drho_parts = q.new_empty((B, H, blocks), dtype=torch.float32) if want_rho else None
+        drho_parts = new_drho_parts() if want_rho else None
         launch(
             dout, q, v, q_tiles(q), dout_tiles(dout), v_tiles(v), *masks, head_rho, packed[0], norm, parts, dq, dv, drho_parts
         )  # fmt: skip

@@ -1,6 +1,5 @@
 """Tiles of rows for Pure InfSA: loading, storing, products, and the per-head totals that every program needs."""
 
-import functools
 from collections.abc import Callable
 
 import triton
@@ -202,9 +201,16 @@ def tiles_of(t: Tensor, rows: int, described: bool) -> Callable[[Tensor], Tensor
     steps = [
         step if n > 1 else t.shape[3] * t.element_size() // 16 * 16 or 16 for n, step in zip(t.shape[:3], t.stride())
     ]
-    return functools.partial(
-        TensorDescriptor, shape=list(t.shape), strides=[*steps, 1], block_shape=[1, 1, rows, padded(t.shape[3], 16)]
-    )
+    checked = TensorDescriptor(t, list(t.shape), [*steps, 1], [1, 1, rows, padded(t.shape[3], 16)])
+    settled = vars(checked) | {"base": None}
+
+    def describe(t):
+        # As it is made, but for what is checked then, which takes as long as a launch.
+        descriptor = object.__new__(TensorDescriptor)
+        vars(descriptor).update(settled, base=t)
+        return descriptor
+
+    return describe
 
 
 def itself(t: Tensor) -> Tensor:

@@ -126,13 +126,13 @@ def test_a_run_of_tokens_that_no_program_takes_fails(monkeypatch):
 
 @directions
 def test_rows_that_are_not_normalised_fail(direction, monkeypatch):
-    right = token_rows.statistics_of
+    right = token_rows.plan_statistics
 
     def wrong(x, norm_eps, *more):
         return right(x, norm_eps + 1e-2, *more)
 
-    monkeypatch.setattr(central_query, "statistics_of", wrong)
-    monkeypatch.setattr(token_rows, "statistics_of", wrong)
+    monkeypatch.setattr(central_query, "plan_statistics", wrong)
+    monkeypatch.setattr(token_rows, "plan_statistics", wrong)
     assert "is off by" in first_use.check(variant(direction=direction, normalised=True), CPU)
 
 
