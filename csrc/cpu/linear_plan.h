@@ -59,15 +59,15 @@ struct Plan {
     wave = std::clamp<int64_t>(kWaveBytes / std::max<int64_t>(unit_bytes, 1), 1, std::max<int64_t>(units, 1));
   }
 
-  // Chunks of so many tokens, an even number, which two threads share alike. Where a chunk has few tokens adding up the
-  // sums shows: of twice as many sums, twice as many tokens.
+  // How many chunks so many tokens make: an even number, of which two threads have as many. Where a chunk has few
+  // tokens, adding up its sums shows: of twice as many sums, twice as many tokens.
   int64_t chunks(int64_t tokens, int64_t kinds) const {
     const int64_t worth = ceil_div(kGrain, heads * std::max<int64_t>(d + d_v, 1));
     const int64_t least = round_up(std::max(worth, std::min(kinds * worth, kFewTokens)), kWhole);
     const int64_t n = std::clamp<int64_t>(tokens / least, 1, kMaxChunks);
     return n > 1 ? n - n % 2 : n;
   }
-  // The i-th of n chunks: alike, but for groups of rows that stay whole.
+  // The i-th of n chunks, alike but that groups of rows stay whole.
   static Range chunk(const Range& all, int64_t n, int64_t i) {
     const auto at = [&](int64_t i) { return i == n ? all.end : all.begin + all.size() * i / n / kWhole * kWhole; };
     return {at(i), at(i + 1)};

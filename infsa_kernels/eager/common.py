@@ -47,5 +47,10 @@ def split(x: Tensor) -> tuple[Tensor, Tensor]:
     return mantissa, torch.nan_to_num(mantissa / x, nan=1.0)
 
 
+def finite(scale: Tensor) -> Tensor:
+    """A scale above 0 that overflows would turn 0 into NaN."""
+    return scale.clamp_max(torch.finfo(scale.dtype).max)
+
+
 def effective_rho(rho: float, head_rho: Tensor | None, trailing: int) -> float | Tensor:
     return rho if head_rho is None else rho * head_rho[(..., *[None] * trailing)]

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .common import acc_dtype, direction, effective_rho, remove, rows, scale, split, unit
+from .common import acc_dtype, direction, effective_rho, finite, remove, rows, scale, split, unit
 
 
 def forward(q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask):
@@ -32,7 +32,7 @@ def backward(
     dcontext_unit = unit(dcontext[..., None, :])[..., 0]
     # What takes dq and dk back from these units and R's.
     s = scale(q)
-    s_u, s_k = (s * (per_score * x_unit[..., None] / dcontext_unit)[..., None] for x_unit in (u_unit, k_unit))
+    s_u, s_k = (finite(s * per_score * x_unit[..., None] / dcontext_unit)[..., None] for x_unit in (u_unit, k_unit))
     dq, dk, dv, dhead_rho = gradients
 
     # z = rho sum_j a_j v_j,  a_j = r_j / R,  r_j = ReLU(qbar . kappa_j)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .common import effective_rho, remove, rows, scale, split, unit
+from .common import effective_rho, finite, remove, rows, scale, split, unit
 from .linear import central_query_of, inputs, query_gradient
 
 
@@ -41,7 +41,7 @@ def backward(
     dcontext = effective_rho(rho, head_rho, 1) * dout
     dcontext_unit = unit(dcontext[..., None, :])[..., 0]
     s = scale(q)
-    s_u, s_k = (s * (per_score * x_unit[..., None] / dcontext_unit)[..., None] for x_unit in (u_unit, k_unit))
+    s_u, s_k = (finite(s * per_score * x_unit[..., None] / dcontext_unit)[..., None] for x_unit in (u_unit, k_unit))
     dq, dk, dv, dhead_rho = gradients
 
     # z = rho sum_j a_j v_j,  a_j = (ReLU(t_j) + floor T / M) / R,  t_j = qbar . kappa_j,  T = sum_j |t_j|

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .common import acc_dtype, effective_rho, remove, rows, scale, split, unit
+from .common import acc_dtype, effective_rho, finite, remove, rows, scale, split, unit
 
 # Scores held at a time, over all heads. Large enough to keep matrix products efficient, small enough that a block's
 # float32 sum of squares is exact to its last digits.
@@ -27,7 +27,8 @@ def forward(q, k, v, eps, rho, head_rho, key_padding_mask, query_padding_mask):
         squares += scores.square().sum((-2, -1))
         out[:, :, block] = scores @ v_acc
     norm = squares.sqrt()
-    out *= effective_rho(rho, head_rho, 2) / (norm + eps * u_unit * k_unit)[..., None, None] / v_unit
+    out *= effective_rho(rho, head_rho, 2) / (norm + eps * u_unit * k_unit)[..., None, None]
+    out /= v_unit  # apart: both at once may overflow
     return output_like(q, v).copy_(remove(out, query_padding_mask)), norm / u_unit / k_unit
 
 
@@ -68,8 +69,8 @@ def backward(
             drho += (scores * dout_v).sum((-2, -1))
     # dS came out divided by both units, kappa and u multiplied by their own.
     # A row that is ignored has no gradient, even where 0 met infinity.
-    du = remove(du, query_padding_mask) * (s * per_norm * u_unit[..., None, None])
-    dkappa = remove(dkappa, key_padding_mask) * (s * per_norm * k_unit[..., None, None])
+    du = remove(du, query_padding_mask) * finite(s * per_norm * u_unit[..., None, None])
+    dkappa = remove(dkappa, key_padding_mask) * finite(s * per_norm * k_unit[..., None, None])
     if dq is not None:
         dq.copy_(du + dkappa if k is None else du)
     if dk is not None:

@@ -164,6 +164,18 @@ def test_sums_of_values_that_cancel(op, options, channel, layout, compiled):
         assert (out - truth)[..., part].abs().max() <= 1e-5 * truth[..., part].abs().max()
 
 
+@both
+@pytest.mark.parametrize("v_size", [1e-12, 1e20])
+@pytest.mark.parametrize("compiled", [name for name in backends_of("cpu") if name != "triton"])
+def test_a_factor_that_overflows_leaves_nothing_nothing(op, v_size, compiled):
+    """No score is positive: output and gradients are 0, though 1 / eps times what takes them out of their units is infinite."""
+    call = make(op, "cpu", N=20, eps=1e-34)
+    call = replace(call, q=call.q * 0, k=call.k * 1e-11, v=call.v * v_size)
+    with infsa_kernels.backend(compiled):
+        found = {"out": call.run(), **call.gradients(output_gradient(call) * 1e18)}
+    assert [name for name, t in found.items() if not (t == 0).all()] == []
+
+
 @pytest.mark.parametrize("op, options", [("linear", {}), ("linear", {"score_floor": 0.1}), ("pure", {})], ids=str)
 @pytest.mark.parametrize("dtype, allowed", [(torch.float32, 1e-5), (torch.bfloat16, 5e-3)], ids=str)
 @pytest.mark.parametrize("compiled", [name for name in backends_of("cpu") if name != "triton"])
