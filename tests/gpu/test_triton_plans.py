@@ -16,10 +16,9 @@ if triton.knobs.runtime.interpret:
 
 from helpers import packed_calls  # noqa: E402
 from helpers.sweep import swept  # noqa: E402
-from helpers.triton_target import starting  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
-from infsa_kernels.ops import backends, plans  # noqa: E402
+from infsa_kernels.ops import plans  # noqa: E402
 from infsa_kernels.torch_private import OpOverload  # noqa: E402
 from infsa_kernels.triton import first_use, private  # noqa: E402
 
@@ -27,15 +26,8 @@ by_op = pytest.mark.parametrize("op", OPS)
 
 
 @pytest.fixture
-def gpu(monkeypatch):
-    """An H100 on which nothing runs: to the package, that is where CPU tensors are."""
-    monkeypatch.setattr(backends, "_why_not_triton", lambda *arguments: None)
-    monkeypatch.setattr(plans, "PLANNED", ("cpu",))
-    monkeypatch.setattr(first_use, "CHECKED", ())
-    plans.forget()
-    with starting("sm_90") as gpu:
-        yield gpu
-    plans.forget()
+def gpu(planned_gpu):
+    return planned_gpu
 
 
 def make(op, *, B=1, N=600, H=2, d=16, dtype=torch.bfloat16, tied=False, **options) -> Call:

@@ -11,24 +11,17 @@ triton = pytest.importorskip("triton")
 if triton.knobs.runtime.interpret:
     pytest.skip("the interpreter has no plans", allow_module_level=True)
 
-from helpers.triton_target import starting  # noqa: E402
 
 import infsa_kernels  # noqa: E402
 from infsa_kernels import pooled_linear_infsa  # noqa: E402
-from infsa_kernels.ops import backends, plans  # noqa: E402
-from infsa_kernels.triton import central_query, first_use, score_pool  # noqa: E402
+from infsa_kernels.ops import plans  # noqa: E402
+from infsa_kernels.triton import central_query, score_pool  # noqa: E402
 
 
 @pytest.fixture
-def gpu(monkeypatch):
-    """An H100 on which nothing runs: to the package, that is where CPU tensors are."""
-    monkeypatch.setattr(backends, "_why_not_triton", lambda *arguments: None)
-    monkeypatch.setattr(plans, "PLANNED", ("cpu",))
-    monkeypatch.setattr(first_use, "CHECKED", ())
-    plans.forget()
-    with starting("sm_90") as gpu, infsa_kernels.backend("triton"):
-        yield gpu
-    plans.forget()
+def gpu(planned_gpu):
+    with infsa_kernels.backend("triton"):
+        yield planned_gpu
 
 
 def started(gpu, call: dict) -> list:
