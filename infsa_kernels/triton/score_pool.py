@@ -153,7 +153,7 @@ class Calls:
 
         return pool
 
-    def over_tokens_of(self, block: Tensor, mask: Tensor | None, dx: Tensor) -> Launch:
+    def token_gradient(self, block: Tensor, mask: Tensor | None, dx: Tensor) -> Launch:
         """Of the kernel that writes the gradients of tokens."""
         B, N, D = block.shape
         chunks, tiles = ceil_div(D, self.writing["BK"]), ceil_div(N, self.writing["BM"])
@@ -255,7 +255,7 @@ def _plan_gradients_of_block(
     new_scores, new_dbias_parts = calls.maker(B, N, calls.heads), calls.maker(B, calls.tiles(N), calls.heads)
     new_along = None if dx is None or calls.norm_eps is None else calls.maker(B, N, calls.groups)
     differentiate = calls.over_scores(score_gradients_kernel, x, mask)
-    write = None if dx is None else calls.over_tokens_of(x, mask, dx)
+    write = None if dx is None else calls.token_gradient(x, mask, dx)
     pool = calls.pool(x, mask) if wants_keys else None
 
     def fill(x, mask, dx, keys, dpooled, *per_head):
